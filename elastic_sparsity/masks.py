@@ -1,0 +1,100 @@
+"""Scores into nested masks, N:M masks, and bits. Tensors and numbers only; knows no model and no config.
+
+Conventions: score higher = keep; mask True = keep; level 0 = densest. O = output rows, I = inputs of a linear.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from elastic_sparsity.errors import NumericsError, ShapeError
+
+
+def _checked(scores_OI: Tensor) -> Tensor:
+    if scores_OI.ndim != 2:
+        raise ShapeError(f"scores: expected a matrix (outputs, inputs), found shape {tuple(scores_OI.shape)}.")
+    if torch.isnan(scores_OI).any():
+        raise NumericsError("scores: found NaN; check the weights and the calibration statistics.")
+    return scores_OI
+
+
+def drop_levels(scores_OI: Tensor, keep_counts: Sequence[int]) -> Tensor:
+    """For every weight the first level at which it is gone; `len(keep_counts)` if it is kept at all of them.
+
+    One stable descending order a row decides all levels, so masks are nested by construction, counts are exact and
+    ties are broken by index on every device.
+
+    Args:
+        scores_OI: float, no NaN.
+        keep_counts: weights kept a row at each level; non-increasing, each in [1, I].
+    Returns: (O, I) uint8.
+    Raises: ShapeError, NumericsError.
+    """
+    width = _checked(scores_OI).shape[1]
+    counts = list(keep_counts)
+    if any(not 1 <= c <= width for c in counts) or counts != sorted(counts, reverse=True) or len(counts) > 254:
+        raise ShapeError(f"keep_counts: {counts} must be non-increasing, within [1, {width}] and at most 254 long.")
+    order_OI = scores_OI.argsort(dim=1, descending=True, stable=True)
+    ranked_OI = torch.zeros_like(scores_OI, dtype=torch.uint8)
+    for count in counts:
+        ranked_OI[:, :count] += 1
+    return torch.empty_like(ranked_OI).scatter_(1, order_OI, ranked_OI)
+
+
+def mask_at(drop_level_OI: Tensor, level: int) -> Tensor:
+    """Boolean mask of one unstructured level."""
+    return drop_level_OI > level
+
+
+def pattern_mask(scores_OI: Tensor, kept: int, group_size: int, within_OI: Tensor | None = None) -> Tensor:
+    """N:M mask: the `kept` highest scores of every `group_size` neighbours along the input dimension.
+
+    Args:
+        scores_OI: float, no NaN.
+        within_OI: bool; weights outside it are never kept, so a group may then keep fewer than `kept`.
+    Returns: (O, I) bool.
+    Raises: ShapeError: if the input width is no multiple of `group_size`.
+    """
+    rows, width = _checked(scores_OI).shape
+    if width % group_size:
+        raise ShapeError(
+            f"pattern {kept}:{group_size}: input width {width} is no multiple of {group_size}; "
+            f"leave this linear out or drop the pattern from the ladder."
+        )
+    groups = scores_OI.float().reshape(rows, -1, group_size)
+    if within_OI is not None:
+        groups = groups.masked_fill(~within_OI.reshape(groups.shape), float("-inf"))
+    order = groups.argsort(dim=2, descending=True, stable=True)[..., :kept]
+    mask = torch.zeros(groups.shape, dtype=torch.bool, device=scores_OI.device).scatter_(2, order, True)
+    mask = mask.reshape(rows, width)
+    return mask if within_OI is None else mask & within_OI
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """Flattened mask as bits, row-major, least significant bit first; the last byte is padded with zeros.
+
+    Returns: (ceil(n / 8),) uint8 on the CPU.
+    """
+    flat = mask.flatten().to("cpu", torch.uint8)
+    padded = torch.zeros(-(-flat.numel() // 8) * 8, dtype=torch.uint8)
+    padded[: flat.numel()] = flat
+    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
+    return (padded.reshape(-1, 8) * weights).sum(dim=1, dtype=torch.uint8)
+
+
+def unpack_bits(packed: Tensor, length: int) -> Tensor:
+    """The first `length` bits as a flat bool tensor; inverse of `pack_bits`.
+
+    Raises: ShapeError: if `packed` does not hold exactly `length` bits.
+    """
+    if packed.dtype != torch.uint8 or packed.ndim != 1 or packed.numel() != -(-length // 8):
+        raise ShapeError(
+            f"packed mask: expected {-(-length // 8)} uint8 for {length} bits, "
+            f"found {tuple(packed.shape)} {packed.dtype}."
+        )
+    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
+    bits = (packed[:, None] & weights).bool().flatten()
+    if bits[length:].any():
+        raise ShapeError("packed mask: padding bits after the last weight are set.")
+    return bits[:length]

