@@ -119,12 +119,12 @@ def train_block_(
                 loss = (1 - w) * loss + w * loss_of(output, densest)
             if not torch.isfinite(loss):
                 raise NumericsError(
-                    f"{where}: loss of level {level.name} is {float(loss)} at step {step}; lower block.adapter_lr "
+                    f"{where}: loss of level {level.name} is {float(loss.detach())} at step {step}; lower block.adapter_lr "
                     "or block.base_lr, or set precision = 'float32'."
                 )
             loss.backward()
             if step >= settings.steps * 3 // 4:
-                sums.setdefault(level.name, []).append(float(loss))
+                sums.setdefault(level.name, []).append(float(loss.detach()))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return {name: sum(values) / len(values) for name, values in sums.items()}

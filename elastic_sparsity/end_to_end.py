@@ -119,7 +119,7 @@ def train_end_to_end_(
         loss = _step_loss(model, head, token_ids_ST[chosen], level, autocast)
         if not torch.isfinite(loss):
             raise NumericsError(
-                f"end-to-end phase: loss of level {level.name} is {float(loss)} at step {step}; lower "
+                f"end-to-end phase: loss of level {level.name} is {float(loss.detach())} at step {step}; lower "
                 "end_to_end.adapter_lr or end_to_end.base_lr, or set precision = 'float32'."
             )
         loss.backward()
