@@ -1,8 +1,8 @@
 """Hierarchical LoRA on one linear, under nested masks (arXiv 2606.25285: W_k = (W + sum_{j<=k} B_j A_j) * M_k).
 
-All groups of a linear live in one stacked pair A (R, I), B (O, R); a level activates a few row ranges of it. The mask is
-applied to the sum of weight and update, in training exactly as in the merge, so a merged level keeps every zero. (The
-EPTS code masks weight and update separately and differs from its own merge unless its scale is one.)
+All groups of a linear live in one stacked pair A (R, I), B (O, R); a level activates a few row ranges of it. The mask
+is applied to the sum of weight and update, in training exactly as in the merge, so a merged level keeps every zero.
+(The EPTS code masks weight and update separately and differs from its own merge unless its scale is one.)
 Letters: O outputs, I inputs, R stacked rank.
 """
 

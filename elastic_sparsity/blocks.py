@@ -6,7 +6,7 @@ sample, D model width.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -71,10 +71,8 @@ class BlockRunner:
 
         with _pre_hooks(self.blocks[:1], stop):
             for batch in self.batches():
-                try:
+                with suppress(_FirstBlockReached):
                     self.model(self.token_ids_ST[batch], use_cache=False)
-                except _FirstBlockReached:
-                    pass
         return torch.cat(captured)
 
     @torch.no_grad()

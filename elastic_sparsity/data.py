@@ -22,7 +22,12 @@ SELF_BATCH = 64  # sequences sampled together
 
 
 def read_text(
-    source: str, *, name: str | None = None, split: str = "train", text_column: str = "text", max_chars: int | None = None
+    source: str,
+    *,
+    name: str | None = None,
+    split: str = "train",
+    text_column: str = "text",
+    max_chars: int | None = None,
 ) -> str:
     """The documents of a local file or a hub data set, joined by blank lines; a .txt file is one document.
 
@@ -112,7 +117,8 @@ def sample_from_model(
     Returns: (S, T) int64.
     """
     generator = torch.Generator().manual_seed(seed)
-    special = {i for i in (model.config.eos_token_id, model.config.bos_token_id, model.config.pad_token_id) if i is not None}
+    config = model.config
+    special = {config.bos_token_id, config.pad_token_id, *_as_list(config.eos_token_id)} - {None}
     banned = torch.tensor(sorted(special), dtype=torch.int64)
     parts = []
     for start in range(0, samples, SELF_BATCH):
@@ -130,3 +136,7 @@ def sample_from_model(
         parts.append(ids)
         on_batch(min(start + SELF_BATCH, samples), samples)
     return torch.cat(parts)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]

@@ -119,8 +119,8 @@ def train_block_(
                 loss = (1 - w) * loss + w * loss_of(output, densest)
             if not torch.isfinite(loss):
                 raise NumericsError(
-                    f"{where}: loss of level {level.name} is {float(loss.detach())} at step {step}; lower block.adapter_lr "
-                    "or block.base_lr, or set precision = 'float32'."
+                    f"{where}: loss of level {level.name} is {float(loss.detach())} at step {step}; lower "
+                    "block.adapter_lr or block.base_lr, or set precision = 'float32'."
                 )
             loss.backward()
             if step >= settings.steps * 3 // 4:

@@ -84,11 +84,13 @@ def _window_sums(
     nll = kl = 0.0
     for start in range(0, hidden.shape[0], ROWS):
         part = slice(start, start + ROWS)
-        log_p = head(hidden[part]).float().log_softmax(dim=-1)
-        nll -= float(log_p.gather(1, targets[part, None]).double().sum())
+        logits = head(hidden[part]).float()
+        log_sum = logits.logsumexp(dim=-1)
+        nll += float((log_sum - logits.gather(1, targets[part, None])[:, 0]).double().sum())
         if reference_head is not None and reference_hidden is not None:
-            log_q = reference_head(reference_hidden[part]).float().log_softmax(dim=-1).to(log_p.device)
-            if log_q.shape != log_p.shape:
-                raise ShapeError(f"evaluation: vocabulary {log_p.shape[1]} against the reference's {log_q.shape[1]}.")
-            kl += float((log_q.exp() * (log_q - log_p)).double().sum())
+            log_q = reference_head(reference_hidden[part]).float().log_softmax(dim=-1).to(logits.device)
+            if log_q.shape != logits.shape:
+                raise ShapeError(f"evaluation: vocabulary {logits.shape[1]} against the reference's {log_q.shape[1]}.")
+            difference = log_q - logits.sub_(log_sum[:, None])
+            kl += float(torch.dot(log_q.exp_().flatten(), difference.flatten()))
     return nll, kl

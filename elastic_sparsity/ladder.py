@@ -6,6 +6,7 @@ ordered by sparsity, each inheriting the denser ones). By default every level ha
 `group_ends` many levels share one, e.g. EPTS's seven groups over (0, 0.7].
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -76,7 +77,7 @@ class Ladder:
         rates = self.sparsities
         if not rates and not self.patterns:
             raise ConfigError("ladder: no levels; name at least one sparsity (e.g. 0.5) or pattern (e.g. '2:4').")
-        if any(not 0.0 <= s < 1.0 for s in rates) or any(a >= b for a, b in zip(rates, rates[1:], strict=False)):
+        if any(not 0.0 <= s < 1.0 for s in rates) or any(a >= b for a, b in itertools.pairwise(rates)):
             raise ConfigError(f"ladder.sparsities: {list(rates)} must be strictly increasing within [0, 1).")
         if len(rates) > MAX_SPARSITIES:
             raise ConfigError(f"ladder.sparsities: {len(rates)} levels; at most {MAX_SPARSITIES} fit in one ladder.")
@@ -86,7 +87,7 @@ class Ladder:
             parse_pattern(pattern)
         ends = self.group_ends
         if ends is not None and (
-            not rates or any(a >= b for a, b in zip(ends, ends[1:], strict=False)) or not ends or ends[-1] < rates[-1]
+            not rates or any(a >= b for a, b in itertools.pairwise(ends)) or not ends or ends[-1] < rates[-1]
         ):
             raise ConfigError(
                 f"ladder.group_ends: {list(ends)} must be strictly increasing and reach the sparsest level "
@@ -120,9 +121,7 @@ class Ladder:
         for number, text in enumerate(self.patterns):
             kept, size = parse_pattern(text)
             group = self.num_unstructured_groups + number
-            rows.append(
-                Level(index=len(rows), name=text, sparsity=1 - kept / size, pattern=(kept, size), group=group)
-            )
+            rows.append(Level(index=len(rows), name=text, sparsity=1 - kept / size, pattern=(kept, size), group=group))
         return tuple(rows)
 
     def inherited_groups(self, group: int) -> tuple[int, ...]:
@@ -166,4 +165,4 @@ def rank_slices(ranks: Sequence[int]) -> list[slice]:
     ends = [0]
     for rank in ranks:
         ends.append(ends[-1] + rank)
-    return [slice(a, b) for a, b in zip(ends, ends[1:], strict=False)]
+    return [slice(a, b) for a, b in itertools.pairwise(ends)]

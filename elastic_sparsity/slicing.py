@@ -78,7 +78,9 @@ def check_zeros(model: Any, masks: dict[str, Tensor]) -> None:
             raise CheckpointError(f"{name}: {outside} weights outside the mask are not zero after the merge.")
 
 
-def slice_checkpoint(path: str | Path, level: str | float, output: str | Path, dtype: torch.dtype | None = None) -> None:
+def slice_checkpoint(
+    path: str | Path, level: str | float, output: str | Path, dtype: torch.dtype | None = None
+) -> None:
     """Writes one level as a plain Hugging Face folder that needs nothing of ours to open.
 
     Raises: LevelError, CheckpointError; OutputError: if `output` is taken or cannot be written.

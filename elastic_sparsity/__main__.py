@@ -1,0 +1,5 @@
+"""`python -m elastic_sparsity`."""
+
+from elastic_sparsity.cli import main
+
+main()

@@ -1,0 +1,45 @@
+"""Shared fixtures: the smallest recipe, and a trained tiny checkpoint made once a session."""
+
+import pytest
+import torch
+
+from elastic_sparsity import optimize
+from elastic_sparsity.config import make_recipe
+
+TINY_RECIPE = {
+    "model": {"id": "random:llama"},
+    "calibration": {"source": "self", "samples": 6, "length": 16},
+    "evaluation": {"max_windows": 2},
+    "ladder": {"sparsities": [0.5, 0.6, 0.7], "patterns": ["2:4"]},
+    "adapters": {"ranks": 2},
+    "block": {"steps": 2, "samples": 4, "batch_size": 2},
+    "end_to_end": {"trainable": "base", "steps": 4, "batch_size": 2},
+    "precision": "float32",
+}
+
+
+def tiny_recipe(**sections):
+    """The tiny recipe with single fields replaced: `tiny_recipe(ladder={"patterns": []})`."""
+    data = {name: dict(value) if isinstance(value, dict) else value for name, value in TINY_RECIPE.items()}
+    for name, fields in sections.items():
+        data[name] = {**data.get(name, {}), **fields} if isinstance(fields, dict) else fields
+    return make_recipe(data)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch, request):
+    """Tests never read or fill the user's cache, except the one that fetches the real model."""
+    if "real_model" not in request.keywords:
+        folder = tmp_path_factory.getbasetemp() / "cache"
+        monkeypatch.setenv("ELASTIC_SPARSITY_CACHE", str(folder))
+    torch.set_num_threads(2 if "real_model" in request.keywords else 1)  # tiny matrices only lose by threads
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory):
+    """Folder of an elastic checkpoint of a tiny random Llama. Read only; copy it to damage it."""
+    folder = tmp_path_factory.mktemp("tiny") / "checkpoint"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ELASTIC_SPARSITY_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        optimize(tiny_recipe(), folder)
+    return folder

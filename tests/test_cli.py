@@ -1,0 +1,194 @@
+"""The command line as a user meets it: results on stdout, one clear line and exit code 2 for a mistake."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from elastic_sparsity import cli
+from elastic_sparsity.tiny import byte_tokenizer, tiny_model
+
+TEXT = "The quick brown fox jumps over the lazy dog. " * 40
+
+
+def run(capsys, *arguments):
+    """Runs the CLI in this process; returns (exit code, stdout, stderr)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["elastic-sparsity", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+    captured = capsys.readouterr()
+    return stopped.value.code or 0, captured.out, captured.err
+
+
+def save_tiny(folder, **changes):
+    model = tiny_model("llama", **changes)
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return model
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture
+def quick_recipe(tmp_path):
+    path = tmp_path / "quick.toml"
+    path.write_text(
+        '[model]\nid = "random:llama"\n[calibration]\nsource = "self"\nsamples = 4\nlength = 16\n'
+        '[evaluation]\nmax_windows = 2\n[ladder]\nsparsities = [0.5, 0.7]\npatterns = ["2:4"]\n'
+        "[adapters]\nranks = 2\n[block]\nsteps = 1\nsamples = 2\n[end_to_end]\nsteps = 2\n"
+    )
+    return path
+
+
+def test_verbs_are_these():
+    names = {command.name or command.callback.__name__ for command in cli.app.registered_commands}
+    assert names == {"demo", "train", "slice", "eval"}
+
+
+def test_train_slice_eval(capsys, tmp_path, quick_recipe, text_file):
+    out = tmp_path / "elastic"
+    code, stdout, stderr = run(capsys, "train", quick_recipe, "--output", out, "-q")
+    assert code == 0, stderr
+    for word in ("dense", "wanda", "elastic", "50 %", "70 %", "2:4"):
+        assert word in stdout
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    assert {(r["level"], r["method"]) for r in rows} == {
+        ("dense", "dense"),
+        *((level, method) for level in ("0.5", "0.7", "2:4") for method in ("elastic", "wanda")),
+    }
+    assert (out / "results.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(out.glob("*.bin")) and not list(out.glob("*.pt")), "nothing is pickled"
+
+    code, stdout, _ = run(capsys, "slice", out, "--level", "70%", "--output", tmp_path / "sliced", "--dtype", "float32")
+    assert code == 0 and "AutoModelForCausalLM" in stdout
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "sliced")
+    assert AutoTokenizer.from_pretrained(tmp_path / "sliced")("a").input_ids
+    assert model.dtype == torch.float32
+    assert (model.model.layers[0].mlp.up_proj.weight == 0).float().mean() == pytest.approx(22 / 32)
+
+    for target, options in ((out, ["--level", "0.7"]), (out, []), (tmp_path / "sliced", [])):
+        result = tmp_path / "eval.json"
+        code, stdout, stderr = run(
+            capsys, "eval", target, "--text", text_file, "--window", "64", "--precision", "float32", "--output", result,
+            "-q", *options,
+        )  # fmt: skip
+        assert code == 0, stderr
+        found = {row["level"]: row["perplexity"] for row in json.loads(result.read_text())["rows"]}
+        values = found.get("0.7", found.get("dense"))
+        assert values == pytest.approx(getattr(test_train_slice_eval, "seen", values), rel=1e-2)
+        test_train_slice_eval.seen = values
+
+
+def test_eval_with_reference_gives_kl(capsys, tmp_path, text_file):
+    save_tiny(tmp_path / "dense")
+    result = tmp_path / "eval.json"
+    code, _, stderr = run(
+        capsys, "eval", tmp_path / "dense", "--text", text_file, "--reference", tmp_path / "dense", "--window", "64",
+        "--output", result, "-q",
+    )  # fmt: skip
+    assert code == 0, stderr
+    assert json.loads(result.read_text())["rows"][0]["kl"] == pytest.approx(0, abs=1e-6)
+
+
+def test_model_and_calibration_overrides(capsys, tmp_path, quick_recipe, text_file):
+    save_tiny(tmp_path / "dense")
+    code, stdout, stderr = run(
+        capsys, "train", quick_recipe, "--model", tmp_path / "dense", "--calibration", text_file, "--output",
+        tmp_path / "elastic", "-q",
+    )  # fmt: skip
+    assert code == 0, stderr
+    config = json.loads((tmp_path / "elastic" / "elastic_config.json").read_text())
+    assert config["base_model"]["id"] == str(tmp_path / "dense")
+    assert config["recipe"]["calibration"]["source"] == str(text_file)
+    assert config["data"]["calibration_tokens"] == 64 and config["versions"]["torch"]
+
+
+def expect_error(capsys, message, *arguments):
+    code, stdout, stderr = run(capsys, *arguments)
+    flat = " ".join(stderr.split())
+    assert code == 2 and flat.startswith("error: ") and message in flat, (code, stdout, stderr)
+    assert "Traceback" not in stderr
+
+
+def test_mistakes_get_one_clear_line(capsys, tmp_path, quick_recipe, tiny_checkpoint, text_file):
+    out = tmp_path / "out"
+    expect_error(capsys, "no such file; recipes of the package: demo", "train", "nothing", "--output", out)
+    expect_error(capsys, "'0.65' is not in this ladder; it has: 0.5, 0.6, 0.7, 2:4", "slice", tiny_checkpoint,
+                 "--level", "0.65", "--output", out)  # fmt: skip
+    expect_error(capsys, "no elastic checkpoint here", "slice", tmp_path, "--level", "0.5", "--output", out)
+    expect_error(capsys, "is not one of float32", "slice", tiny_checkpoint, "--level", "0.5", "--output", out,
+                 "--dtype", "int8")  # fmt: skip
+    expect_error(capsys, "is no folder", "train", quick_recipe, "--model", tmp_path / "no" / "where", "--output", out)
+    expect_error(capsys, "no such file", "train", quick_recipe, "--calibration", tmp_path / "no.txt", "--output", out)
+    expect_error(capsys, "tokens give 0 samples of 16 tokens", "train", quick_recipe, "--calibration",
+                 _file(tmp_path / "short.txt", "few words"), "--output", out)  # fmt: skip
+    expect_error(capsys, "--level needs an elastic checkpoint", "eval", "random:llama", "--text", text_file, "--level",
+                 "0.5")  # fmt: skip
+    expect_error(capsys, "no such file", "eval", "random:llama", "--text", tmp_path / "no.txt")
+    recipe = _file(tmp_path / "typo.toml", quick_recipe.read_text().replace("steps = 1", "stepz = 1"))
+    expect_error(capsys, "block.stepz: unknown key; did you mean 'steps'?", "train", recipe, "--output", out)
+    assert not out.exists()
+
+
+def _file(path, text):
+    path.write_text(text)
+    return path
+
+
+def test_a_taken_output_folder_is_refused_before_any_work(capsys, tmp_path, quick_recipe):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("precious")
+    expect_error(capsys, "already holds something", "train", quick_recipe, "--output", tmp_path / "out")
+    assert (tmp_path / "out" / "thesis.tex").read_text() == "precious"
+
+
+def test_a_model_that_is_not_supported_or_not_finite(capsys, tmp_path, quick_recipe):
+    model = save_tiny(tmp_path / "nan")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    model.save_pretrained(tmp_path / "nan")
+    out = tmp_path / "out"
+    expect_error(capsys, "model.layers.1.mlp.up_proj.weight", "train", quick_recipe, "--model", tmp_path / "nan",
+                 "--output", out)  # fmt: skip
+    config = json.loads((tmp_path / "nan" / "config.json").read_text())
+    shutil.copytree(tmp_path / "nan", tmp_path / "other")
+    (tmp_path / "other" / "config.json").write_text(json.dumps({**config, "model_type": "bloom"}))
+    expect_error(capsys, "'bloom' has no row in the architecture table", "train", quick_recipe, "--model",
+                 tmp_path / "other", "--output", out)  # fmt: skip
+
+
+def test_a_truncated_checkpoint_is_named(capsys, tmp_path, tiny_checkpoint):
+    shutil.copytree(tiny_checkpoint, tmp_path / "c")
+    shell = tmp_path / "c" / "shell-core.safetensors"
+    shell.write_bytes(shell.read_bytes()[:-1])
+    expect_error(capsys, "shell-core.safetensors has", "slice", tmp_path / "c", "--level", "0.7", "--output",
+                 tmp_path / "out")  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_leaves_nothing(capsys, tmp_path, quick_recipe, monkeypatch):
+    import elastic_sparsity.checkpoint as module
+
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "save_file", full)
+    expect_error(capsys, "No space left on device", "train", quick_recipe, "--output", tmp_path / "o" / "out", "-q")
+    assert list((tmp_path / "o").iterdir()) == []
+
+
+def test_the_installed_command_runs():
+    done = subprocess.run(
+        [sys.executable, "-m", "elastic_sparsity", "--help"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and "demo" in done.stdout

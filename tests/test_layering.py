@@ -1,0 +1,85 @@
+"""Which module may import what, as a table that the test executes."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "elastic_sparsity"
+MODELS = {"arch", "errors", "models", "tiny"}
+ALLOWED = {
+    # layer 0: plain data
+    "errors": set(),
+    "ladder": {"errors"},
+    "config": {"errors", "ladder"},
+    # layer 1: tensors or plain numbers only
+    "precision": {"torch"},
+    "importance": {"torch", "errors"},
+    "masks": {"torch", "errors"},
+    "mixer": {"torch", "errors"},
+    "sparsegpt": {"torch", "errors", "importance"},
+    "checkpoint": {"torch", "safetensors", "errors", "ladder", "masks"},
+    "report": set(),
+    # layer 2: know Hugging Face models
+    "arch": {"torch", "errors"},
+    "tiny": {"torch", "transformers", "arch"},
+    "models": {"torch", "transformers", "arch", "errors", "tiny"},
+    "data": {"torch", "datasets", "errors"},
+    "blocks": {"torch", "errors"},
+    "adapters": {"torch", "arch", "errors", "ladder", "masks"},
+    # layer 3: stages
+    "calibrate": {"torch", "arch", "blocks", "importance"},
+    "calibration_text": {"torch", "safetensors", "config", "data", "models", "precision"},
+    "distill": {"torch", "adapters", "blocks", "errors", "ladder", "mixer"},
+    "end_to_end": {"torch", "adapters", "distill", "errors", "ladder"},
+    "baselines": {"torch", "arch", "blocks", "calibrate", "errors", "importance", "ladder", "masks", "sparsegpt"},
+    "slicing": {"torch", "transformers", "accelerate", "adapters", "arch", "checkpoint", "errors", "ladder"},
+    "evaluate": {"torch", "arch", "errors"},
+    # layer 4: the flow
+    "pipeline": {
+        "torch", "adapters", "arch", "blocks", "calibrate", "calibration_text", "checkpoint", "config", "data",
+        "distill", "end_to_end", "importance", "ladder", "masks", "mixer", "models", "precision",
+    },
+    "measure": {
+        "torch", "transformers", "baselines", "calibration_text", "checkpoint", "config", "data", "errors", "evaluate",
+        "models", "precision", "slicing",
+    },
+    # layer 5
+    "__main__": {"cli"},
+    "cli": {"transformers", "checkpoint", "config", "errors", "measure", "pipeline", "report", "slicing"},
+}  # fmt: skip
+WATCHED = {"torch", "numpy", "safetensors", "transformers", "peft", "datasets", "lm_eval", "accelerate"}
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}:{node.lineno} uses a relative import"
+            names = [node.module]
+        for name in names:
+            if name.startswith("elastic_sparsity.") or name.split(".")[0] in WATCHED:
+                yield name.removeprefix("elastic_sparsity.").split(".")[0]
+
+
+@pytest.mark.parametrize("path", [p for p in PACKAGE.glob("*.py") if p.stem != "__init__"], ids=lambda p: p.stem)
+def test_module_imports_only_what_its_row_allows(path):
+    extra = set(imported(path)) - ALLOWED[path.stem]
+    assert not extra, f"{path.stem}: extra imports {extra}"
+
+
+def test_the_table_has_no_dead_rows():
+    assert set(ALLOWED) == {p.stem for p in PACKAGE.glob("*.py")} - {"__init__"}
+
+
+def test_import_loads_no_slow_library():
+    code = "import sys, elastic_sparsity; print([m for m in ('transformers', 'peft', 'datasets') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_modules_stay_small():
+    sizes = {p.name: len(p.read_text().splitlines()) for p in PACKAGE.glob("*.py")}
+    assert {name: size for name, size in sizes.items() if size > 400} == {}

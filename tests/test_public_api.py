@@ -1,0 +1,17 @@
+"""What users may import, frozen."""
+
+import elastic_sparsity
+
+
+def test_public_names():
+    assert sorted(elastic_sparsity.__all__) == [
+        "ElasticCheckpoint",
+        "ElasticModel",
+        "ElasticSparsityError",
+        "Recipe",
+        "optimize",
+        "read_recipe",
+        "slice_checkpoint",
+    ]
+    for name in elastic_sparsity.__all__:
+        assert getattr(elastic_sparsity, name).__doc__
