@@ -118,8 +118,7 @@ class ElasticLinear(nn.Module):
         self.pattern_masks = list(pattern_masks)
 
     def active_groups(self, level: Level) -> list[int]:
-        inherited = () if self.inheritance == "none" else self.ladder.inherited_groups(level.group)
-        return [*inherited, level.group]
+        return self.ladder.active_groups(level, self.inheritance)
 
     def mask(self, level: Level) -> Tensor:
         """(O, I) bool mask of a level."""

@@ -92,12 +92,6 @@ def decoder_blocks(model: nn.Module) -> nn.ModuleList:
     return blocks
 
 
-def linear_names(model_type: str, num_blocks: int) -> list[list[str]]:
-    """Fully qualified names of the sparsified linears, block by block."""
-    row = architecture_of(model_type)
-    return [[f"{row.blocks}.{index}.{path}" for path in row.linears] for index in range(num_blocks)]
-
-
 def check_finite_weights(model: nn.Module) -> None:
     """Raises: NumericsError: listing every parameter that holds NaN or infinity."""
     bad = [name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()]

@@ -41,7 +41,7 @@ def prune_one_shot_(
         raise ConfigError(f"method {method!r} is unknown; expected one of {', '.join(METHODS)}.")
     blocks = decoder_blocks(model)
     row = architecture_of(model.config.model_type)
-    runner = BlockRunner(model, list(blocks), token_ids_ST, batch_size)
+    runner = BlockRunner(model.base_model, list(blocks), token_ids_ST.to(model.device), batch_size)
     hidden = runner.first_hidden()
     for index, block in enumerate(blocks):
         where = f"{row.blocks}.{index}"
@@ -66,7 +66,7 @@ def pruned_weight(
         return sparsegpt(
             weight, statistics.gram_II, sparsity=level.sparsity, pattern=level.pattern, damping=damping, where=where
         )
-    scores = importance_scores(method, weight, statistics, damping)
+    scores = importance_scores(method, weight, statistics, damping, where)
     if level.pattern is not None:
         mask = pattern_mask(scores, *level.pattern)
     else:

@@ -40,7 +40,7 @@ class BlockRunner:
     """Calls single blocks of a model exactly as the model itself would.
 
     Args:
-        model: causal LM in eval mode.
+        model: causal LM, or its body (which spares the logits), in eval mode.
         blocks: its decoder blocks.
         token_ids_ST: calibration samples, all of one length.
         batch_size: samples a call.
@@ -84,13 +84,17 @@ class BlockRunner:
             calls.append((args[1:], rest))
 
         with _pre_hooks(self.blocks, record):
-            self.model(self.token_ids_ST[:batch_size], use_cache=False)
+            rows = torch.arange(batch_size) % self.token_ids_ST.shape[0]
+            self.model(self.token_ids_ST[rows], use_cache=False)
         if len(calls) != len(self.blocks):
             raise ShapeError(f"model ran {len(calls)} blocks, expected {len(self.blocks)}, each once and in order.")
         self._calls[batch_size] = calls
 
     def call(self, index: int) -> BlockCall:
         """A function from hidden states (B, T, D) to block `index`'s output, differentiable."""
+        for batch in self.batches():  # now, not inside the run: that one may be observed, and must not see another
+            if batch.stop - batch.start not in self._calls:
+                self._record(batch.stop - batch.start)
 
         def run(hidden: Tensor) -> Tensor:
             if hidden.shape[0] not in self._calls:

@@ -1,19 +1,24 @@
 """A recipe's calibration samples: from its text, or sampled from the model itself and kept in the user's cache."""
 
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from elastic_sparsity.config import Recipe
-from elastic_sparsity.data import read_text, sample_from_model, sample_windows, tokenize
+from elastic_sparsity.data import read_text, sample_from_model, sample_windows, token_hash, tokenize, windows
+from elastic_sparsity.errors import ConfigError, DataError
 from elastic_sparsity.models import BaseModel, cache_folder
 from elastic_sparsity.precision import autocast_factory, resolve_precision
 
 log = logging.getLogger(__name__)
+
+HELD_OUT_SEED = 1_000_003  # added to the recipe's seed: text that calibration never sees, whatever its amount
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, steps done, steps in all)."""
@@ -26,10 +31,11 @@ def silent(stage: str, done: int, total: int) -> None:
 def calibration_tokens(recipe: Recipe, base: BaseModel, progress: Progress = silent) -> tuple[Tensor, Tensor | None]:
     """(S, T) calibration samples, and for "self" the held-out samples that evaluation uses when it has no text."""
     wanted = recipe.calibration
+    check_length("calibration.length", wanted.length, base.model)
     if wanted.source == "self":
         held_out = recipe.evaluation.max_windows or 32
-        ids = _self_sampled(recipe, base, wanted.samples + held_out, progress)
-        return ids[: wanted.samples], ids[wanted.samples :]
+        ids = _self_sampled(recipe, base, wanted.samples, recipe.seed, progress)
+        return ids, _self_sampled(recipe, base, held_out, recipe.seed + HELD_OUT_SEED, progress)
     text = read_text(
         wanted.source,
         name=wanted.name,
@@ -40,27 +46,55 @@ def calibration_tokens(recipe: Recipe, base: BaseModel, progress: Progress = sil
     return sample_windows(tokenize(base.tokenizer, text), wanted.samples, wanted.length, recipe.seed), None
 
 
-def _self_sampled(recipe: Recipe, base: BaseModel, samples: int, progress: Progress) -> Tensor:
-    """Sampled once per model, amount, temperature and seed; kept in the user's cache."""
-    wanted = recipe.calibration
-    key = f"{base.identity['sha256'][:16]}-{samples}x{wanted.length}-t{wanted.temperature:g}-s{recipe.seed}"
+def _self_sampled(recipe: Recipe, base: BaseModel, samples: int, seed: int, progress: Progress) -> Tensor:
+    """Sampled once per model, amount, temperature, precision and seed; kept in the user's cache."""
+    wanted, device = recipe.calibration, base.model.device.type
+    precision = resolve_precision(recipe.precision, device)
+    key = f"{base.identity['sha256'][:16]}-{samples}x{wanted.length}-t{wanted.temperature:g}-{precision}-s{seed}"
     path = cache_folder() / "self-calibration" / f"{key}.safetensors"
     if path.is_file():
         try:
             return load_file(path)["token_ids"]
         except (SafetensorError, KeyError):
             log.warning("%s is damaged; sampling again", path)
-    with autocast_factory(resolve_precision(recipe.precision, base.model.device.type), base.model.device.type)():
+    with autocast_factory(precision, device)():
         ids = sample_from_model(
             base.model,
             samples,
             wanted.length,
             temperature=wanted.temperature,
-            seed=recipe.seed,
+            seed=seed,
             on_batch=lambda done, total: progress("sampling calibration text", done, total),
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".partial")
-    save_file({"token_ids": ids}, scratch)
-    scratch.replace(path)
+    scratch = path.with_suffix(f".partial-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"token_ids": ids}, scratch)
+        scratch.replace(path)
+    except (OSError, SafetensorError) as error:
+        log.warning("%s cannot be written (%s); the text will be sampled again next time", path, error)
+        scratch.unlink(missing_ok=True)
     return ids
+
+
+def evaluation_windows(recipe: Recipe, base: BaseModel, held_out: Tensor | None) -> tuple[Tensor, dict[str, Any]]:
+    """(S, T) windows to measure on, and what they are, for the record.
+
+    Raises: DataError: if the text is missing or too short. ConfigError: if a window is longer than the model can read.
+    """
+    wanted = recipe.evaluation
+    if wanted.source is None:
+        if held_out is None:
+            raise DataError("evaluation.source: missing; without self-sampled calibration name a text to measure on.")
+        return held_out, {"text": "self-sampled, held out", "windows": list(held_out.shape)}
+    text = read_text(wanted.source)
+    check_length("evaluation.window", wanted.window, base.model)
+    ids = windows(tokenize(base.tokenizer, text), wanted.window, wanted.max_windows)
+    return ids, {"text": Path(wanted.source).name, "sha256": token_hash(ids), "windows": list(ids.shape)}
+
+
+def check_length(field: str, length: int, model: Any) -> None:
+    """Raises: ConfigError: if `length` tokens are more than the model's positions."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        raise ConfigError(f"{field}: {length} tokens, but the model reads at most {positions}; lower it.")

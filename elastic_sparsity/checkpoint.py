@@ -24,11 +24,11 @@ from torch import Tensor
 from elastic_sparsity.errors import CheckpointError, OutputError, ShapeError
 from elastic_sparsity.ladder import Ladder, Level, keep_count
 from elastic_sparsity.masks import mask_at, pack_bits, unpack_bits
+from elastic_sparsity.precision import DTYPES
 
 FORMAT = "elastic_sparsity"
 FORMAT_VERSION = 1
 CONFIG_NAME = "elastic_config.json"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,9 +144,21 @@ def file_sha256(path: Path) -> str:
 
 
 def check_output_folder(folder: Path) -> None:
-    """Raises: OutputError: unless `folder` does not exist yet or is an empty folder."""
+    """Raises: OutputError: unless `folder` can be made, or is an empty folder that can be replaced."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise OutputError(f"{folder}: already holds something; choose another output folder or move it away.")
+    if folder.is_mount():
+        raise OutputError(f"{folder}: is a mount point, which cannot be replaced; name a new folder inside it.")
+    scratch = _scratch_beside(folder)
+    try:
+        scratch.mkdir(parents=True)
+        scratch.rmdir()
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be made: {error}.") from error
+
+
+def _scratch_beside(folder: Path) -> Path:
+    return folder.parent / f".{folder.name}.partial-{uuid.uuid4().hex[:8]}"
 
 
 @contextmanager
@@ -156,7 +168,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     Raises: OutputError: if `folder` is taken, cannot be made, or the disk is full.
     """
     check_output_folder(folder)
-    scratch = folder.parent / f".{folder.name}.partial-{uuid.uuid4().hex[:8]}"
+    scratch = _scratch_beside(folder)
     try:
         scratch.mkdir(parents=True)
         yield scratch
@@ -278,6 +290,11 @@ class ElasticCheckpoint:
             raise CheckpointError(
                 f"{self.folder / CONFIG_NAME}: missing or malformed field ({type(error).__name__}: {error})."
             ) from None
+        if len(self.ranks) != self.ladder.num_groups or not isinstance(self.config.get("files"), dict):
+            raise CheckpointError(
+                f"{self.folder / CONFIG_NAME}: {len(self.ranks)} ranks for {self.ladder.num_groups} groups, "
+                "or no list of files."
+            )
         self._check_files()
 
     def _read_config(self) -> dict[str, Any]:
@@ -316,17 +333,13 @@ class ElasticCheckpoint:
         """Bytes that loading a level needs: its shells, its groups' adapters, and what is not sparsified."""
         count = num_shells(self.ladder, level)
         shells = sum(self._entry(f"shell-{n}")["bytes"] for n in shell_names(self.ladder)[:count])
-        ranks = sum(self.ranks[group] for group in self.active_groups(level))
+        ranks = sum(self.ranks[group] for group in self.ladder.active_groups(level, self.inheritance))
         adapters = sum(4 * ranks * (shape[0] + shape[1]) for shape, _ in self.linears.values())
         return int(shells + adapters + self._entry("dense")["bytes"])
 
     def total_bytes(self) -> int:
         """Bytes of all tensor files."""
         return sum(int(entry["bytes"]) for entry in self.config["files"].values())
-
-    def active_groups(self, level: Level) -> list[int]:
-        inherited = () if self.inheritance == "none" else self.ladder.inherited_groups(level.group)
-        return [*inherited, level.group]
 
     def _entry(self, name: str) -> dict[str, Any]:
         entry: dict[str, Any] = self.config["files"][name]
@@ -362,7 +375,7 @@ class ElasticCheckpoint:
                 weight, mask = decode_shells(parts, shape, self.ladder, level, f"{self.folder}: {name}")
                 pairs = [
                     (adapters.get_tensor(f"{name}.lora_A.{group}"), adapters.get_tensor(f"{name}.lora_B.{group}"))
-                    for group in self.active_groups(level)
+                    for group in self.ladder.active_groups(level, self.inheritance)
                     if self.ranks[group]
                 ]
                 for lora_A, lora_B in pairs:

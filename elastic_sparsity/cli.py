@@ -1,6 +1,5 @@
 """The command line: arguments into one call each; tables, bars and errors for people."""
 
-import json
 import logging
 import os
 import sys
@@ -107,6 +106,7 @@ def train(
 
 
 def _run(recipe: Recipe, output: Path, quiet: bool) -> None:
+    from elastic_sparsity.checkpoint import write_json
     from elastic_sparsity.measure import measure
     from elastic_sparsity.pipeline import optimize
     from elastic_sparsity.report import human_bytes, plot_results, results_table
@@ -120,7 +120,7 @@ def _run(recipe: Recipe, output: Path, quiet: bool) -> None:
         protocol = checkpoint.config["quality"]["protocol"]
         title = f"{protocol['text']}, {protocol['windows'][0]} windows of {protocol['windows'][1]} tokens"
         console.print(results_table(rows, title))
-        (output / "results.json").write_text(json.dumps({"protocol": protocol, "rows": rows}, indent=2) + "\n")
+        write_json(output / "results.json", {"protocol": protocol, "rows": rows})
         plot_results(rows, output / "results.png", title)
     size = human_bytes(checkpoint.total_bytes())
     console.print(f"{output}: one checkpoint of {size} serves {', '.join(x.title for x in checkpoint.ladder.levels)}.")
@@ -134,7 +134,7 @@ def slice_command(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's.")] = None,
 ) -> None:
     """Write one level as a plain Hugging Face folder that any tool opens."""
-    from elastic_sparsity.checkpoint import DTYPES
+    from elastic_sparsity.precision import DTYPES
     from elastic_sparsity.slicing import slice_checkpoint
 
     if dtype is not None and dtype not in DTYPES:
@@ -157,6 +157,7 @@ def eval_command(
     quiet: Quiet = False,
 ) -> None:
     """Perplexity and KL to a reference, for dense, sliced and elastic models alike."""
+    from elastic_sparsity.checkpoint import write_json
     from elastic_sparsity.measure import evaluate_path
     from elastic_sparsity.report import results_table
 
@@ -176,6 +177,4 @@ def eval_command(
     counts = protocol["windows"]
     Console().print(results_table(rows, f"{protocol['text']}, {counts[0]} windows of {counts[1]} tokens"))
     if output is not None:
-        from elastic_sparsity.checkpoint import write_json
-
         write_json(output, {"protocol": protocol, "rows": rows})

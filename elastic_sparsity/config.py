@@ -14,14 +14,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from elastic_sparsity.errors import ConfigError
 from elastic_sparsity.ladder import Ladder
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-Rate = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(gt=0, strict=True)]
+NonNegative = Annotated[int, Field(ge=0, strict=True)]
+Length = Annotated[int, Field(gt=7, strict=True)]
+Rate = Annotated[float, Field(ge=0.0, allow_inf_nan=False, strict=True)]
+Share = Annotated[float, Field(ge=0.0, le=1.0, strict=True)]
+Above = Annotated[float, Field(gt=0.0, allow_inf_nan=False, strict=True)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class ModelSection(_Section):
@@ -39,16 +41,16 @@ class CalibrationSection(_Section):
     split: str = "train"
     text_column: str = "text"
     samples: Positive = 128
-    length: Annotated[int, Field(gt=7)] = 2048
+    length: Length = 2048
     """Tokens a sample; never taken from max_position_embeddings."""
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Above = 1.0
     """Sampling temperature of "self"."""
 
 
 class EvaluationSection(_Section):
     source: str | None = None
     """Text to measure on; None = a held-out part of the text if calibration is "self", else no evaluation."""
-    window: Annotated[int, Field(gt=7)] = 2048
+    window: Length = 2048
     """Tokens a window; windows do not overlap."""
     max_windows: Positive | None = None
     baselines: tuple[Literal["magnitude", "wanda", "obs", "sparsegpt"], ...] = ("wanda",)
@@ -58,9 +60,9 @@ class EvaluationSection(_Section):
 
 
 class LadderSection(_Section):
-    sparsities: tuple[float, ...] = (0.5, 0.6, 0.7)
+    sparsities: tuple[Rate, ...] = (0.5, 0.6, 0.7)
     patterns: tuple[str, ...] = ()
-    group_ends: tuple[float, ...] | None = None
+    group_ends: tuple[Rate, ...] | None = None
     """Upper sparsity of each adapter group; None = one group a level."""
     pattern_parent: Literal["densest", "all", "none"] = "densest"
     """Which unstructured groups an N:M level inherits."""
@@ -68,7 +70,7 @@ class LadderSection(_Section):
 
 class ScoresSection(_Section):
     method: Literal["magnitude", "wanda", "obs"] = "wanda"
-    damping: Annotated[float, Field(gt=0)] = 0.01
+    damping: Above = 0.01
     """Of the input covariance, relative to its mean diagonal; for "obs" and SparseGPT."""
     patterns: Literal["free", "within"] = "free"
     """N:M masks chosen freely, or within the densest unstructured level (stores no extra value, zeros more)."""
@@ -83,9 +85,10 @@ class AdapterSection(_Section):
 
 class MixerSection(_Section):
     mode: Literal["own", "learned", "fixed", "dense"] = "own"
-    weights: tuple[Annotated[float, Field(ge=0)], ...] | None = None
+    weights: tuple[Rate, ...] | None = None
     """Convex weights of the groups, for "fixed" and as the start of "learned"; None = equal."""
-    lr: Rate = 1e-2
+    lr: Rate = 1e-1
+    """Of the learned mix."""
 
 
 class BlockSection(_Section):
@@ -132,7 +135,7 @@ class Recipe(_Section):
     block: BlockSection = BlockSection()
     end_to_end: EndToEndSection = EndToEndSection()
     checkpoint: CheckpointSection = CheckpointSection()
-    seed: NonNegative = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = 0
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of matrix products; auto = bfloat16 where the device has it natively, else float32. Masters stay float32."""
 
@@ -180,6 +183,8 @@ def _explain(problem: dict[str, Any]) -> str:
         near = difflib.get_close_matches(str(location[-1]), known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}."
         return f"{field}: unknown key; {hint}"
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"])
     if problem["type"] == "missing":
         return f"{field}: missing; every recipe must say it."
     return f"{field}: {problem['msg']}, found {problem['input']!r}."
@@ -192,8 +197,6 @@ def make_recipe(data: dict[str, Any], where: str = "recipe") -> Recipe:
     """
     try:
         return Recipe.model_validate(data)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
     except ValidationError as error:
         problems = [_explain(dict(problem)) for problem in error.errors(include_url=False)]
         raise ConfigError(f"{where}: " + "\n  ".join(dict.fromkeys(problems))) from None

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elastic_sparsity.errors import DataError
+from elastic_sparsity.errors import DataError, NumericsError
 
 log = logging.getLogger(__name__)
 
@@ -125,14 +125,17 @@ def sample_from_model(
         size = min(SELF_BATCH, samples - start)
         ids = torch.empty(size, length, dtype=torch.int64)
         ids[:, 0] = torch.randint(model.config.vocab_size, (size,), generator=generator)
-        cache, latest = None, ids[:, :1]
+        cache, latest = None, ids[:, :1].to(model.device)
         for position in range(1, length):
             output = model(latest, past_key_values=cache, use_cache=True)
             cache = output.past_key_values
-            logits = output.logits[:, -1].float() / temperature
+            logits = output.logits[:, -1].float().cpu() / temperature  # the generator lives on the CPU
+            if not torch.isfinite(logits).all():
+                raise NumericsError("self-calibration: the model's logits are not finite; its weights overflow.")
             logits[:, banned] = float("-inf")
-            latest = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
-            ids[:, position] = latest[:, 0]
+            chosen = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
+            ids[:, position] = chosen[:, 0]
+            latest = chosen.to(model.device)
         parts.append(ids)
         on_batch(min(start + SELF_BATCH, samples), samples)
     return torch.cat(parts)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from elastic_sparsity.adapters import ElasticLinear
 from elastic_sparsity.blocks import BlockCall
@@ -137,10 +137,13 @@ def block_outputs(
     ladder: Ladder,
     streams: Sequence[Tensor],
     dense_STD: Tensor,
+    target_STD: Tensor,
     mixer: FeatureMixer,
     generator: torch.Generator,
 ) -> list[Tensor]:
     """The next block's streams: this block's output at one level of every group, each on that group's input."""
+    if mixer.mode == "dense":
+        return [target_STD] * ladder.num_groups
     outputs: list[Tensor] = []
     with torch.no_grad():
         for level in draw_levels(ladder, generator):
@@ -153,9 +156,3 @@ def block_outputs(
     for linear in linears:
         linear.level = None
     return outputs
-
-
-def freeze_(linears: Sequence[nn.Module]) -> None:
-    """No gradient to any parameter of `linears`."""
-    for linear in linears:
-        linear.requires_grad_(False)

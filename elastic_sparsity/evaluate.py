@@ -61,6 +61,8 @@ def evaluate(
     bad = [name for name in models if not math.isfinite(nll[name])]
     if bad:
         raise NumericsError(f"evaluation: the loss of {', '.join(bad)} is not finite.")
+    if not all(map(math.isfinite, kl.values())):
+        raise NumericsError("evaluation: the reference model's logits are not finite.")
     return {
         name: Quality(_exp(nll[name] / tokens), None if reference is None else kl[name] / tokens, tokens)
         for name in models

@@ -90,20 +90,22 @@ def inverse_hessian(gram_II: Tensor, damping: float, where: str = "gram") -> Ten
     return torch.cholesky_inverse(factor)
 
 
-def obs_scores(weight_OI: Tensor, gram_II: Tensor, damping: float) -> Tensor:
+def obs_scores(weight_OI: Tensor, gram_II: Tensor, damping: float, where: str = "gram") -> Tensor:
     """weight^2 / diag(inverse Hessian): the loss of removing one weight and repairing the rest of its row.
 
     Returns: (O, I) float32, comparable within a row.
     """
-    inverse_diagonal_I = inverse_hessian(gram_II, damping).diagonal()
+    inverse_diagonal_I = inverse_hessian(gram_II, damping, where).diagonal()
     return weight_OI.float().square() / inverse_diagonal_I
 
 
-def importance_scores(method: str, weight_OI: Tensor, statistics: InputStatistics, damping: float) -> Tensor:
+def importance_scores(
+    method: str, weight_OI: Tensor, statistics: InputStatistics, damping: float, where: str
+) -> Tensor:
     """Scores by name: "magnitude", "wanda" or "obs" (which needs a gram)."""
     if method == "magnitude":
         return magnitude_scores(weight_OI)
     if method == "wanda":
         return wanda_scores(weight_OI, statistics.square_sum_I)
     assert method == "obs" and statistics.gram_II is not None
-    return obs_scores(weight_OI, statistics.gram_II, damping)
+    return obs_scores(weight_OI, statistics.gram_II, damping, where)

@@ -45,7 +45,7 @@ def parse_pattern(text: str) -> tuple[int, int]:
     Raises: ConfigError: unless 1 <= N < M <= 32.
     """
     kept, _, group_size = text.partition(":")
-    if not (kept.isdigit() and group_size.isdigit() and 1 <= int(kept) < int(group_size) <= 32):
+    if not (kept.isdecimal() and group_size.isdecimal() and 1 <= int(kept) < int(group_size) <= 32):
         raise ConfigError(f"ladder.patterns: {text!r} is not an N:M pattern; write e.g. '2:4' (1 <= N < M <= 32).")
     return int(kept), int(group_size)
 
@@ -77,7 +77,7 @@ class Ladder:
         rates = self.sparsities
         if not rates and not self.patterns:
             raise ConfigError("ladder: no levels; name at least one sparsity (e.g. 0.5) or pattern (e.g. '2:4').")
-        if any(not 0.0 <= s < 1.0 for s in rates) or any(a >= b for a, b in itertools.pairwise(rates)):
+        if any(not 0.0 <= s < 1.0 for s in rates) or not _increasing(rates, gap=1e-6):
             raise ConfigError(f"ladder.sparsities: {list(rates)} must be strictly increasing within [0, 1).")
         if len(rates) > MAX_SPARSITIES:
             raise ConfigError(f"ladder.sparsities: {len(rates)} levels; at most {MAX_SPARSITIES} fit in one ladder.")
@@ -86,9 +86,7 @@ class Ladder:
         for pattern in self.patterns:
             parse_pattern(pattern)
         ends = self.group_ends
-        if ends is not None and (
-            not rates or any(a >= b for a, b in itertools.pairwise(ends)) or not ends or ends[-1] < rates[-1]
-        ):
+        if ends is not None and (not rates or not ends or not _increasing(ends) or not ends[-1] >= rates[-1]):
             raise ConfigError(
                 f"ladder.group_ends: {list(ends)} must be strictly increasing and reach the sparsest level "
                 f"({rates[-1] if rates else 'no unstructured level'})."
@@ -117,7 +115,7 @@ class Ladder:
         for index, sparsity in enumerate(self.sparsities):
             ends = self.group_ends
             group = index if ends is None else next(g for g, end in enumerate(ends) if sparsity <= end)
-            rows.append(Level(index=index, name=f"{sparsity:g}", sparsity=sparsity, pattern=None, group=group))
+            rows.append(Level(index=index, name=repr(float(sparsity)), sparsity=sparsity, pattern=None, group=group))
         for number, text in enumerate(self.patterns):
             kept, size = parse_pattern(text)
             group = self.num_unstructured_groups + number
@@ -131,6 +129,11 @@ class Ladder:
         if self.pattern_parent == "none" or not self.num_unstructured_groups:
             return ()
         return (0,) if self.pattern_parent == "densest" else tuple(range(self.num_unstructured_groups))
+
+    def active_groups(self, level: Level, inheritance: str) -> list[int]:
+        """Groups a level adds up, its own last; `inheritance` "none" makes groups independent."""
+        inherited = () if inheritance == "none" else self.inherited_groups(level.group)
+        return [*inherited, level.group]
 
     def levels_of(self, group: int) -> tuple[Level, ...]:
         return tuple(level for level in self.levels if level.group == group)
@@ -150,6 +153,10 @@ class Ladder:
                 return level
         names = ", ".join(level.name for level in self.levels)
         raise LevelError(f"level {wanted!r} is not in this ladder; it has: {names}.")
+
+
+def _increasing(numbers: Sequence[float], gap: float = 0.0) -> bool:
+    return all(b - a > gap for a, b in itertools.pairwise(numbers))
 
 
 def _same_rate(text: str, sparsity: float) -> bool:

@@ -5,18 +5,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from elastic_sparsity.baselines import prune_one_shot_
-from elastic_sparsity.calibration_text import Progress, calibration_tokens, silent
+from elastic_sparsity.calibration_text import Progress, calibration_tokens, check_length, evaluation_windows, silent
 from elastic_sparsity.checkpoint import CONFIG_NAME, ElasticCheckpoint
 from elastic_sparsity.config import Recipe
 from elastic_sparsity.data import read_text, token_hash, tokenize, windows
 from elastic_sparsity.errors import ConfigError
 from elastic_sparsity.evaluate import Quality, evaluate
-from elastic_sparsity.models import BaseModel, load_base
-from elastic_sparsity.precision import autocast_factory, resolve_precision
-from elastic_sparsity.slicing import load_level
+from elastic_sparsity.ladder import Level
+from elastic_sparsity.models import load_base
+from elastic_sparsity.precision import autocast_factory, default_device, resolve_precision
+from elastic_sparsity.slicing import load_level, load_tokenizer
 
 
 def measure(
@@ -28,7 +27,7 @@ def measure(
     """
     base = load_base(recipe.model.id, recipe.model.dtype)
     token_ids, held_out = calibration_tokens(recipe, base, progress)
-    windows_ST, protocol = _evaluation_windows(recipe, base, held_out)
+    windows_ST, protocol = evaluation_windows(recipe, base, held_out)
     precision = resolve_precision(recipe.precision, base.model.device.type)
     autocast = autocast_factory(precision, base.model.device.type)
     dense_bytes = base.model.num_parameters() * checkpoint.dtype.itemsize
@@ -36,7 +35,7 @@ def measure(
     rows: list[dict[str, Any]] = []
     for level in checkpoint.ladder.levels:
         models = {} if rows else {"dense": base.model}
-        models["elastic"] = load_level(checkpoint, level, base.model.dtype)
+        models["elastic"] = _as_shipped(checkpoint, level, base.model)
         for method in recipe.evaluation.baselines:
             models[method] = load_base(recipe.model.id, recipe.model.dtype).model
             stage = f"{method} at {level.title}"
@@ -65,13 +64,9 @@ def measure(
     return rows
 
 
-def _evaluation_windows(recipe: Recipe, base: BaseModel, held_out: Tensor | None) -> tuple[Tensor, dict[str, Any]]:
-    wanted = recipe.evaluation
-    if wanted.source is None:
-        assert held_out is not None
-        return held_out, {"text": "self-sampled, held out", "windows": list(held_out.shape)}
-    ids = windows(tokenize(base.tokenizer, read_text(wanted.source)), wanted.window, wanted.max_windows)
-    return ids, {"text": Path(wanted.source).name, "sha256": token_hash(ids), "windows": list(ids.shape)}
+def _as_shipped(checkpoint: ElasticCheckpoint, level: Level, base_model: Any) -> Any:
+    """A level's weights, rounded as a user gets them, in a model that computes in the base model's dtype."""
+    return load_level(checkpoint, level, checkpoint.dtype).to(base_model.device, base_model.dtype)
 
 
 def _row(level: str, method: str, quality: Quality, num_bytes: int) -> dict[str, Any]:
@@ -93,15 +88,13 @@ def evaluate_path(
 
     Raises: ConfigError, DataError, CheckpointError, LevelError.
     """
-    from transformers import AutoTokenizer  # slow import, only here
-
     teacher = None if reference is None else load_base(reference)
     rows: list[dict[str, Any]] = []
     jobs: list[tuple[str, str, int, Callable[[], Any]]]
     if (Path(path) / CONFIG_NAME).is_file():
         checkpoint = ElasticCheckpoint(path)
         levels = checkpoint.ladder.levels if level is None else (checkpoint.ladder.find(level),)
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = load_tokenizer(path)
         jobs = [
             (x.name, "elastic", checkpoint.bytes_of(x), partial(load_level, checkpoint, x, checkpoint.dtype))
             for x in levels
@@ -114,7 +107,8 @@ def evaluate_path(
         jobs = [("dense", "as it is", base.model.get_memory_footprint(), partial(getattr, base, "model"))]
     ids = windows(tokenize(tokenizer, read_text(text)), window, max_windows)
     for name, method, size, load in jobs:
-        model = load()
+        model = load().to(default_device())
+        check_length("--window", window, model)
         resolved = resolve_precision(precision, model.device.type)
         found = evaluate(
             {method: model},

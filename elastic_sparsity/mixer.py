@@ -18,7 +18,11 @@ def convex_mix(outputs: Sequence[Tensor], weights_K: Tensor) -> Tensor:
 
     Raises: ShapeError: if the weights are no convex combination of `outputs`.
     """
-    if weights_K.shape != (len(outputs),) or (weights_K < 0).any() or abs(float(weights_K.detach().sum()) - 1) > 1e-4:
+    if (
+        weights_K.shape != (len(outputs),)
+        or (weights_K < 0).any()
+        or not abs(float(weights_K.detach().sum()) - 1) <= 1e-4
+    ):
         raise ShapeError(
             f"mixer: {len(outputs)} outputs need as many weights >= 0 that sum to 1, found {weights_K.tolist()}."
         )

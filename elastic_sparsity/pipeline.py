@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from elastic_sparsity.adapters import ElasticLinear, elastic_linears, replace_module_
-from elastic_sparsity.arch import architecture_of, decoder_blocks, head_function, weight_OI
+from elastic_sparsity.arch import architecture_of, check_finite_weights, decoder_blocks, head_function, weight_OI
 from elastic_sparsity.blocks import BlockRunner
 from elastic_sparsity.calibrate import block_statistics
-from elastic_sparsity.calibration_text import Progress, calibration_tokens, silent
+from elastic_sparsity.calibration_text import Progress, calibration_tokens, evaluation_windows, silent
 from elastic_sparsity.checkpoint import ElasticCheckpoint, LinearRecord, check_output_folder, write_checkpoint
 from elastic_sparsity.config import Recipe
 from elastic_sparsity.data import token_hash
-from elastic_sparsity.distill import BlockSettings, block_outputs, freeze_, train_block_
+from elastic_sparsity.distill import BlockSettings, block_outputs, train_block_
 from elastic_sparsity.end_to_end import EndToEndSettings, train_end_to_end_
 from elastic_sparsity.importance import InputStatistics, importance_scores
 from elastic_sparsity.ladder import keep_count
@@ -40,10 +40,14 @@ def optimize(recipe: Recipe, output: str | Path, progress: Progress = silent) ->
     output, started = Path(output), time.monotonic()
     check_output_folder(output)
     base = load_base(recipe.model.id, recipe.model.dtype)
+    if recipe.evaluation.source is not None:
+        evaluation_windows(recipe, base, None)  # a text that cannot be used should not cost a run
     token_ids, _ = calibration_tokens(recipe, base, progress)
-    model = base.model.to("cuda" if torch.cuda.is_available() else "cpu")
-    token_ids = token_ids.to(model.device)
+    model, stored_dtype, installed = base.model, base.model.dtype, versions()
     precision = resolve_precision(recipe.precision, model.device.type)
+    if precision == "float32":
+        model.float()
+    token_ids = token_ids.to(model.device)
     autocast = autocast_factory(precision, model.device.type)
     generator = torch.Generator().manual_seed(recipe.seed)
     trainable = resolve_trainable(recipe, model)
@@ -74,7 +78,7 @@ def optimize(recipe: Recipe, output: str | Path, progress: Progress = silent) ->
         "recipe": recipe.model_dump(mode="json"),
         "resolved": {"precision": precision, "trainable": trainable},
         "data": {"calibration_sha256": token_hash(token_ids.cpu()), "calibration_tokens": token_ids.numel()},
-        "versions": versions(),
+        "versions": installed,
         "training": {
             "block_losses": block_losses,
             "end_to_end_kl": final_losses,
@@ -82,7 +86,7 @@ def optimize(recipe: Recipe, output: str | Path, progress: Progress = silent) ->
             "peak_bytes": peak_bytes(),
         },
     }
-    save_model_(model, base, recipe, output, record)
+    save_model_(model, base, recipe, output, record, stored_dtype)
     return ElasticCheckpoint(output)
 
 
@@ -98,10 +102,13 @@ def resolve_trainable(recipe: Recipe, model: Any) -> str:
     adapters = sum(recipe.group_ranks()) * sum(o + i for o, i in shapes)
     tokens = wanted.batch_size * recipe.calibration.length
     width, depth = model.config.hidden_size, len(decoder_blocks(model))
-    activations = 64 * tokens * width * depth + 2 * base  # measured on SmolLM2-135M: about 60 bytes a token and width
+    product = 2 if resolve_precision(recipe.precision, model.device.type) == "bfloat16" else 4  # bytes a number
+    # Saved for the backward pass: the effective weight and its mask; per token about 60 bytes a width and block
+    # (measured on SmolLM2-135M). Masks: drop level and one byte a pattern.
+    common = 64 * tokens * width * depth + (2 * product + 1 + len(recipe.ladder.patterns)) * base
     free = torch.cuda.mem_get_info()[0] if model.device.type == "cuda" else psutil.virtual_memory().available
-    for choice, needed in (("base", 20 * base + 16 * adapters), ("adapters", 16 * adapters)):
-        if needed + activations < 0.9 * free:
+    for choice, needed in (("base", (16 + product) * base + 16 * adapters), ("adapters", 16 * adapters)):
+        if needed + common < 0.9 * free:
             return choice
     log.warning("end-to-end phase is off: %.1f GB are free, it would need more; use a smaller batch", free / 1e9)
     return "off"
@@ -124,7 +131,7 @@ def run_block_phase_(
     blocks, row, ladder = decoder_blocks(model), architecture_of(model.config.model_type), recipe.build_ladder()
     autocast = autocast_factory(precision, model.device.type)
     settings = BlockSettings(mixer_lr=recipe.mixer.lr, **recipe.block.model_dump(exclude={"samples"}))
-    runner = BlockRunner(model, list(blocks), token_ids[: recipe.block.samples], recipe.block.batch_size)
+    runner = BlockRunner(model.base_model, list(blocks), token_ids[: recipe.block.samples], recipe.block.batch_size)
     dense = runner.first_hidden()
     streams: list[Tensor] = [dense] * ladder.num_groups
     losses = []
@@ -138,10 +145,10 @@ def run_block_phase_(
         elastic = attach_elastic_(block, linears, statistics, recipe, trainable, precision, generator)
         mixer = FeatureMixer(recipe.mixer.mode, recipe.mixer_weights())
         found = train_block_(call, elastic, ladder, streams, dense, target, mixer, settings, generator, where, autocast)
-        with autocast():
-            streams = block_outputs(call, runner.map, elastic, ladder, streams, dense, mixer, generator)
+        if index + 1 < len(blocks):
+            with autocast():
+                streams = block_outputs(call, runner.map, elastic, ladder, streams, dense, target, mixer, generator)
         dense = target
-        freeze_(elastic if trainable == "off" else [])
         losses.append(found)
         seconds = time.monotonic() - started
         log.info(
@@ -164,7 +171,7 @@ def attach_elastic_(
     ladder, made = recipe.build_ladder(), []
     for path, linear in linears.items():
         weight = weight_OI(linear)
-        scores = importance_scores(recipe.scores.method, weight, statistics[path], recipe.scores.damping)
+        scores = importance_scores(recipe.scores.method, weight, statistics[path], recipe.scores.damping, path)
         counts = [keep_count(weight.shape[1], s) for s in ladder.sparsities]
         drop_level = drop_levels(scores, counts) if counts else None
         densest = mask_at(drop_level, 0) if drop_level is not None and recipe.scores.patterns == "within" else None
@@ -185,8 +192,14 @@ def attach_elastic_(
     return made
 
 
-def save_model_(model: Any, base: BaseModel, recipe: Recipe, output: Path, record: dict[str, Any]) -> None:
-    """Writes a trained model's checkpoint."""
+def save_model_(
+    model: Any, base: BaseModel, recipe: Recipe, output: Path, record: dict[str, Any], stored_dtype: torch.dtype
+) -> None:
+    """Writes a trained model's checkpoint.
+
+    Raises: NumericsError: if training left NaN or infinity; OutputError.
+    """
+    check_finite_weights(model)
     records = {
         name: LinearRecord(
             weight_OI=e.weight.detach(),
@@ -201,7 +214,7 @@ def save_model_(model: Any, base: BaseModel, recipe: Recipe, output: Path, recor
     dense = {name: p.detach() for name, p in model.named_parameters() if name not in parts}
     dtype: str = recipe.checkpoint.dtype
     if dtype == "auto":
-        dtype = str(next(iter(dense.values())).dtype).removeprefix("torch.")
+        dtype = str(stored_dtype).removeprefix("torch.")
 
     def save_extras(folder: Path) -> None:
         model.config.save_pretrained(folder)

@@ -6,6 +6,13 @@ from typing import Any
 
 import torch
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def default_device() -> str:
+    """ "cuda" where there is one, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
 
 def multiplies_bfloat16(device_type: str) -> bool:
     """True if the device has native bfloat16 products (emulated ones are slower than float32)."""

@@ -6,6 +6,8 @@ from typing import Any
 
 from rich.table import Table
 
+from elastic_sparsity.errors import OutputError
+
 Row = Mapping[str, Any]
 
 
@@ -67,5 +69,9 @@ def plot_results(rows: Sequence[Row], path: Path, title: str) -> None:
     axes.set_ylabel("perplexity (log scale, lower is better)")
     axes.set_title(title)
     axes.legend()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    try:
+        figure.savefig(path, dpi=120)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error}.") from error
+    finally:
+        pyplot.close(figure)

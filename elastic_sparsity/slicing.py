@@ -8,7 +8,7 @@ from torch import Tensor
 
 from elastic_sparsity.adapters import merge
 from elastic_sparsity.arch import weight_OI
-from elastic_sparsity.checkpoint import ElasticCheckpoint, atomic_folder
+from elastic_sparsity.checkpoint import ElasticCheckpoint, atomic_folder, check_output_folder
 from elastic_sparsity.errors import CheckpointError
 from elastic_sparsity.ladder import Level
 
@@ -45,8 +45,10 @@ def load_level(checkpoint: ElasticCheckpoint, level: Level, dtype: torch.dtype) 
     folder = checkpoint.folder
     try:
         config = AutoConfig.from_pretrained(folder)
+        has_generation = (folder / "generation_config.json").is_file()
+        generation = GenerationConfig.from_pretrained(folder) if has_generation else None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}: the model's config.json cannot be read: {error}.") from error
+        raise CheckpointError(f"{folder}: config.json or generation_config.json cannot be read: {error}.") from error
     model, info = _model_class(config).from_pretrained(
         None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
     )
@@ -56,8 +58,8 @@ def load_level(checkpoint: ElasticCheckpoint, level: Level, dtype: torch.dtype) 
             f"{folder}: tensors do not fit config.json: missing {sorted(missing)}, unexpected {sorted(extra)}, "
             f"wrong shape {sorted(info.get('mismatched_keys') or [])}."
         )
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    if generation is not None:
+        model.generation_config = generation
     check_zeros(model, masks)
     return model.eval()
 
@@ -71,11 +73,17 @@ def _model_class(config: Any) -> Any:
 
 
 def check_zeros(model: Any, masks: dict[str, Tensor]) -> None:
-    """Raises: CheckpointError: if a weight outside its mask is not exactly zero, naming the linear."""
+    """That every weight outside its mask is exactly zero and every other one is finite, in the finished model.
+
+    Raises: CheckpointError: naming the linear.
+    """
     for name, mask in masks.items():
-        outside = int(torch.count_nonzero(weight_OI(model.get_submodule(name))[~mask]))
+        weight = weight_OI(model.get_submodule(name))
+        outside = int(torch.count_nonzero(weight[~mask]))
         if outside:
             raise CheckpointError(f"{name}: {outside} weights outside the mask are not zero after the merge.")
+        if not torch.isfinite(weight).all():
+            raise CheckpointError(f"{name}: weights are NaN or infinite in {weight.dtype}; try another dtype.")
 
 
 def slice_checkpoint(
@@ -85,9 +93,22 @@ def slice_checkpoint(
 
     Raises: LevelError, CheckpointError; OutputError: if `output` is taken or cannot be written.
     """
+    check_output_folder(Path(output))
+    model = ElasticModel.from_pretrained(path, level, dtype=dtype)
+    tokenizer = load_tokenizer(path)
+    with atomic_folder(Path(output)) as scratch:
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The tokenizer in a checkpoint's folder.
+
+    Raises: CheckpointError: if it cannot be loaded.
+    """
     from transformers import AutoTokenizer  # slow import, only here
 
-    with atomic_folder(Path(output)) as scratch:
-        model = ElasticModel.from_pretrained(path, level, dtype=dtype)
-        model.save_pretrained(scratch)
-        AutoTokenizer.from_pretrained(path).save_pretrained(scratch)
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # transformers and tokenizers raise many types for one cause
+        raise CheckpointError(f"{path}: the tokenizer cannot be loaded: {type(error).__name__}: {error}") from error

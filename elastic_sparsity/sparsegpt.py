@@ -63,7 +63,7 @@ def sparsegpt(
             if pattern is not None and j % pattern[1] == 0:
                 group = slice(j, j + pattern[1])
                 saliency = block[:, group].square() / local.diagonal()[group].square()
-                best = saliency.topk(pattern[0], dim=1).indices
+                best = saliency.argsort(dim=1, descending=True, stable=True)[:, : pattern[0]]
                 keep[:, group] = torch.zeros_like(saliency, dtype=torch.bool).scatter_(1, best, True)
             column = block[:, j]
             pruned = torch.where(keep[:, j], column, 0.0)

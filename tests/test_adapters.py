@@ -139,6 +139,25 @@ def test_no_level_is_the_dense_original(train_base):
     torch.testing.assert_close(forward(elastic(conv, train_base=train_base), None, inputs()), conv(inputs()))
 
 
+def test_the_teacher_of_a_trained_base_has_its_own_dtype():
+    linear = plain()
+    made = ElasticLinear(
+        linear,
+        Ladder(sparsities=(0.5,)),
+        (2,),
+        inheritance="shared",
+        drop_level_OI=drop_levels(linear.weight.detach().abs(), [I // 2]),
+        pattern_masks=[],
+        train_base=True,
+        teacher_dtype=torch.bfloat16,
+        generator=torch.Generator(),
+    )
+    rounded = linear.weight.detach().bfloat16()
+    assert made.dense.dtype == torch.bfloat16
+    assert torch.equal(forward(made, None, inputs()), F.linear(inputs(), rounded.float(), linear.bias))
+    assert torch.equal(made.weight, linear.weight)
+
+
 def test_no_bias():
     linear = plain(bias=False)
     made = elastic(linear)

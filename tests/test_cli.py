@@ -116,7 +116,7 @@ def test_model_and_calibration_overrides(capsys, tmp_path, quick_recipe, text_fi
 def expect_error(capsys, message, *arguments):
     code, stdout, stderr = run(capsys, *arguments)
     flat = " ".join(stderr.split())
-    assert code == 2 and flat.startswith("error: ") and message in flat, (code, stdout, stderr)
+    assert code == 2 and "error: " in flat and message in flat, (code, stdout, stderr)
     assert "Traceback" not in stderr
 
 
@@ -132,6 +132,12 @@ def test_mistakes_get_one_clear_line(capsys, tmp_path, quick_recipe, tiny_checkp
     expect_error(capsys, "no such file", "train", quick_recipe, "--calibration", tmp_path / "no.txt", "--output", out)
     expect_error(capsys, "tokens give 0 samples of 16 tokens", "train", quick_recipe, "--calibration",
                  _file(tmp_path / "short.txt", "few words"), "--output", out)  # fmt: skip
+    expect_error(capsys, "no such file", "train", quick_recipe, "--evaluation", tmp_path / "no.txt", "--output", out)
+    long = _file(tmp_path / "long.toml", quick_recipe.read_text().replace("length = 16", "length = 300"))
+    expect_error(capsys, "calibration.length: 300 tokens, but the model reads at most 256", "train", long, "--output",
+                 out)  # fmt: skip
+    (tmp_path / "file").write_text("")
+    expect_error(capsys, "cannot be made", "train", quick_recipe, "--output", tmp_path / "file" / "out")
     expect_error(capsys, "--level needs an elastic checkpoint", "eval", "random:llama", "--text", text_file, "--level",
                  "0.5")  # fmt: skip
     expect_error(capsys, "no such file", "eval", "random:llama", "--text", tmp_path / "no.txt")
@@ -172,6 +178,14 @@ def test_a_truncated_checkpoint_is_named(capsys, tmp_path, tiny_checkpoint):
     shell = tmp_path / "c" / "shell-core.safetensors"
     shell.write_bytes(shell.read_bytes()[:-1])
     expect_error(capsys, "shell-core.safetensors has", "slice", tmp_path / "c", "--level", "0.7", "--output",
+                 tmp_path / "out")  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_broken_tokenizer_is_named(capsys, tmp_path, tiny_checkpoint):
+    shutil.copytree(tiny_checkpoint, tmp_path / "c")
+    (tmp_path / "c" / "tokenizer.json").write_text("{")
+    expect_error(capsys, "the tokenizer cannot be loaded", "slice", tmp_path / "c", "--level", "0.7", "--output",
                  tmp_path / "out")  # fmt: skip
     assert not (tmp_path / "out").exists()
 

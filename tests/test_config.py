@@ -35,6 +35,12 @@ def test_defaults_need_only_model_calibration_and_ladder():
         ("mixer", {"mode": "blend"}, "mixer.mode: .* found 'blend'"),
         ("block", {"samples": 100}, "block.samples: 100 is more than calibration.samples"),
         ("precision", "int4", "precision"),
+        ("block", {"steps": "4"}, "block.steps: .* found '4'"),
+        ("seed", True, "seed"),
+        ("calibration", {"temperature": float("inf")}, "calibration.temperature"),
+        ("ladder", {"group_ends": [float("nan")]}, "ladder.group_ends"),
+        ("ladder", {"sparsities": [0.5, 0.50000001]}, "ladder.sparsities: .* strictly increasing"),
+        ("mixer", {"weights": [float("inf"), 1, 1, 1]}, "mixer.weights"),
     ],
 )
 def test_wrong_fields_are_named(section, fields, message):

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from elastic_sparsity import ElasticModel, slice_checkpoint
 from elastic_sparsity.adapters import elastic_linears, set_level_
-from elastic_sparsity.arch import architecture_of, decoder_blocks, head_function, linear_names, weight_OI
+from elastic_sparsity.arch import architecture_of, decoder_blocks, head_function, weight_OI
 from elastic_sparsity.blocks import BlockRunner
 from elastic_sparsity.checkpoint import ElasticCheckpoint
 from elastic_sparsity.ladder import keep_count
@@ -33,7 +33,7 @@ def train_and_save(family, folder):
     base = BaseModel(model, byte_tokenizer(), {"id": family, "sha256": ""})
     generator = torch.Generator().manual_seed(0)
     run_block_phase_(model, IDS, recipe, "base", "float32", generator, lambda *_: None)
-    save_model_(model, base, recipe, folder, {})
+    save_model_(model, base, recipe, folder, {}, torch.float32)
     return model
 
 
@@ -62,7 +62,8 @@ def test_train_save_slice_reload(family, tmp_path):
     original = tiny_model(family)
     model = train_and_save(family, tmp_path / "checkpoint")
     checkpoint = ElasticCheckpoint(tmp_path / "checkpoint")
-    names = [name for block in linear_names(model.config.model_type, 2) for name in block]
+    row = architecture_of(model.config.model_type)
+    names = [f"{row.blocks}.{index}.{path}" for index in range(2) for path in row.linears]
     assert sorted(name for name, _ in elastic_linears(model)) == sorted(names)
     kept = {}
     for level in checkpoint.ladder.levels:

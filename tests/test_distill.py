@@ -15,7 +15,6 @@ from elastic_sparsity.distill import (
     block_outputs,
     cosine,
     draw_levels,
-    freeze_,
     mse_loss,
     relative_loss,
     train_block_,
@@ -232,20 +231,24 @@ def test_block_outputs_are_the_next_streams(mode):
         inputs = [mixer(problem.streams, problem.dense, group) for group in range(3)]
     merged = [problem.block.merged(level) for level in LADDER.levels]
     expected = [x @ weight.T for x, weight in zip(inputs, merged, strict=True)]
+    if mode == "dense":
+        expected = [problem.target] * 3
     if mode == "fixed":
         expected = [0.25 * expected[0] + 0.5 * expected[1] + 0.25 * expected[2]] * 3
     found = block_outputs(
-        problem.block, map_samples, [problem.block], LADDER, problem.streams, problem.dense, mixer, torch.Generator()
+        problem.block,
+        map_samples,
+        [problem.block],
+        LADDER,
+        problem.streams,
+        problem.dense,
+        problem.target,
+        mixer,
+        torch.Generator(),
     )
     assert len(found) == 3
     for ours, theirs in zip(found, expected, strict=True):
         assert not ours.requires_grad
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    assert (found[0] is found[1]) == (mode == "fixed")
-    assert problem.block.level is None
-
-
-def test_freeze():
-    problem = Problem(train_base=True)
-    freeze_([problem.block])
-    assert not any(parameter.requires_grad for parameter in problem.block.parameters())
+    assert (found[0] is found[1]) == (mode in ("fixed", "dense"))
+    assert mode == "dense" or problem.block.level is None

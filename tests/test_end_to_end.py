@@ -8,9 +8,11 @@ import torch
 from conftest import tiny_recipe
 
 from elastic_sparsity import ElasticCheckpoint, ElasticModel, optimize
+from elastic_sparsity.adapters import elastic_linears
+from elastic_sparsity.errors import CheckpointError, NumericsError
 from elastic_sparsity.measure import measure
 from elastic_sparsity.pipeline import resolve_trainable
-from elastic_sparsity.tiny import tiny_model
+from elastic_sparsity.tiny import byte_tokenizer, tiny_model
 
 IDS = torch.arange(4, 40)[None]
 
@@ -103,6 +105,31 @@ def test_quality_is_stored_in_the_checkpoint(tmp_path):
     assert ElasticCheckpoint(tmp_path / "c").config["quality"]["protocol"]["windows"] == [2, 16]
 
 
+def test_what_training_broke_is_never_written(tmp_path, monkeypatch):
+    def break_weights(model, *_args, **_options):
+        next(iter(elastic_linears(model)))[1].weight.data[0, 0] = float("nan")
+        return {}
+
+    monkeypatch.setattr("elastic_sparsity.pipeline.train_end_to_end_", break_weights)
+    with pytest.raises(NumericsError, match="q_proj.weight"):
+        optimize(tiny_recipe(), tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_level_that_overflows_its_dtype_is_refused(tmp_path):
+    def huge(model):
+        model.model.layers[0].mlp.up_proj.weight.data *= 1e6
+
+    model = tiny_model("llama")
+    huge(model)
+    model.save_pretrained(tmp_path / "m")
+    byte_tokenizer().save_pretrained(tmp_path / "m")
+    recipe = tiny_recipe(model={"id": str(tmp_path / "m")}, end_to_end={"steps": 0}, block={"steps": 0})
+    optimize(recipe, tmp_path / "c")
+    with pytest.raises(CheckpointError, match=r"up_proj: weights are NaN or infinite in torch.float16"):
+        ElasticModel.from_pretrained(tmp_path / "c", 0.5, dtype=torch.float16)
+
+
 def test_auto_trains_what_fits(monkeypatch):
     model = tiny_model("llama")
     recipe = tiny_recipe(end_to_end={"trainable": "auto"})
@@ -112,4 +139,4 @@ def test_auto_trains_what_fits(monkeypatch):
         monkeypatch.setattr("elastic_sparsity.pipeline.psutil.virtual_memory", lambda: memory)
         return resolve_trainable(recipe, model)
 
-    assert [free(10**9), free(400_000), free(10_000)] == ["base", "adapters", "off"]
+    assert [free(10**9), free(700_000), free(10_000)] == ["base", "adapters", "off"]

@@ -80,7 +80,7 @@ def test_equals_a_loop_over_the_models_logits(family):
         perplexity, kl = naive(model, windows(), models["base"])
         assert found[name].perplexity == pytest.approx(perplexity, rel=1e-5)
         assert found[name].kl == pytest.approx(kl, rel=1e-3, abs=1e-7)
-    assert found["base"].kl == 0.0
+    assert abs(found["base"].kl) < 1e-6  # float32 rounding of two ways to a log-softmax
     assert found["other"].kl > 1e-4
 
 

@@ -124,15 +124,15 @@ def test_scores_by_name():
         ("wanda", wanda_scores(weight, statistics.square_sum_I)),
         ("obs", obs_scores(weight, statistics.gram_II, 0.02)),
     ):
-        assert torch.equal(importance_scores(method, weight, statistics, 0.02), expected)
+        assert torch.equal(importance_scores(method, weight, statistics, 0.02, "w"), expected)
 
 
 def test_scores_of_bfloat16_weights_are_float32():
     weight, statistics = random(3, 4).bfloat16(), statistics_of(random(20, 4, seed=1))
     for method in ("magnitude", "wanda", "obs"):
-        found = importance_scores(method, weight, statistics, 0.01)
+        found = importance_scores(method, weight, statistics, 0.01, "w")
         assert found.dtype == torch.float32
-        assert torch.equal(found, importance_scores(method, weight.float(), statistics, 0.01))
+        assert torch.equal(found, importance_scores(method, weight.float(), statistics, 0.01, "w"))
 
 
 def test_wrong_widths():

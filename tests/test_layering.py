@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "elastic_sparsity"
-MODELS = {"arch", "errors", "models", "tiny"}
 ALLOWED = {
     # layer 0: plain data
     "errors": set(),
@@ -20,18 +19,18 @@ ALLOWED = {
     "masks": {"torch", "errors"},
     "mixer": {"torch", "errors"},
     "sparsegpt": {"torch", "errors", "importance"},
-    "checkpoint": {"torch", "safetensors", "errors", "ladder", "masks"},
-    "report": set(),
+    "checkpoint": {"torch", "safetensors", "errors", "ladder", "masks", "precision"},
+    "report": {"errors"},
     # layer 2: know Hugging Face models
     "arch": {"torch", "errors"},
     "tiny": {"torch", "transformers", "arch"},
-    "models": {"torch", "transformers", "arch", "errors", "tiny"},
+    "models": {"torch", "transformers", "arch", "errors", "precision", "tiny"},
     "data": {"torch", "datasets", "errors"},
     "blocks": {"torch", "errors"},
     "adapters": {"torch", "arch", "errors", "ladder", "masks"},
     # layer 3: stages
     "calibrate": {"torch", "arch", "blocks", "importance"},
-    "calibration_text": {"torch", "safetensors", "config", "data", "models", "precision"},
+    "calibration_text": {"torch", "safetensors", "config", "data", "errors", "models", "precision"},
     "distill": {"torch", "adapters", "blocks", "errors", "ladder", "mixer"},
     "end_to_end": {"torch", "adapters", "distill", "errors", "ladder"},
     "baselines": {"torch", "arch", "blocks", "calibrate", "errors", "importance", "ladder", "masks", "sparsegpt"},
@@ -43,12 +42,12 @@ ALLOWED = {
         "distill", "end_to_end", "importance", "ladder", "masks", "mixer", "models", "precision",
     },
     "measure": {
-        "torch", "transformers", "baselines", "calibration_text", "checkpoint", "config", "data", "errors", "evaluate",
-        "models", "precision", "slicing",
+        "baselines", "calibration_text", "checkpoint", "config", "data", "errors", "evaluate", "ladder", "models",
+        "precision", "slicing",
     },
     # layer 5
     "__main__": {"cli"},
-    "cli": {"transformers", "checkpoint", "config", "errors", "measure", "pipeline", "report", "slicing"},
+    "cli": {"transformers", "checkpoint", "config", "errors", "measure", "pipeline", "precision", "report", "slicing"},
 }  # fmt: skip
 WATCHED = {"torch", "numpy", "safetensors", "transformers", "peft", "datasets", "lm_eval", "accelerate"}
 

