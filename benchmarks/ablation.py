@@ -28,21 +28,20 @@ OFF = {"end_to_end": {"trainable": "off"}}
 # name -> changes to the reference; the first row of each part is the reference
 BLOCK_PHASE = {
     "reference: own streams, shared inheritance, 2:4 free": {},
-    "mixer fixed (EPTS: one mixed input)": {"mixer": {"mode": "fixed"}},
-    "mixer learned": {"mixer": {"mode": "learned"}},
-    "mixer dense (dense input)": {"mixer": {"mode": "dense"}},
-    "inheritance detached (paper's figure)": {"adapters": {"inheritance": "detached"}},
+    "mixer: fixed equal weights (EPTS: one mixed input)": {"mixer": {"mode": "fixed"}},
+    "mixer: learned weights": {"mixer": {"mode": "learned"}},
+    "mixer: dense input": {"mixer": {"mode": "dense"}},
     "inheritance off (independent groups)": {"adapters": {"inheritance": "none"}},
+    "inheritance detached (the paper's figure)": {"adapters": {"inheritance": "detached"}},
     "2:4 within 50 %": {"scores": {"patterns": "within"}},
-    "2:4 inherits nothing": {"ladder": {"pattern_parent": "none"}},
     "base values trained too": {"block": {"base_lr": 1e-4}},
     "plain MSE": {"block": {"loss": "mse"}},
 }
 END_TO_END = {
     "both phases": {},
-    "end to end only": {"block": {"steps": 0}},
-    "both, 2:4 within 50 %": {"scores": {"patterns": "within"}},
+    "end-to-end phase only": {"block": {"steps": 0}},
     "both, inheritance off": {"adapters": {"inheritance": "none"}},
+    "both, 2:4 within 50 %": {"scores": {"patterns": "within"}},
     "both, adapters only": {"end_to_end": {"trainable": "adapters"}},
 }
 
@@ -68,23 +67,27 @@ def run_row(name: str, changes: dict, args: argparse.Namespace) -> dict:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     perplexity = {row["level"]: round(row["perplexity"], 2) for row in rows}
-    return {"name": name, "changes": changes, "perplexity": perplexity, "seconds": round(seconds), "protocol": protocol}
+    return {"name": name, "perplexity": perplexity, "seconds": round(seconds), "protocol": protocol}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--evaluation", required=True)
-    parser.add_argument("--window", type=int, default=2048)
-    parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--window", type=int, default=1024)
+    parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--part", choices=("block", "end-to-end", "both"), default="both")
+    parser.add_argument("--samples", type=int, default=12, help="of the block phase")
+    parser.add_argument("--block-steps", type=int, default=12)
     parser.add_argument("--steps", type=int, default=80, help="end-to-end steps")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "ablation.json")
     args = parser.parse_args()
     small = {
         "calibration": {"source": args.calibration, "samples": 400},
-        "block": {"samples": 20, "steps": 20, "batch_size": 1},
+        "block": {"samples": args.samples, "steps": args.block_steps, "batch_size": 1},
     }
+    common = {**small, "window": args.window, "windows": args.windows, "end_to_end_steps": args.steps}
+    common["calibration"] = {**small["calibration"], "source": Path(args.calibration).name}
     jobs = []
     if args.part != "end-to-end":
         jobs += [("block phase only", n, merged(small, OFF, c)) for n, c in BLOCK_PHASE.items()]
@@ -92,9 +95,12 @@ def main() -> None:
         end = {"end_to_end": {"trainable": "base", "steps": args.steps}}
         jobs += [("with end to end", n, merged(small, end, c)) for n, c in END_TO_END.items()]
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    done = json.loads(args.output.read_text())["rows"] if args.output.exists() else []
+    before = json.loads(args.output.read_text()) if args.output.exists() else {"rows": [], "common": common}
+    if before["common"] != common:
+        parser.error(f"{args.output} holds rows made with {before['common']}; move it away or ask for the same.")
+    done = before["rows"]
     for part, name, changes in jobs:
-        if any(row["name"] == name and row["part"] == part and row["changes"] == changes for row in done):
+        if any(row["name"] == name and row["part"] == part for row in done):
             continue
         done.append({"part": part, **run_row(name, changes, args)})
         write_json(
@@ -103,6 +109,7 @@ def main() -> None:
                 "date": datetime.date.today().isoformat(),
                 "device": f"{platform.processor() or platform.machine()}, 2 cores, no GPU",
                 "seed": 0,
+                "common": common,
                 "versions": versions(),
                 "rows": done,
             },

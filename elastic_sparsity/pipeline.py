@@ -48,31 +48,12 @@ def optimize(recipe: Recipe, output: str | Path, progress: Progress = silent) ->
     if precision == "float32":
         model.float()
     token_ids = token_ids.to(model.device)
-    autocast = autocast_factory(precision, model.device.type)
     generator = torch.Generator().manual_seed(recipe.seed)
     trainable = resolve_trainable(recipe, model)
 
     # Sparsity induction (arXiv 2602.21652) belongs here: it changes the base weights before anything is scored.
     block_losses = run_block_phase_(model, token_ids, recipe, trainable, precision, generator, progress)
-    final_losses = {}
-    if trainable != "off":
-        settings = EndToEndSettings(
-            **recipe.end_to_end.model_dump(exclude={"trainable", "base_lr"}),
-            base_lr=recipe.end_to_end.base_lr if trainable == "base" else 0.0,
-        )
-        with autocast():
-            head = head_function(model)
-        final_losses = train_end_to_end_(
-            model,
-            head,
-            recipe.build_ladder(),
-            token_ids,
-            settings,
-            generator,
-            autocast,
-            lambda done, total: progress("end to end", done, total),
-        )
-        log.info("end to end: KL to dense %s", _losses(final_losses))
+    final_kl = run_end_to_end_(model, token_ids, recipe, trainable, precision, generator, progress)
     record = {
         "base_model": base.identity,
         "recipe": recipe.model_dump(mode="json"),
@@ -81,7 +62,7 @@ def optimize(recipe: Recipe, output: str | Path, progress: Progress = silent) ->
         "versions": installed,
         "training": {
             "block_losses": block_losses,
-            "end_to_end_kl": final_losses,
+            "end_to_end_kl": final_kl,
             "seconds": round(time.monotonic() - started, 1),
             "peak_bytes": peak_bytes(),
         },
@@ -190,6 +171,37 @@ def attach_elastic_(
         replace_module_(block, path, elastic)
         made.append(elastic)
     return made
+
+
+def run_end_to_end_(
+    model: Any,
+    token_ids: Tensor,
+    recipe: Recipe,
+    trainable: str,
+    precision: str,
+    generator: torch.Generator,
+    progress: Progress,
+) -> dict[str, float]:
+    """Trains all levels' logits towards the dense model's. Returns the final KL by level, empty if it is off."""
+    if trainable == "off":
+        return {}
+    autocast = autocast_factory(precision, model.device.type)
+    settings = EndToEndSettings(
+        **recipe.end_to_end.model_dump(exclude={"trainable", "base_lr"}),
+        base_lr=recipe.end_to_end.base_lr if trainable == "base" else 0.0,
+    )
+    with autocast():
+        head = head_function(model)
+    return train_end_to_end_(
+        model,
+        head,
+        recipe.build_ladder(),
+        token_ids,
+        settings,
+        generator,
+        autocast,
+        lambda done, total: progress("end to end", done, total),
+    )
 
 
 def save_model_(
