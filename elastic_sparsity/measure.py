@@ -1,5 +1,6 @@
 """Measuring checkpoints and models as a user would load them: quality and bytes as table rows."""
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -37,7 +38,7 @@ def measure(
         models = {} if rows else {"dense": base.model}
         models["elastic"] = _as_shipped(checkpoint, level, base.model)
         for method in recipe.evaluation.baselines:
-            models[method] = load_base(recipe.model.id, recipe.model.dtype).model
+            models[method] = copy.deepcopy(base.model)
             stage = f"{method} at {level.title}"
             prune_one_shot_(
                 models[method],
