@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from elastic_sparsity import optimize, read_recipe
-from elastic_sparsity.checkpoint import write_json
+from elastic_sparsity.files import write_json
 from elastic_sparsity.measure import evaluate_path
 from elastic_sparsity.pipeline import versions
 
@@ -39,6 +39,8 @@ BLOCK_PHASE = {
 }
 END_TO_END = {
     "both phases": {},
+    "both, base values trained in both": {"block": {"base_lr": 1e-4}},
+    "both, mixer: fixed equal weights": {"mixer": {"mode": "fixed"}},
     "end-to-end phase only": {"block": {"steps": 0}},
     "both, inheritance off": {"adapters": {"inheritance": "none"}},
     "both, 2:4 within 50 %": {"scores": {"patterns": "within"}},

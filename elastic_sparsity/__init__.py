@@ -4,14 +4,17 @@ from elastic_sparsity.checkpoint import ElasticCheckpoint
 from elastic_sparsity.config import Recipe, read_recipe
 from elastic_sparsity.errors import ElasticSparsityError
 from elastic_sparsity.pipeline import optimize
-from elastic_sparsity.slicing import ElasticModel, slice_checkpoint
+from elastic_sparsity.slicing import ElasticModel, LevelInfo, levels, save_sliced, set_level
 
 __all__ = [
     "ElasticCheckpoint",
     "ElasticModel",
     "ElasticSparsityError",
+    "LevelInfo",
     "Recipe",
+    "levels",
     "optimize",
     "read_recipe",
-    "slice_checkpoint",
+    "save_sliced",
+    "set_level",
 ]

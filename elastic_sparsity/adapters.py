@@ -29,10 +29,14 @@ def merge(weight_OI: Tensor, pairs: Sequence[tuple[Tensor, Tensor]], mask_OI: Te
         mask_OI: bool.
     Returns: (O, I) float32 with exact zeros outside the mask.
     """
-    merged = weight_OI.float()
-    for lora_A, lora_B in pairs:
-        merged = torch.addmm(merged, lora_B.float(), lora_A.float())
-    return torch.where(mask_OI, merged, 0.0)
+    merged = weight_OI.to(torch.float32, copy=True)
+    if pairs:
+        lora_A, lora_B = torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], dim=1)
+        merged.addmm_(lora_B.float(), lora_A.float())
+    merged.view(torch.int32).mul_(
+        mask_OI
+    )  # as bits: exact +0 also for -0, NaN and infinity, at a third of where()'s time
+    return merged
 
 
 class _MaskedLinear(torch.autograd.Function):

@@ -106,7 +106,7 @@ def train(
 
 
 def _run(recipe: Recipe, output: Path, quiet: bool) -> None:
-    from elastic_sparsity.checkpoint import write_json
+    from elastic_sparsity.files import write_json
     from elastic_sparsity.measure import measure
     from elastic_sparsity.pipeline import optimize
     from elastic_sparsity.report import human_bytes, plot_results, results_table
@@ -135,12 +135,12 @@ def slice_command(
 ) -> None:
     """Write one level as a plain Hugging Face folder that any tool opens."""
     from elastic_sparsity.precision import DTYPES
-    from elastic_sparsity.slicing import slice_checkpoint
+    from elastic_sparsity.slicing import save_sliced
 
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"--dtype: {dtype!r} is not one of {', '.join(DTYPES)}.")
     with _progress(quiet=True):
-        slice_checkpoint(checkpoint, level, output, DTYPES[dtype] if dtype else None)
+        save_sliced(checkpoint, level, output, DTYPES[dtype] if dtype else None)
     Console().print(f"{output}: level {level}, open it with AutoModelForCausalLM.from_pretrained.")
 
 
@@ -157,7 +157,7 @@ def eval_command(
     quiet: Quiet = False,
 ) -> None:
     """Perplexity and KL to a reference, for dense, sliced and elastic models alike."""
-    from elastic_sparsity.checkpoint import write_json
+    from elastic_sparsity.files import write_json
     from elastic_sparsity.measure import evaluate_path
     from elastic_sparsity.report import results_table
 

@@ -1,4 +1,4 @@
-"""Scores into nested masks, N:M masks, and bits. Tensors and numbers only; knows no model and no config.
+"""Scores into nested masks and N:M masks. Tensors and numbers only; knows no model and no config.
 
 Conventions: score higher = keep; mask True = keep; level 0 = densest. O = output rows, I = inputs of a linear.
 """
@@ -69,32 +69,3 @@ def pattern_mask(scores_OI: Tensor, kept: int, group_size: int, within_OI: Tenso
     mask = torch.zeros(groups.shape, dtype=torch.bool, device=scores_OI.device).scatter_(2, order, True)
     mask = mask.reshape(rows, width)
     return mask if within_OI is None else mask & within_OI
-
-
-def pack_bits(mask: Tensor) -> Tensor:
-    """Flattened mask as bits, row-major, least significant bit first; the last byte is padded with zeros.
-
-    Returns: (ceil(n / 8),) uint8 on the CPU.
-    """
-    flat = mask.flatten().to("cpu", torch.uint8)
-    padded = torch.zeros(-(-flat.numel() // 8) * 8, dtype=torch.uint8)
-    padded[: flat.numel()] = flat
-    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
-    return (padded.reshape(-1, 8) * weights).sum(dim=1, dtype=torch.uint8)
-
-
-def unpack_bits(packed: Tensor, length: int) -> Tensor:
-    """The first `length` bits as a flat bool tensor; inverse of `pack_bits`.
-
-    Raises: ShapeError: if `packed` does not hold exactly `length` bits.
-    """
-    if packed.dtype != torch.uint8 or packed.ndim != 1 or packed.numel() != -(-length // 8):
-        raise ShapeError(
-            f"packed mask: expected {-(-length // 8)} uint8 for {length} bits, "
-            f"found {tuple(packed.shape)} {packed.dtype}."
-        )
-    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
-    bits = (packed[:, None] & weights).bool().flatten()
-    if bits[length:].any():
-        raise ShapeError("packed mask: padding bits after the last weight are set.")
-    return bits[:length]

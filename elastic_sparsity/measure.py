@@ -8,12 +8,13 @@ from typing import Any
 
 from elastic_sparsity.baselines import prune_one_shot_
 from elastic_sparsity.calibration_text import Progress, calibration_tokens, check_length, evaluation_windows, silent
-from elastic_sparsity.checkpoint import CONFIG_NAME, ElasticCheckpoint
+from elastic_sparsity.checkpoint import ElasticCheckpoint
 from elastic_sparsity.config import Recipe
 from elastic_sparsity.data import read_text, token_hash, tokenize, windows
 from elastic_sparsity.errors import ConfigError
 from elastic_sparsity.evaluate import Quality, evaluate
 from elastic_sparsity.ladder import Level
+from elastic_sparsity.manifest import CONFIG_NAME
 from elastic_sparsity.models import load_base
 from elastic_sparsity.precision import autocast_factory, default_device, resolve_precision
 from elastic_sparsity.slicing import load_level, load_tokenizer

@@ -17,17 +17,19 @@ from elastic_sparsity.arch import architecture_of, check_finite_weights, decoder
 from elastic_sparsity.blocks import BlockRunner
 from elastic_sparsity.calibrate import block_statistics
 from elastic_sparsity.calibration_text import Progress, calibration_tokens, evaluation_windows, silent
-from elastic_sparsity.checkpoint import ElasticCheckpoint, LinearRecord, check_output_folder, write_checkpoint
+from elastic_sparsity.checkpoint import ElasticCheckpoint, write_checkpoint
 from elastic_sparsity.config import Recipe
 from elastic_sparsity.data import token_hash
 from elastic_sparsity.distill import BlockSettings, block_outputs, train_block_
 from elastic_sparsity.end_to_end import EndToEndSettings, train_end_to_end_
+from elastic_sparsity.files import check_output_folder
 from elastic_sparsity.importance import InputStatistics, importance_scores
 from elastic_sparsity.ladder import keep_count
 from elastic_sparsity.masks import drop_levels, mask_at, pattern_mask
 from elastic_sparsity.mixer import FeatureMixer
 from elastic_sparsity.models import BaseModel, load_base
 from elastic_sparsity.precision import autocast_factory, resolve_precision
+from elastic_sparsity.shells import LinearRecord
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +54,7 @@ def optimize(recipe: Recipe, output: str | Path, progress: Progress = silent) ->
     trainable = resolve_trainable(recipe, model)
 
     # Sparsity induction (arXiv 2602.21652) belongs here: it changes the base weights before anything is scored.
-    block_losses = run_block_phase_(model, token_ids, recipe, trainable, precision, generator, progress)
+    block_losses, mixer_weights = run_block_phase_(model, token_ids, recipe, trainable, precision, generator, progress)
     final_kl = run_end_to_end_(model, token_ids, recipe, trainable, precision, generator, progress)
     record = {
         "base_model": base.identity,
@@ -67,7 +69,7 @@ def optimize(recipe: Recipe, output: str | Path, progress: Progress = silent) ->
             "peak_bytes": peak_bytes(),
         },
     }
-    save_model_(model, base, recipe, output, record, stored_dtype)
+    save_model_(model, base, recipe, output, record, stored_dtype, mixer_weights)
     return ElasticCheckpoint(output)
 
 
@@ -107,15 +109,18 @@ def run_block_phase_(
     precision: str,
     generator: torch.Generator,
     progress: Progress,
-) -> list[dict[str, float]]:
-    """Masks and trains block by block; leaves elastic linears in the model. Returns each block's losses by level."""
+) -> tuple[list[dict[str, float]], Tensor]:
+    """Masks and trains block by block; leaves elastic linears in the model.
+
+    Returns: each block's losses by level, and its mixer weights (blocks, groups).
+    """
     blocks, row, ladder = decoder_blocks(model), architecture_of(model.config.model_type), recipe.build_ladder()
     autocast = autocast_factory(precision, model.device.type)
     settings = BlockSettings(mixer_lr=recipe.mixer.lr, **recipe.block.model_dump(exclude={"samples"}))
     runner = BlockRunner(model.base_model, list(blocks), token_ids[: recipe.block.samples], recipe.block.batch_size)
     dense = runner.first_hidden()
     streams: list[Tensor] = [dense] * ladder.num_groups
-    losses = []
+    losses, mixed = [], []
     for index, block in enumerate(blocks):
         started, where, call = time.monotonic(), f"{row.blocks}.{index}", runner.call(index)
         linears = {path: block.get_submodule(path) for path in row.linears}
@@ -131,12 +136,13 @@ def run_block_phase_(
                 streams = block_outputs(call, runner.map, elastic, ladder, streams, dense, target, mixer, generator)
         dense = target
         losses.append(found)
+        mixed.append(mixer.weights.detach())
         seconds = time.monotonic() - started
         log.info(
             "block %d/%d  %s  %.1f s  peak %.1f GB", index + 1, len(blocks), _losses(found), seconds, peak_bytes() / 1e9
         )
         progress("blocks", index + 1, len(blocks))
-    return losses
+    return losses, torch.stack(mixed).cpu()
 
 
 def attach_elastic_(
@@ -205,7 +211,13 @@ def run_end_to_end_(
 
 
 def save_model_(
-    model: Any, base: BaseModel, recipe: Recipe, output: Path, record: dict[str, Any], stored_dtype: torch.dtype
+    model: Any,
+    base: BaseModel,
+    recipe: Recipe,
+    output: Path,
+    record: dict[str, Any],
+    stored_dtype: torch.dtype,
+    mixer_weights: Tensor,
 ) -> None:
     """Writes a trained model's checkpoint.
 
@@ -244,6 +256,7 @@ def save_model_(
         dtype=dtype,
         record=record,
         save_extras=save_extras,
+        optional={"mixer": {"weights": mixer_weights}},
     )
 
 

@@ -1,16 +1,30 @@
-"""Elastic checkpoint + level -> an ordinary transformers model, with exactly the promised zeros."""
+"""Elastic checkpoint + level -> an ordinary transformers model, with exactly the promised zeros; and switching it."""
 
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from elastic_sparsity.adapters import merge
-from elastic_sparsity.arch import weight_OI
-from elastic_sparsity.checkpoint import ElasticCheckpoint, atomic_folder, check_output_folder
-from elastic_sparsity.errors import CheckpointError
+from elastic_sparsity.arch import architecture_of, weight_OI
+from elastic_sparsity.checkpoint import ElasticCheckpoint, OpenLevel
+from elastic_sparsity.errors import CheckpointError, ElasticSparsityError, LevelError
+from elastic_sparsity.files import atomic_folder, check_output_folder
+from elastic_sparsity.hub import checkpoint_folder
 from elastic_sparsity.ladder import Level
+
+STATE = "elastic_state"  # attribute of a model made here
+
+
+@dataclass(slots=True)
+class ElasticState:
+    """Where a live model came from and which level it is at."""
+
+    checkpoint: ElasticCheckpoint
+    level: Level
 
 
 class ElasticModel:
@@ -18,84 +32,266 @@ class ElasticModel:
 
     @staticmethod
     def from_pretrained(
-        path: str | Path, level: str | float, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+        path: str | Path,
+        level: str | float = "auto",
+        *,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        device_map: str | Mapping[str, Any] | None = None,
+        offload_folder: str | Path | None = None,
+        merge_adapters: bool = True,
+        **hub: Any,
     ) -> Any:
         """One level of an elastic checkpoint as its ordinary `transformers` causal LM, in eval mode.
 
         Args:
-            path: folder of an elastic checkpoint.
-            level: e.g. 0.6, "0.6", "60%" or "2:4".
+            path: folder of an elastic checkpoint, or a hub id, of which only the level's files are downloaded.
+            level: 0.6, "0.6", "60%", "2:4", or "auto": the densest level that is here (on a hub: the densest).
             dtype: of the model; None = the checkpoint's.
-        Raises: LevelError: for a level outside the ladder, listing the levels. CheckpointError: damaged files.
+            device: where to put the model; None = CPU.
+            device_map: as in transformers ("auto", "balanced", {"": 0}, ...), through accelerate; instead of `device`.
+            offload_folder: for weights that a device map puts on "disk".
+            merge_adapters: False leaves the masked base weights alone, to put the exported PEFT adapters on them.
+            **hub: `revision`, `cache_dir`, `token`, `endpoint`, `local_files_only` for a hub id.
+        Raises: LevelError: outside the ladder, listing the levels. CheckpointError: damaged or missing files.
         """
-        checkpoint = ElasticCheckpoint(path)
-        return load_level(checkpoint, checkpoint.ladder.find(level), dtype or checkpoint.dtype).to(device)
+        checkpoint = ElasticCheckpoint(checkpoint_folder(path, level, **hub))
+        found = checkpoint.find(level)
+        placed = {"": device} if device is not None else None
+        if device_map is not None and placed is not None:
+            raise LevelError("from_pretrained: give either `device` or `device_map`.")
+        return load_level(
+            checkpoint,
+            found,
+            dtype or checkpoint.dtype,
+            device_map=device_map or placed,
+            offload_folder=offload_folder,
+            merge_adapters=merge_adapters,
+        )
 
 
-def load_level(checkpoint: ElasticCheckpoint, level: Level, dtype: torch.dtype) -> Any:
-    """The model of one level; merged in float32, masked, then cast, and its zeros checked in the finished model."""
-    from transformers import AutoConfig, GenerationConfig  # slow import, only here
+def load_level(
+    checkpoint: ElasticCheckpoint,
+    level: Level,
+    dtype: torch.dtype,
+    *,
+    device_map: str | Mapping[str, Any] | None = None,
+    offload_folder: str | Path | None = None,
+    merge_adapters: bool = True,
+) -> Any:
+    """The model of one level; merged in float32, masked, then cast. See `ElasticModel.from_pretrained`."""
+    files = checkpoint.open_level(level)
+    model, generation = _skeleton(checkpoint, files, dtype)
+    places = _places(model, device_map)
+    state = {name: tensor.to(dtype).to(_place(places, name)) for name, tensor in files.shared().items()}
+    for name in checkpoint.linears:
+        weight = _level_weight(files, name, dtype, merge_adapters)
+        state[f"{name}.weight"] = weight.to(_place(places, name))
+    model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    model.eval().requires_grad_(True)
+    if generation is not None:
+        model.generation_config = generation
+    if places is not None:
+        from accelerate import dispatch_model  # slow import, only here
 
-    state = checkpoint.dense_tensors()
-    masks: dict[str, Tensor] = {}
-    for name, linear in checkpoint.level_linears(level):
-        weight = merge(linear.weight_OI, linear.pairs, linear.mask_OI).to(dtype)
-        state[f"{name}.weight"] = weight.T.contiguous() if linear.transposed else weight
-        masks[name] = linear.mask_OI
+        model = dispatch_model(model, dict(places), offload_dir=offload_folder)
+    setattr(model, STATE, ElasticState(checkpoint, level))
+    return model
+
+
+def _level_weight(files: OpenLevel, name: str, dtype: torch.dtype, merge_adapters: bool = True) -> Tensor:
+    """One linear's weight as its module stores it.
+
+    Raises: CheckpointError: if it is not finite.
+    """
+    linear = files.linear(name)
+    weight = merge(linear.weight_OI, linear.pairs if merge_adapters else [], linear.mask_OI).to(dtype)
+    # A sum is finite if all its terms are, but for overflow, which the second look tells apart.
+    if not torch.isfinite(weight.sum(dtype=torch.float32)) and not torch.isfinite(weight).all():
+        raise CheckpointError(f"{name}: weights are NaN or infinite in {dtype}; try another dtype.")
+    return weight.T.contiguous() if linear.transposed else weight
+
+
+def _skeleton(checkpoint: ElasticCheckpoint, files: OpenLevel, dtype: torch.dtype) -> tuple[Any, Any]:
+    """The model without memory for weights, checked to have the checkpoint's names and shapes; its generation config.
+
+    Raises: CheckpointError.
+    """
+    from accelerate import init_empty_weights  # slow imports, only here
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
     folder = checkpoint.folder
     try:
         config = AutoConfig.from_pretrained(folder)
         has_generation = (folder / "generation_config.json").is_file()
         generation = GenerationConfig.from_pretrained(folder) if has_generation else None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}: config.json or generation_config.json cannot be read: {error}.") from error
-    model, info = _model_class(config).from_pretrained(
-        None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
-    )
-    missing, extra = info["missing_keys"], info["unexpected_keys"]
-    if missing or extra or info.get("mismatched_keys"):
+        blocks = {
+            name.removeprefix(architecture_of(config.model_type).blocks).split(".")[1] for name in checkpoint.linears
+        }
+        if len(blocks) != config.num_hidden_layers:  # before a loop over as many layers as a file may claim
+            raise CheckpointError(
+                f"{folder}: config.json has {config.num_hidden_layers} layers, the shells {len(blocks)}."
+            )
+        with init_empty_weights():
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model.tie_weights()
+    except ElasticSparsityError:
+        raise
+    except Exception as error:  # transformers raises many types for one cause
         raise CheckpointError(
-            f"{folder}: tensors do not fit config.json: missing {sorted(missing)}, unexpected {sorted(extra)}, "
-            f"wrong shape {sorted(info.get('mismatched_keys') or [])}."
+            f"{folder}: config.json does not make a model: {type(error).__name__}: {error}."
+        ) from error
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    found = files.shared_shapes()
+    for name, spec in checkpoint.linears.items():
+        found[f"{name}.weight"] = spec.shape[::-1] if spec.transposed else spec.shape
+    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if wrong:
+        raise CheckpointError(
+            f"{folder}: {len(wrong)} tensors do not fit config.json, first {wrong[0]}: "
+            f"found {found.get(wrong[0])}, expected {expected.get(wrong[0])}."
         )
-    if generation is not None:
-        model.generation_config = generation
-    check_zeros(model, masks)
-    return model.eval()
+    return model, generation
 
 
-def _model_class(config: Any) -> Any:
-    from accelerate import init_empty_weights  # slow import, only here
-    from transformers import AutoModelForCausalLM
+def _places(model: nn.Module, device_map: str | Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """Module name prefix -> device."""
+    if device_map is None:
+        return None
+    if not isinstance(device_map, str):
+        return device_map
+    from accelerate import infer_auto_device_map  # slow imports, only here
+    from accelerate.utils import get_balanced_memory
 
-    with init_empty_weights():
-        return type(AutoModelForCausalLM.from_config(config))
+    keep_whole: Any = getattr(model, "_no_split_modules", None)
+    low = {"balanced_low_0": True}.get(device_map, False)
+    if device_map not in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return {"": device_map}  # transformers takes a device's name too
+    memory = None
+    if device_map != "sequential":
+        memory = get_balanced_memory(model, no_split_module_classes=keep_whole, low_zero=low)  # type: ignore[arg-type]
+    return infer_auto_device_map(model, max_memory=memory, no_split_module_classes=keep_whole)  # type: ignore[arg-type]
 
 
-def check_zeros(model: Any, masks: dict[str, Tensor]) -> None:
-    """That every weight outside its mask is exactly zero and every other one is finite, in the finished model.
+def _place(places: Mapping[str, Any] | None, name: str) -> Any:
+    if places is None:
+        return "cpu"
+    prefix = max((p for p in places if p == "" or name == p or name.startswith(f"{p}.")), key=len, default="")
+    device = places.get(prefix, "cpu")
+    return "cpu" if device == "disk" else device
 
-    Raises: CheckpointError: naming the linear.
+
+def set_level(model: nn.Module, level: str | float) -> None:
+    """Switches a live model to another level, in place.
+
+    Only files the model has not opened yet are read; none of a denser level when it goes sparser. All checks come
+    before the first weight changes; if a weight then still turns out damaged, the old level is put back.
+
+    Args:
+        model: from `ElasticModel.from_pretrained`; its sparsified weights are overwritten, all else is left alone.
+    Raises: LevelError: outside the ladder. CheckpointError: damaged or missing files; the model is as it was.
     """
-    for name, mask in masks.items():
-        weight = weight_OI(model.get_submodule(name))
-        outside = int(torch.count_nonzero(weight[~mask]))
-        if outside:
-            raise CheckpointError(f"{name}: {outside} weights outside the mask are not zero after the merge.")
-        if not torch.isfinite(weight).all():
-            raise CheckpointError(f"{name}: weights are NaN or infinite in {weight.dtype}; try another dtype.")
+    state: ElasticState | None = getattr(model, STATE, None)
+    if state is None:
+        raise LevelError("set_level: this model was not made by ElasticModel.from_pretrained; load it with that.")
+    wanted = state.checkpoint.find(level)
+    if wanted == state.level:
+        return
+    weights = _live_weights(model, state.checkpoint)
+    files = state.checkpoint.open_level(wanted)
+    try:
+        _overwrite_(weights, files)
+    except BaseException:
+        _overwrite_(weights, state.checkpoint.open_level(state.level))
+        raise
+    state.level = wanted
 
 
-def slice_checkpoint(
-    path: str | Path, level: str | float, output: str | Path, dtype: torch.dtype | None = None
+def _live_weights(model: nn.Module, checkpoint: ElasticCheckpoint) -> dict[str, Tensor]:
+    weights = {}
+    for name, spec in checkpoint.linears.items():
+        try:
+            weight = model.get_parameter(f"{name}.weight")
+        except AttributeError:
+            raise LevelError(
+                f"set_level: the model has no {name}.weight any more; switch before wrapping it."
+            ) from None
+        shape = spec.shape[::-1] if spec.transposed else spec.shape
+        if tuple(weight.shape) != shape or weight.is_meta or not weight.is_floating_point():
+            raise LevelError(f"set_level: {name}.weight is offloaded or changed; expected a float {shape} in memory.")
+        weights[name] = weight.detach()
+    return weights
+
+
+def _overwrite_(weights: Mapping[str, Tensor], files: OpenLevel) -> None:
+    for name, weight in weights.items():
+        weight.copy_(_level_weight(files, name, weight.dtype))
+
+
+@dataclass(frozen=True, slots=True)
+class LevelInfo:
+    """What `levels` tells of one level.
+
+    Attributes:
+        name: what to ask for.
+        sparsity: fraction of zeros over all sparsified weights, counted from the checkpoint's record.
+        bytes: tensor files it reads.
+        available: whether they are all in this folder.
+        perplexity, kl: as measured when the checkpoint was made (text in its record), None if not measured.
+    """
+
+    name: str
+    title: str
+    sparsity: float
+    bytes: int
+    available: bool
+    perplexity: float | None
+    kl: float | None
+
+
+def levels(path: str | Path, **hub: Any) -> list[LevelInfo]:
+    """The levels of a checkpoint, densest first, with bytes and quality; reads elastic_config.json only.
+
+    Raises: CheckpointError.
+    """
+    checkpoint = ElasticCheckpoint(checkpoint_folder(path, None, **hub))
+    return [level_info(checkpoint, level) for level in checkpoint.ladder.levels]
+
+
+def level_info(checkpoint: ElasticCheckpoint, level: Level) -> LevelInfo:
+    """One level's row."""
+    sizes = [spec.size for spec in checkpoint.linears.values()]
+    if level.pattern is None:
+        kept = sum(spec.shape[0] * spec.kept[level.index] for spec in checkpoint.linears.values())
+        sparsity = 1 - kept / sum(sizes)
+    else:
+        sparsity = level.sparsity
+    quality = checkpoint.config.get("quality")
+    rows: Iterable[Any] = quality.get("rows", ()) if isinstance(quality, dict) else ()
+    row: Any = next((r for r in rows if r.get("level") == level.name and r.get("method") == "elastic"), {})
+    return LevelInfo(
+        level.name,
+        level.title,
+        sparsity,
+        checkpoint.bytes_of(level),
+        checkpoint.is_complete(level),
+        row.get("perplexity"),
+        row.get("kl"),
+    )
+
+
+def save_sliced(
+    path: str | Path, level: str | float, output: str | Path, dtype: torch.dtype | None = None, **hub: Any
 ) -> None:
     """Writes one level as a plain Hugging Face folder that needs nothing of ours to open.
 
     Raises: LevelError, CheckpointError; OutputError: if `output` is taken or cannot be written.
     """
     check_output_folder(Path(output))
-    model = ElasticModel.from_pretrained(path, level, dtype=dtype)
-    tokenizer = load_tokenizer(path)
+    folder = checkpoint_folder(path, level, **hub)
+    model = ElasticModel.from_pretrained(folder, level, dtype=dtype)
+    tokenizer = load_tokenizer(folder)
     with atomic_folder(Path(output)) as scratch:
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
@@ -112,3 +308,15 @@ def load_tokenizer(path: str | Path) -> Any:
         return AutoTokenizer.from_pretrained(path)
     except Exception as error:  # transformers and tokenizers raise many types for one cause
         raise CheckpointError(f"{path}: the tokenizer cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def check_zeros(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """That every weight outside its mask is exactly zero, in a finished model.
+
+    Raises: CheckpointError: naming the linear.
+    """
+    for name, mask in masks.items():
+        weight = weight_OI(model.get_submodule(name))
+        outside = int(torch.count_nonzero((weight != 0) & ~mask.to(weight.device)))
+        if outside:
+            raise CheckpointError(f"{name}: {outside} weights outside the mask are not zero.")

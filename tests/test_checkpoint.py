@@ -1,4 +1,4 @@
-"""The format: golden bits, bitwise round trip, a level opens only its shells, damage gives a named error."""
+"""The folder: round trip, shards, a level opens only its files, partial folders, damage gives a named error."""
 
 import json
 import shutil
@@ -6,67 +6,13 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from test_shells import record_of
 
-from elastic_sparsity.checkpoint import (
-    CONFIG_NAME,
-    ElasticCheckpoint,
-    LinearRecord,
-    atomic_folder,
-    check_output_folder,
-    decode_shells,
-    encode_shells,
-    num_shells,
-    shell_names,
-    write_checkpoint,
-)
+from elastic_sparsity.checkpoint import ElasticCheckpoint, write_checkpoint
 from elastic_sparsity.errors import CheckpointError, OutputError
-from elastic_sparsity.ladder import Ladder, keep_count
-from elastic_sparsity.masks import drop_levels, mask_at, pattern_mask
-
-LADDER = Ladder(sparsities=(0.25, 0.5), patterns=("2:4",))
-
-
-def record_of(weight, scores, ladder, within=False):
-    counts = [keep_count(weight.shape[1], s) for s in ladder.sparsities]
-    drop = drop_levels(scores, counts) if counts else None
-    inside = mask_at(drop, 0) if within else None
-    patterns = [pattern_mask(scores, *level.pattern, inside) for level in ladder.levels if level.pattern]
-    pairs = [(torch.ones(1, weight.shape[1]), torch.zeros(weight.shape[0], 1))] * ladder.num_groups
-    return LinearRecord(weight_OI=weight, drop_level_OI=drop, pattern_masks=patterns, pairs=pairs, transposed=False)
-
-
-def test_golden_bits_and_values():
-    weight = torch.tensor([[1.0, 2, 3, 4], [5, 6, 7, 8]])
-    scores = torch.tensor([[4.0, 3, 2, 1], [1, 2, 4, 3]])
-    shells = encode_shells(record_of(weight, scores, LADDER), LADDER, torch.float32)
-    assert shell_names(LADDER) == ["core", "level-0.25", "pattern-2of4"]
-    # core: 2 of 4 kept: row 0 columns 0 1, row 1 columns 2 3 -> bits 0 1 6 7
-    assert shells[0][0].tolist() == [0b11000011]
-    assert shells[0][1].tolist() == [1, 2, 7, 8]
-    # +25 %: of the four open positions (row 0: 2 3; row 1: 0 1) the best of each row -> bits 0 and 3
-    assert shells[1][0].tolist() == [0b1001]
-    assert shells[1][1].tolist() == [3, 6]
-    # 2:4 keeps what the core keeps: all positions as bits, no new value
-    assert shells[2][0].tolist() == [0b11000011]
-    assert shells[2][1].tolist() == []
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.integers(0, 10_000), st.booleans(), st.sampled_from([torch.float32, torch.bfloat16]))
-def test_every_level_decodes_bitwise_from_its_prefix(seed, within, dtype):
-    ladder = Ladder(sparsities=(0.3, 0.5, 0.7), patterns=("2:4", "1:4"))
-    generator = torch.Generator().manual_seed(seed)
-    weight, scores = torch.randn(5, 12, generator=generator), torch.rand(5, 12, generator=generator)
-    record = record_of(weight, scores, ladder, within)
-    shells = encode_shells(record, ladder, dtype)
-    for level in ladder.levels:
-        base, mask = decode_shells(shells[: num_shells(ladder, level)], (5, 12), ladder, level, "w")
-        unstructured = mask_at(record.drop_level_OI, level.index)
-        expected = record.pattern_masks[level.index - 3] if level.pattern else unstructured
-        assert torch.equal(mask, expected)
-        assert torch.equal(torch.where(mask, base, 0), torch.where(mask, weight.to(dtype), 0))
+from elastic_sparsity.files import atomic_folder, check_output_folder
+from elastic_sparsity.ladder import Ladder
+from elastic_sparsity.manifest import CONFIG_NAME
 
 
 def test_patterns_only_ladder_round_trips(tmp_path):
@@ -82,26 +28,68 @@ def test_patterns_only_ladder_round_trips(tmp_path):
     assert name == "w" and torch.equal(linear.mask_OI, record.pattern_masks[0])
 
 
-def test_a_level_opens_only_its_shells(tiny_checkpoint):
-    opened = []
-    active = True
+def test_shards_read_as_one(tmp_path):
+    ladder = Ladder(sparsities=(0.5,), patterns=("2:4",))
+    records = {f"w{i}": record_of(torch.randn(4, 8), torch.rand(4, 8), ladder) for i in range(5)}
+    write_checkpoint(
+        tmp_path / "c", records, {"norm": torch.ones(3)}, ladder=ladder, ranks=[1, 1], inheritance="shared",
+        dtype="float32", record={}, save_extras=lambda folder: None, max_shard_bytes=150,
+    )  # fmt: skip
+    assert (tmp_path / "c" / "shell-core-00002-of-00003.safetensors").is_file()
+    checkpoint = ElasticCheckpoint(tmp_path / "c")
+    for name, linear in checkpoint.level_linears(checkpoint.ladder.find(0.5)):
+        kept = records[name].drop_level_OI > 0
+        assert torch.equal(linear.weight_OI, torch.where(kept, records[name].weight_OI, 0))
+    (tmp_path / "c" / "shell-core-00002-of-00003.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="00002-of-00003.safetensors is missing"):
+        ElasticCheckpoint(tmp_path / "c").open_level(ladder.levels[0])
+
+
+@pytest.fixture
+def opened_files():
+    """Names of the .safetensors files opened so far in the test."""
+    found, active = [], [True]
 
     def audit(event, args):
-        if active and event == "open" and str(args[0]).endswith(".safetensors"):
-            opened.append(str(args[0]).rsplit("/", 1)[-1])
+        if active[0] and event == "open" and str(args[0]).endswith(".safetensors"):
+            found.append(str(args[0]).rsplit("/", 1)[-1])
 
     sys.addaudithook(audit)
-    checkpoint = ElasticCheckpoint(tiny_checkpoint)
-    list(checkpoint.level_linears(checkpoint.ladder.find(0.7)))
-    active = False
-    assert set(opened) == {"shell-core.safetensors", "adapters.safetensors"}
+    yield found
+    active[0] = False
 
 
-def test_bytes_grow_with_density(tiny_checkpoint):
+def test_a_level_opens_only_its_files(tiny_checkpoint, opened_files):
     checkpoint = ElasticCheckpoint(tiny_checkpoint)
-    shells = {level.name: num_shells(checkpoint.ladder, level) for level in checkpoint.ladder.levels}
-    assert shells == {"0.5": 3, "0.6": 2, "0.7": 1, "2:4": 4}
-    assert checkpoint.bytes_of(checkpoint.ladder.find("2:4")) <= checkpoint.total_bytes()
+    assert opened_files == []
+    checkpoint.open_level(checkpoint.ladder.find(0.7))
+    groups = {f"adapters-{group}.safetensors" for group in range(3)}
+    assert set(opened_files) == {"shell-core.safetensors", "shared.safetensors", *groups}
+    opened_files.clear()
+    checkpoint.open_level(checkpoint.ladder.find(0.5))
+    assert set(opened_files) == {"shell-level-0.6.safetensors", "shell-level-0.5.safetensors"}
+    opened_files.clear()
+    checkpoint.open_level(checkpoint.ladder.find(0.6))
+    assert opened_files == []
+
+
+def test_bytes_are_those_of_the_files(tiny_checkpoint):
+    checkpoint = ElasticCheckpoint(tiny_checkpoint)
+    for level in checkpoint.ladder.levels:
+        sizes = [(tiny_checkpoint / entry.file).stat().st_size for entry in checkpoint.files_of(level)]
+        assert checkpoint.bytes_of(level) == sum(sizes) <= checkpoint.total_bytes()
+
+
+def test_a_folder_may_hold_only_some_levels(tiny_checkpoint, tmp_path):
+    folder = tmp_path / "device"
+    shutil.copytree(tiny_checkpoint, folder)
+    (folder / "shell-level-0.5.safetensors").unlink()
+    checkpoint = ElasticCheckpoint(folder)
+    assert [level.name for level in checkpoint.ladder.levels if checkpoint.is_complete(level)] == ["0.6", "0.7"]
+    assert checkpoint.find("auto").name == "0.6"
+    checkpoint.open_level(checkpoint.find("auto"))
+    with pytest.raises(CheckpointError, match=r"0.5.safetensors is missing.*complete here: 0.6, 0.7.*upgrade"):
+        checkpoint.open_level(checkpoint.find(0.5))
 
 
 def damaged(source, target, change):
@@ -127,16 +115,16 @@ def flip(path):
 
 DAMAGE = {
     "missing shell": (lambda f: (f / "shell-core.safetensors").unlink(), "shell-core.safetensors is missing"),
-    "truncated shell": (lambda f: truncate(f / "shell-core.safetensors", 3), r"shell-core.safetensors has \d+ bytes"),
+    "truncated shell": (lambda f: truncate(f / "shell-core.safetensors", 3), r"shell-core.safetensors: has \d+ bytes"),
     "flipped bit": (lambda f: flip(f / "shell-core.safetensors"), "sha256 differs"),
-    "missing adapters": (lambda f: (f / "adapters.safetensors").unlink(), "adapters.safetensors is missing"),
+    "missing adapters": (lambda f: (f / "adapters-0.safetensors").unlink(), "adapters-0.safetensors is missing"),
     "missing config": (lambda f: (f / CONFIG_NAME).unlink(), "elastic_config.json is missing"),
     "no JSON": (lambda f: (f / CONFIG_NAME).write_text("{"), "cannot be read"),
     "another format": (lambda f: edit_config(f, format="x"), "not the config of an elastic checkpoint"),
-    "unknown version": (lambda f: edit_config(f, format_version=99), "format version 99; this release reads 1"),
+    "unknown version": (lambda f: edit_config(f, format_version=99), "format version 99; this release reads 2"),
     "missing field": (lambda f: edit_config(f, ladder={}), "missing or malformed field"),
     "null field": (lambda f: edit_config(f, ranks=None), "missing or malformed field"),
-    "another id": (lambda f: edit_config(f, checkpoint_id="0"), "belongs to another elastic checkpoint"),
+    "another id": (lambda f: edit_config(f, checkpoint_id="0" * 32), "belongs to another elastic checkpoint"),
 }
 
 

@@ -177,7 +177,7 @@ def test_a_truncated_checkpoint_is_named(capsys, tmp_path, tiny_checkpoint):
     shutil.copytree(tiny_checkpoint, tmp_path / "c")
     shell = tmp_path / "c" / "shell-core.safetensors"
     shell.write_bytes(shell.read_bytes()[:-1])
-    expect_error(capsys, "shell-core.safetensors has", "slice", tmp_path / "c", "--level", "0.7", "--output",
+    expect_error(capsys, "shell-core.safetensors: has", "slice", tmp_path / "c", "--level", "0.7", "--output",
                  tmp_path / "out")  # fmt: skip
     assert not (tmp_path / "out").exists()
 

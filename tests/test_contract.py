@@ -8,7 +8,7 @@ import torch
 from conftest import tiny_recipe
 from transformers import AutoModelForCausalLM
 
-from elastic_sparsity import ElasticModel, slice_checkpoint
+from elastic_sparsity import ElasticModel, save_sliced
 from elastic_sparsity.adapters import elastic_linears, set_level_
 from elastic_sparsity.arch import architecture_of, decoder_blocks, head_function, weight_OI
 from elastic_sparsity.blocks import BlockRunner
@@ -32,8 +32,8 @@ def train_and_save(family, folder):
     model.requires_grad_(False)
     base = BaseModel(model, byte_tokenizer(), {"id": family, "sha256": ""})
     generator = torch.Generator().manual_seed(0)
-    run_block_phase_(model, IDS, recipe, "base", "float32", generator, lambda *_: None)
-    save_model_(model, base, recipe, folder, {}, torch.float32)
+    _, mixed = run_block_phase_(model, IDS, recipe, "base", "float32", generator, lambda *_: None)
+    save_model_(model, base, recipe, folder, {}, torch.float32, mixed)
     return model
 
 
@@ -70,7 +70,7 @@ def test_train_save_slice_reload(family, tmp_path):
         with torch.no_grad():
             expected = model(IDS).logits
         loaded = ElasticModel.from_pretrained(tmp_path / "checkpoint", level.name)
-        slice_checkpoint(tmp_path / "checkpoint", level.name, tmp_path / level.name.replace(":", "of"))
+        save_sliced(tmp_path / "checkpoint", level.name, tmp_path / level.name.replace(":", "of"))
         stock = AutoModelForCausalLM.from_pretrained(tmp_path / level.name.replace(":", "of"), dtype=torch.float32)
         for sliced in (loaded, stock):
             with torch.no_grad():

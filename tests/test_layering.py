@@ -19,7 +19,12 @@ ALLOWED = {
     "masks": {"torch", "errors"},
     "mixer": {"torch", "errors"},
     "sparsegpt": {"torch", "errors", "importance"},
-    "checkpoint": {"torch", "safetensors", "errors", "ladder", "masks", "precision"},
+    "packing": {"torch", "numpy", "errors"},
+    "files": {"safetensors", "errors"},
+    "shells": {"torch", "errors", "ladder", "masks", "packing"},
+    "manifest": {"errors", "ladder", "shells"},
+    "checkpoint": {"torch", "safetensors", "errors", "files", "ladder", "manifest", "precision", "shells"},
+    "hub": {"errors", "manifest"},
     "report": {"errors"},
     # layer 2: know Hugging Face models
     "arch": {"torch", "errors"},
@@ -34,20 +39,22 @@ ALLOWED = {
     "distill": {"torch", "adapters", "blocks", "errors", "ladder", "mixer"},
     "end_to_end": {"torch", "adapters", "distill", "errors", "ladder"},
     "baselines": {"torch", "arch", "blocks", "calibrate", "errors", "importance", "ladder", "masks", "sparsegpt"},
-    "slicing": {"torch", "transformers", "accelerate", "adapters", "arch", "checkpoint", "errors", "ladder"},
+    "slicing": {
+        "torch", "transformers", "accelerate", "adapters", "arch", "checkpoint", "errors", "files", "hub", "ladder",
+    },
     "evaluate": {"torch", "arch", "errors"},
     # layer 4: the flow
     "pipeline": {
         "torch", "adapters", "arch", "blocks", "calibrate", "calibration_text", "checkpoint", "config", "data",
-        "distill", "end_to_end", "importance", "ladder", "masks", "mixer", "models", "precision",
+        "distill", "end_to_end", "files", "importance", "ladder", "masks", "mixer", "models", "precision", "shells",
     },
     "measure": {
-        "baselines", "calibration_text", "checkpoint", "config", "data", "errors", "evaluate", "ladder", "models",
-        "precision", "slicing",
+        "baselines", "calibration_text", "checkpoint", "config", "data", "errors", "evaluate", "ladder", "manifest",
+        "models", "precision", "slicing",
     },
     # layer 5
     "__main__": {"cli"},
-    "cli": {"transformers", "checkpoint", "config", "errors", "measure", "pipeline", "precision", "report", "slicing"},
+    "cli": {"transformers", "config", "errors", "files", "measure", "pipeline", "precision", "report", "slicing"},
 }  # fmt: skip
 WATCHED = {"torch", "numpy", "safetensors", "transformers", "peft", "datasets", "lm_eval", "accelerate"}
 

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastic_sparsity.errors import NumericsError, ShapeError
-from elastic_sparsity.masks import drop_levels, mask_at, pack_bits, pattern_mask, unpack_bits
+from elastic_sparsity.masks import drop_levels, mask_at, pattern_mask
+from elastic_sparsity.packing import pack_bits, unpack_bits
 
 SEEDS = st.integers(0, 2**31 - 1)
 

@@ -8,10 +8,13 @@ def test_public_names():
         "ElasticCheckpoint",
         "ElasticModel",
         "ElasticSparsityError",
+        "LevelInfo",
         "Recipe",
+        "levels",
         "optimize",
         "read_recipe",
-        "slice_checkpoint",
+        "save_sliced",
+        "set_level",
     ]
     for name in elastic_sparsity.__all__:
         assert getattr(elastic_sparsity, name).__doc__

@@ -1,0 +1,189 @@
+"""elastic_config.json: its fields, checked before anything is believed or allocated. Plain data only."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from elastic_sparsity.errors import CheckpointError, ElasticSparsityError
+from elastic_sparsity.ladder import Ladder, Level
+from elastic_sparsity.shells import LinearSpec, num_shells, shell_names
+
+FORMAT = "elastic_sparsity"
+FORMAT_VERSION = 2
+CONFIG_NAME = "elastic_config.json"
+KNOWN_FEATURES = frozenset({"overlay"})  # what a writer may list under "requires" and this reader understands
+MAX_CONFIG_BYTES = 256_000_000
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)?")
+_MODULE_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
+_SECTION_FILE = re.compile(r"(?P<section>.+?)(-(?P<part>\d{5})-of-(?P<parts>\d{5}))?\.safetensors")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
+
+
+class FileEntry(_Strict):
+    """One file: its name in the folder, size, and sha256 in hexadecimal."""
+
+    file: str
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+    @model_validator(mode="after")
+    def _safe(self) -> "FileEntry":
+        if not _FILE_NAME.fullmatch(self.file):
+            raise ValueError(f"{self.file!r} is not a plain file name")
+        return self
+
+
+class LadderEntry(_Strict):
+    sparsities: list[float]
+    patterns: list[str]
+    group_ends: list[float] | None = None
+    pattern_parent: str = "densest"
+
+
+class LinearEntry(_Strict):
+    shape: tuple[int, int] = Field(strict=False)
+    transposed: bool = False
+    kept: list[int]
+    pattern_values: list[int]
+
+
+class Manifest(_Strict):
+    """All that a reader needs. Other top-level fields (recipe, quality, ...) are records and kept as they are."""
+
+    format: Literal["elastic_sparsity"]
+    format_version: int
+    requires: list[str] = []
+    checkpoint_id: str = Field(min_length=8, max_length=128)
+    ladder: LadderEntry
+    ranks: list[int]
+    inheritance: Literal["shared", "detached", "none"]
+    dtype: Literal["float32", "bfloat16", "float16"]
+    adapter_dtype: Literal["float32", "bfloat16", "float16"]
+    linears: dict[str, LinearEntry] = Field(min_length=1)
+    files: dict[str, list[FileEntry]]
+    extras: list[FileEntry] = []
+
+    def build_ladder(self) -> Ladder:
+        """Raises: ConfigError."""
+        ends = self.ladder.group_ends
+        return Ladder(
+            sparsities=tuple(self.ladder.sparsities),
+            patterns=tuple(self.ladder.patterns),
+            group_ends=None if ends is None else tuple(ends),
+            pattern_parent=self.ladder.pattern_parent,
+        )
+
+    def build_specs(self) -> dict[str, LinearSpec]:
+        """Raises: ShapeError."""
+        return {
+            name: LinearSpec(
+                shape=x.shape, transposed=x.transposed, kept=tuple(x.kept), pattern_values=tuple(x.pattern_values)
+            )
+            for name, x in self.linears.items()
+        }
+
+    def sections_of(self, level: Level) -> list[str]:
+        """Sections a level reads: its prefix of shells, its groups' adapters, and what all levels share."""
+        ladder = self.build_ladder()
+        shells = [f"shell-{name}" for name in shell_names(ladder)[: num_shells(ladder, level)]]
+        groups = [g for g in ladder.active_groups(level, self.inheritance) if self.ranks[g]]
+        shared = [] if "overlay" in self.requires else ["shared"]
+        return [*shells, *(f"adapters-{group}" for group in groups), *shared]
+
+    def files_of(self, level: Level) -> list[FileEntry]:
+        """Every tensor file a level reads."""
+        return [entry for section in self.sections_of(level) for entry in self.files[section]]
+
+
+def read_manifest(folder: Path) -> tuple[Manifest, dict[str, Any]]:
+    """elastic_config.json as checked fields and as the JSON it was.
+
+    Raises: CheckpointError: naming the field; for another format, a version or a required feature not known here.
+    """
+    path = folder / CONFIG_NAME
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise CheckpointError(f"{path}: {path.stat().st_size} bytes; at most {MAX_CONFIG_BYTES} are read.")
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder}: no elastic checkpoint here ({CONFIG_NAME} is missing).") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}.") from None
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: not the config of an elastic checkpoint.")
+    if raw.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: format version {raw.get('format_version')!r}; this release reads {FORMAT_VERSION}. "
+            "Upgrade elastic-sparsity or make the checkpoint again."
+        )
+    try:
+        manifest = Manifest.model_validate(raw)
+        unknown = sorted(set(manifest.requires) - KNOWN_FEATURES)
+        if unknown:
+            raise CheckpointError(f"{path}: needs {', '.join(unknown)}, unknown to this release; upgrade it.")
+        problems = list(_problems(manifest))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise CheckpointError(f"{path}: missing or malformed field {where}: {first['msg']}.") from None
+    except CheckpointError:
+        raise
+    except (ElasticSparsityError, OverflowError) as error:
+        raise CheckpointError(f"{path}: missing or malformed field: {error}") from None
+    if problems:
+        raise CheckpointError(f"{path}: missing or malformed field: {'; '.join(problems[:3])}.")
+    return manifest, raw
+
+
+def _problems(manifest: Manifest) -> Iterator[str]:
+    ladder = manifest.build_ladder()
+    if len(manifest.ranks) != ladder.num_groups or min(manifest.ranks) < 0:
+        yield f"ranks: {manifest.ranks} for {ladder.num_groups} groups"
+        return
+    sizes = [level.pattern[1] for level in ladder.levels if level.pattern]
+    for name, spec in manifest.build_specs().items():
+        if not _MODULE_NAME.fullmatch(name):
+            yield f"linears: {name!r} is no module name"
+        if len(spec.kept) != ladder.num_unstructured or len(spec.pattern_values) != len(ladder.patterns):
+            yield f"linears.{name}: counts of {len(spec.kept)} + {len(spec.pattern_values)} levels"
+        elif any(spec.shape[1] % size for size in sizes):
+            yield f"linears.{name}: input width {spec.shape[1]} does not fit {ladder.patterns}"
+        elif spec.size > 2**48:
+            yield f"linears.{name}: shape {spec.shape} is beyond any model"
+    needed = dict.fromkeys(section for level in ladder.levels for section in manifest.sections_of(level))
+    for section in needed:
+        if section not in manifest.files:
+            yield f"files: no {section}"
+    seen = [entry.file for entries in manifest.files.values() for entry in entries]
+    seen += [entry.file for entry in manifest.extras]
+    if len(set(seen)) < len(seen) or CONFIG_NAME in seen:
+        yield "files: one name is listed twice"
+    for section, entries in manifest.files.items():
+        for number, entry in enumerate(entries, start=1):
+            match = _SECTION_FILE.fullmatch(entry.file)
+            part = match and match["part"]
+            numbered = part is None if len(entries) == 1 else part == f"{number:05d}"
+            if match is None or match["section"] != section or not numbered:
+                yield f"files.{section}: {entry.file!r} is not the name of its part {number}"
+    for entry in manifest.extras:
+        if entry.file.endswith(".safetensors"):
+            yield f"extras: {entry.file!r} may not hold tensors"
+
+
+def part_names(section: str, parts: int) -> list[str]:
+    """File names of a section: one, or numbered shards in the manner of transformers."""
+    if parts == 1:
+        return [f"{section}.safetensors"]
+    return [f"{section}-{number:05d}-of-{parts:05d}.safetensors" for number in range(1, parts + 1)]
+
+
+def by_density(ladder: Ladder) -> list[Level]:
+    """Levels from densest to sparsest; an unstructured level before an N:M one of the same sparsity."""
+    return sorted(ladder.levels, key=lambda level: (level.sparsity, level.pattern is not None))
