@@ -3,8 +3,13 @@
 from elastic_sparsity.checkpoint import ElasticCheckpoint
 from elastic_sparsity.config import Recipe, read_recipe
 from elastic_sparsity.errors import ElasticSparsityError
+from elastic_sparsity.inspection import LevelInfo, levels
+from elastic_sparsity.overlay import restore_overlay, write_overlay
+from elastic_sparsity.peft_export import export_peft, reapply_masks_
 from elastic_sparsity.pipeline import optimize
-from elastic_sparsity.slicing import ElasticModel, LevelInfo, levels, save_sliced, set_level
+from elastic_sparsity.slicing import ElasticModel, save_sliced, set_level
+from elastic_sparsity.transfer import copy_level, upgrade
+from elastic_sparsity.verify import verify
 
 __all__ = [
     "ElasticCheckpoint",
@@ -12,9 +17,16 @@ __all__ = [
     "ElasticSparsityError",
     "LevelInfo",
     "Recipe",
+    "copy_level",
+    "export_peft",
     "levels",
     "optimize",
     "read_recipe",
+    "reapply_masks_",
+    "restore_overlay",
     "save_sliced",
     "set_level",
+    "upgrade",
+    "verify",
+    "write_overlay",
 ]

@@ -144,7 +144,7 @@ def _save_section(
         room -= size
     entries = []
     for file_name, part in zip(part_names(section, len(parts)), parts, strict=True):
-        save_file(part, folder / file_name, metadata={"format": "pt", "elastic_checkpoint": checkpoint_id})
+        save_file(part, folder / file_name, metadata={"elastic_checkpoint": checkpoint_id})
         entries.append(file_entry(folder, folder / file_name))
     return entries
 
@@ -163,7 +163,6 @@ class ElasticCheckpoint:
         self.inheritance = self.manifest.inheritance
         self.dtype = DTYPES[self.manifest.dtype]
         self.linears = self.manifest.build_specs()
-        self.is_overlay = "overlay" in self.manifest.requires
         self._sections: dict[str, dict[str, Any]] = {}
 
     def __deepcopy__(self, memo: Any) -> "ElasticCheckpoint":
@@ -203,6 +202,17 @@ class ElasticCheckpoint:
                 return level
         raise CheckpointError(f"{self.folder}: no level is complete here; copy or download one again.")
 
+    def active_groups(self, level: Level) -> list[int]:
+        """Adapter groups a level adds up, its own last; none of rank zero."""
+        return [g for g in self.ladder.active_groups(level, self.inheritance) if self.ranks[g]]
+
+    def adapter_tensors(self, group: int) -> dict[str, Tensor]:
+        """`NAME.lora_A` (rank, inputs) and `NAME.lora_B` (outputs, rank) of one group.
+
+        Raises: CheckpointError.
+        """
+        return {name: file.get_tensor(name) for name, file in self._open_section(f"adapters-{group}").items()}
+
     def open_level(self, level: Level) -> "OpenLevel":
         """The tensors of one level. Opens the files that level needs and that are not open yet, no other one.
 
@@ -223,6 +233,14 @@ class ElasticCheckpoint:
         sections = self.manifest.sections_of(level)
         return OpenLevel(self, level, {section: self._open_section(section) for section in sections})
 
+    def check_extras(self) -> None:
+        """Size and hash of the model's config and tokenizer.
+
+        Raises: CheckpointError.
+        """
+        for entry in self.manifest.extras:
+            self._check_file(entry)
+
     def _open_section(self, section: str) -> dict[str, Any]:
         """Tensor name -> open file."""
         if section not in self._sections:
@@ -230,15 +248,20 @@ class ElasticCheckpoint:
             paths = [self.folder / entry.file for entry in entries]
             for entry in entries:
                 self._check_file(entry)
+            handles = [open_tensors(path) for path in paths]
+            for path, handle in zip(paths, handles, strict=True):
+                if (handle.metadata() or {}).get("elastic_checkpoint") != self.manifest.checkpoint_id:
+                    raise CheckpointError(f"{path}: belongs to another elastic checkpoint.")
             expected = self._expected_tensors(section)
             if expected is not None:
-                check_headers(paths, expected, self.manifest.checkpoint_id)
-            handles = [open_tensors(path) for path in paths]
+                check_headers(paths, expected)
             self._sections[section] = {name: handle for handle in handles for name in handle.keys()}  # noqa: SIM118
         return self._sections[section]
 
     def _check_file(self, entry: FileEntry) -> None:
         path = self.folder / entry.file
+        if not path.is_file():  # a pipe would block
+            raise CheckpointError(f"{path}: is missing; copy or download it again.")
         try:
             size = path.stat().st_size
             found = file_sha256(path) if size == entry.bytes else ""
@@ -258,7 +281,6 @@ class ElasticCheckpoint:
                 f"{name}.{part}": (value_name if part == "values" else "U8", shape)
                 for name, spec in self.linears.items()
                 for part, shape in spec.shell_shapes(number).items()
-                if part != "values" or not self.is_overlay
             }
         if kind == "adapters":
             rank = self.ranks[int(which)]
@@ -293,8 +315,17 @@ class OpenLevel:
         return {name: file.get_tensor(name) for name, file in self._tensors["shared"].items()}
 
     def shared_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of what is not sparsified; reads no tensor."""
-        return {name: tuple(file.get_slice(name).get_shape()) for name, file in self._tensors["shared"].items()}
+        """Shapes of what is not sparsified; reads no tensor.
+
+        Raises: CheckpointError: if one has another dtype than the checkpoint.
+        """
+        expected = SAFETENSORS_NAMES[self._checkpoint.manifest.dtype]
+        parts = {name: file.get_slice(name) for name, file in self._tensors["shared"].items()}
+        for name, part in parts.items():
+            if part.get_dtype() != expected:
+                where = f"{self._checkpoint.folder}: shared: {name}"
+                raise CheckpointError(f"{where}: found {part.get_dtype()}, expected {expected}.")
+        return {name: tuple(part.get_shape()) for name, part in parts.items()}
 
     def linear(self, name: str) -> LoadedLinear:
         """One linear at this level.

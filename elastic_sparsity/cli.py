@@ -5,6 +5,8 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -128,20 +130,125 @@ def _run(recipe: Recipe, output: Path, quiet: bool) -> None:
 
 @app.command("slice")
 def slice_command(
-    checkpoint: Annotated[Path, typer.Argument(help="Folder of an elastic checkpoint.")],
-    level: LevelOption,
-    output: Annotated[Path, typer.Option(help="Folder for the plain Hugging Face model.")],
+    checkpoint: Annotated[str, typer.Argument(help="Folder or hub id of an elastic checkpoint.")],
+    output: Annotated[Path, typer.Option(help="Folder to make.")],
+    level: Annotated[str | None, typer.Option(help='A level of the ladder: "0.6", "60%" or "2:4".')] = None,
+    max_bytes: Annotated[str | None, typer.Option(help="The densest level that fits, e.g. 60MB; kept elastic.")] = None,
+    format: Annotated[
+        str | None, typer.Option(help='"transformers": a plain model. "elastic": only the level\'s files.')
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's.")] = None,
 ) -> None:
-    """Write one level as a plain Hugging Face folder that any tool opens."""
+    """Write one level: as a plain Hugging Face folder that any tool opens, or as a smaller elastic checkpoint."""
     from elastic_sparsity.precision import DTYPES
+    from elastic_sparsity.report import human_bytes, parse_bytes
     from elastic_sparsity.slicing import save_sliced
+    from elastic_sparsity.transfer import copy_level, densest_within
 
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"--dtype: {dtype!r} is not one of {', '.join(DTYPES)}.")
+    chosen = format or ("transformers" if level is not None else "elastic")
+    if (level is None) == (max_bytes is None):
+        raise ConfigError("slice: give either --level or --max-bytes.")
+    if chosen not in ("transformers", "elastic"):
+        raise ConfigError(f"--format: {format!r} is not transformers or elastic.")
+    if dtype is not None and (dtype not in DTYPES or chosen == "elastic"):
+        raise ConfigError(f"--dtype: {dtype!r} is not one of {', '.join(DTYPES)}, or the output stays elastic.")
+    if max_bytes is not None and chosen == "transformers":
+        raise ConfigError("--max-bytes: a plain folder stores zeros too, all levels have one size there; use elastic.")
     with _progress(quiet=True):
-        save_sliced(checkpoint, level, output, DTYPES[dtype] if dtype else None)
-    Console().print(f"{output}: level {level}, open it with AutoModelForCausalLM.from_pretrained.")
+        wanted = level if level is not None else densest_within(checkpoint, parse_bytes(str(max_bytes))).name
+        if chosen == "transformers":
+            save_sliced(checkpoint, wanted, output, DTYPES[dtype] if dtype else None)
+            how = "open it with AutoModelForCausalLM.from_pretrained"
+        else:
+            made = copy_level(checkpoint, wanted, output)
+            size = human_bytes(made.bytes_of(made.find(wanted)))
+            how = f"{size} of tensors; open it with ElasticModel.from_pretrained, add levels with `upgrade`"
+    Console(soft_wrap=True).print(f"{output}: level {wanted}, {how}.")
+
+
+@app.command()
+def upgrade(
+    folder: Annotated[Path, typer.Argument(help="A smaller elastic checkpoint, made by slice --format elastic.")],
+    source: Annotated[str, typer.Option("--from", help="Folder or hub id of the whole checkpoint.")],
+    level: LevelOption,
+) -> None:
+    """Add the files that a denser level needs to a device's smaller checkpoint."""
+    from elastic_sparsity.transfer import upgrade as upgrade_folder
+
+    with _progress(quiet=True):
+        written = upgrade_folder(folder, source, level)
+    Console(soft_wrap=True).print(f"{folder}: holds level {level}; added {', '.join(written) or 'nothing'}.")
+
+
+@app.command()
+def inspect(
+    checkpoint: Annotated[str, typer.Argument(help="Folder or hub id of an elastic checkpoint.")],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Prove every promise from the bytes; exit 1 if not.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Levels, bytes, sparsity by layer type and quality; with --verify, also whether it is what it claims."""
+    from elastic_sparsity.inspection import layer_types, levels
+    from elastic_sparsity.report import checks_table, layer_table, levels_table
+    from elastic_sparsity.verify import verify as verify_folder
+
+    with _progress(quiet=json) as progress:
+        found = [asdict(level) for level in levels(checkpoint)]
+        types = [asdict(kind) for kind in layer_types(checkpoint)]
+        checks = [asdict(check) for check in verify_folder(checkpoint, progress)] if verify else []
+    if json:
+        typer.echo(dumps({"levels": found, "layer_types": types, "checks": checks}, indent=2))
+    else:
+        console = Console()
+        console.print(levels_table(found, checkpoint))
+        console.print(layer_table(types, [level["title"] for level in found]))
+        if verify:
+            console.print(checks_table(checks))
+    if not all(check["passed"] for check in checks):
+        raise typer.Exit(1)
+
+
+@app.command("export-peft")
+def export_peft_command(
+    checkpoint: Annotated[str, typer.Argument(help="Folder or hub id of an elastic checkpoint.")],
+    output: Annotated[Path, typer.Option(help="Folder for one PEFT adapter folder a group.")],
+    level: Annotated[str | None, typer.Option(help="Only the groups of this level.")] = None,
+) -> None:
+    """Write the adapters as PEFT LoRA folders."""
+    from elastic_sparsity.peft_export import export_peft
+
+    with _progress(quiet=True):
+        names = export_peft(checkpoint, output, level)
+    Console(soft_wrap=True).print(f"{output}: {', '.join(names)}, and levels.json. After a merge: reapply_masks_.")
+
+
+@app.command()
+def overlay(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of an elastic checkpoint.")],
+    output: Annotated[Path, typer.Option(help="Folder for masks and adapters.")],
+    base: Annotated[str | None, typer.Option(help="Base model; default: the recorded one.")] = None,
+) -> None:
+    """Write masks and adapters without any weight of the base model."""
+    from elastic_sparsity.overlay import write_overlay
+
+    with _progress(quiet=True):
+        write_overlay(checkpoint, output, base)
+    Console(soft_wrap=True).print(f"{output}: holds no weight of the base; `restore` it beside the base model.")
+
+
+@app.command()
+def restore(
+    overlay: Annotated[Path, typer.Argument(help="Folder made by overlay.")],
+    output: Annotated[Path, typer.Option(help="Folder for the elastic checkpoint.")],
+    base: Annotated[str | None, typer.Option(help="Where the base model is; default: the recorded id.")] = None,
+) -> None:
+    """Make the whole checkpoint again from an overlay and its base model, bit for bit."""
+    from elastic_sparsity.overlay import restore_overlay
+
+    with _progress(quiet=True):
+        restore_overlay(overlay, output, base)
+    Console(soft_wrap=True).print(f"{output}: the whole checkpoint, every file with its recorded sha256.")
 
 
 @app.command("eval")

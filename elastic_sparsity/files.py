@@ -83,7 +83,7 @@ def write_json(path: Path, data: Any) -> None:
         scratch.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def check_headers(paths: Sequence[Path], expected: Mapping[str, TensorSpec], checkpoint_id: str) -> None:
+def check_headers(paths: Sequence[Path], expected: Mapping[str, TensorSpec]) -> None:
     """That safetensors files together hold exactly the expected tensors, before any of them is read.
 
     safetensors itself refuses overlapping or out-of-range offsets, holes, and headers over 100 MB.
@@ -93,8 +93,6 @@ def check_headers(paths: Sequence[Path], expected: Mapping[str, TensorSpec], che
     seen: set[str] = set()
     for path in paths:
         file = open_tensors(path)
-        if (file.metadata() or {}).get("elastic_checkpoint") != checkpoint_id:
-            raise CheckpointError(f"{path}: belongs to another elastic checkpoint.")
         names = set(file.keys())
         if extra := sorted((names - expected.keys()) | (names & seen)):
             raise CheckpointError(f"{path}: {_few('not expected', extra)}; it is damaged.")

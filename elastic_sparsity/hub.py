@@ -15,7 +15,7 @@ def checkpoint_folder(path: str | Path, level: str | float | None = None, **hub:
     """`path` itself if it is a folder; for a hub id, the cache folder after fetching what a level reads.
 
     Args:
-        level: None = elastic_config.json alone; "auto" = the densest level.
+        level: None = elastic_config.json alone; "auto" = the densest level (without the hub: of those in the cache).
         **hub: `revision`, `cache_dir`, `token`, `endpoint`, `local_files_only`, as in huggingface_hub.
     Raises: CheckpointError: no such folder or repository, or the download failed. ConfigError: unknown option.
         LevelError: outside the ladder.
@@ -25,18 +25,27 @@ def checkpoint_folder(path: str | Path, level: str | float | None = None, **hub:
         raise ConfigError(f"unknown argument {unknown[0]!r}; for a hub id there are {', '.join(sorted(HUB_OPTIONS))}.")
     if Path(path).is_dir() or not _HUB_ID.fullmatch(str(path)) or str(path).startswith((".", "~")):
         return Path(path)
-    from huggingface_hub import hf_hub_download  # slow import, only here
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url  # slow imports, only here
+    from huggingface_hub.errors import HfHubHTTPError
+
+    no_answer: Exception | None = None
+    if not hub.get("local_files_only"):
+        try:  # once: hf_hub_download would ask a hub that is down for minutes
+            url = hf_hub_url(str(path), CONFIG_NAME, revision=hub.get("revision"), endpoint=hub.get("endpoint"))
+            get_hf_file_metadata(url, token=hub.get("token"))
+        except Exception as error:  # also types of huggingface_hub's HTTP library, which changes by version
+            if not isinstance(error, HfHubHTTPError) or error.response.status_code >= 500:
+                hub, no_answer = {**hub, "local_files_only": True}, error  # the cache may still do
 
     def fetch(name: str, options: dict[str, Any]) -> Path:
         try:
             return Path(hf_hub_download(str(path), name, **options))
-        except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-            reason = str(error).strip().partition("\n")[0]
+        except Exception as error:
+            cause = no_answer or error
             raise CheckpointError(
                 f"{path}: no folder of this name, and {name} cannot be fetched from the hub: "
-                f"{type(error).__name__}: {reason}"
-            ) from error
+                f"{type(cause).__name__}: {' '.join(str(cause).split())}"
+            ) from cause
 
     config = fetch(CONFIG_NAME, hub)
     folder = config.parent
@@ -44,8 +53,11 @@ def checkpoint_folder(path: str | Path, level: str | float | None = None, **hub:
         return folder
     manifest, _ = read_manifest(folder)
     ladder = manifest.build_ladder()
+    if level == "auto" and hub.get("local_files_only"):
+        return folder  # the densest level that is in the cache
     found = by_density(ladder)[0] if level == "auto" else ladder.find(level)
     pinned = {**hub, "revision": folder.name}  # the commit, so that all files are of one version
     for entry in [*manifest.extras, *manifest.files_of(found)]:
-        fetch(entry.file, pinned)
+        if fetch(entry.file, pinned).stat().st_size != entry.bytes and not hub.get("local_files_only"):
+            fetch(entry.file, {**pinned, "force_download": True})  # huggingface_hub trusts what is in its cache
     return folder

@@ -4,18 +4,19 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from elastic_sparsity.errors import CheckpointError, ElasticSparsityError
-from elastic_sparsity.ladder import Ladder, Level
+from elastic_sparsity.ladder import MAX_SPARSITIES, Ladder, Level
 from elastic_sparsity.shells import LinearSpec, num_shells, shell_names
 
 FORMAT = "elastic_sparsity"
 FORMAT_VERSION = 2
 CONFIG_NAME = "elastic_config.json"
-KNOWN_FEATURES = frozenset({"overlay"})  # what a writer may list under "requires" and this reader understands
+OVERLAY_NAME = "elastic_overlay.json"  # see overlay.py
+KNOWN_FEATURES: frozenset[str] = frozenset()  # what a writer may list under "requires": nothing yet
 MAX_CONFIG_BYTES = 256_000_000
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)?")
 _MODULE_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
@@ -41,15 +42,16 @@ class FileEntry(_Strict):
 
 
 class LadderEntry(_Strict):
-    sparsities: list[float]
-    patterns: list[str]
-    group_ends: list[float] | None = None
-    pattern_parent: str = "densest"
+    # No defaults here and below: a field whose key rotted must not silently become another value.
+    sparsities: list[float] = Field(max_length=MAX_SPARSITIES)
+    patterns: list[Annotated[str, Field(max_length=5)]] = Field(max_length=500)  # "31:32"
+    group_ends: Annotated[list[float], Field(max_length=MAX_SPARSITIES)] | None
+    pattern_parent: str
 
 
 class LinearEntry(_Strict):
     shape: tuple[int, int] = Field(strict=False)
-    transposed: bool = False
+    transposed: bool
     kept: list[int]
     pattern_values: list[int]
 
@@ -59,7 +61,7 @@ class Manifest(_Strict):
 
     format: Literal["elastic_sparsity"]
     format_version: int
-    requires: list[str] = []
+    requires: list[str]
     checkpoint_id: str = Field(min_length=8, max_length=128)
     ladder: LadderEntry
     ranks: list[int]
@@ -67,8 +69,8 @@ class Manifest(_Strict):
     dtype: Literal["float32", "bfloat16", "float16"]
     adapter_dtype: Literal["float32", "bfloat16", "float16"]
     linears: dict[str, LinearEntry] = Field(min_length=1)
-    files: dict[str, list[FileEntry]]
-    extras: list[FileEntry] = []
+    files: dict[str, Annotated[list[FileEntry], Field(min_length=1)]]
+    extras: list[FileEntry]
 
     def build_ladder(self) -> Ladder:
         """Raises: ConfigError."""
@@ -94,8 +96,7 @@ class Manifest(_Strict):
         ladder = self.build_ladder()
         shells = [f"shell-{name}" for name in shell_names(ladder)[: num_shells(ladder, level)]]
         groups = [g for g in ladder.active_groups(level, self.inheritance) if self.ranks[g]]
-        shared = [] if "overlay" in self.requires else ["shared"]
-        return [*shells, *(f"adapters-{group}" for group in groups), *shared]
+        return [*shells, *(f"adapters-{group}" for group in groups), "shared"]
 
     def files_of(self, level: Level) -> list[FileEntry]:
         """Every tensor file a level reads."""
@@ -109,11 +110,14 @@ def read_manifest(folder: Path) -> tuple[Manifest, dict[str, Any]]:
     """
     path = folder / CONFIG_NAME
     try:
+        if not path.is_file():  # a pipe would block
+            raise FileNotFoundError
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise CheckpointError(f"{path}: {path.stat().st_size} bytes; at most {MAX_CONFIG_BYTES} are read.")
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{folder}: no elastic checkpoint here ({CONFIG_NAME} is missing).") from None
+        hint = " It is an overlay: `elastic-sparsity restore` it." if (folder / OVERLAY_NAME).is_file() else ""
+        raise CheckpointError(f"{folder}: no elastic checkpoint here ({CONFIG_NAME} is missing).{hint}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}.") from None
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:

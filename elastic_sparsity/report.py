@@ -1,12 +1,14 @@
 """Results as a table and a plot. Knows only rows: level, method, perplexity, kl, bytes."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
-from elastic_sparsity.errors import OutputError
+from elastic_sparsity.errors import ConfigError, OutputError
 
 Row = Mapping[str, Any]
 
@@ -18,6 +20,51 @@ def human_bytes(count: float) -> str:
             break
         count /= 1000
     return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+
+
+def parse_bytes(text: str) -> int:
+    """A size as people write it: "60MB" -> 60_000_000, "1.5GiB" -> 1_610_612_736, "5000" -> 5000.
+
+    Raises: ConfigError.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?\s*", text, flags=re.IGNORECASE)
+    if match is None or (match[3] and not match[2]):
+        raise ConfigError(f"{text!r} is no size; write e.g. 60MB, 1.5GB or 512MiB.")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index(match[2].lower() or " "))
+
+
+def levels_table(levels: Sequence[Row], title: str) -> Table:
+    """A rich table of what a checkpoint offers, one line a level."""
+    table = Table(title=title)
+    for column in ("level", "zeros", "bytes read", "here", "perplexity", "KL to dense"):
+        table.add_column(column, justify="left" if column in ("level", "here") else "right")
+    for row in levels:
+        perplexity = "" if row["perplexity"] is None else f"{row['perplexity']:.2f}"
+        kl = "" if row["kl"] is None else f"{row['kl']:.4f}"
+        here = "yes" if row["available"] else "no"
+        table.add_row(row["title"], f"{100 * row['sparsity']:.2f} %", human_bytes(row["bytes"]), here, perplexity, kl)
+    return table
+
+
+def layer_table(types: Sequence[Row], levels: Sequence[str]) -> Table:
+    """A rich table of zeros by layer type and level."""
+    table = Table(title="zeros by layer type")
+    for column in ("layer type", "linears", "weights", *levels):
+        table.add_column(column, justify="left" if column == "layer type" else "right")
+    for row in types:
+        cells = [f"{100 * share:.2f} %" for share in row["sparsity"]]
+        table.add_row(row["name"], str(row["count"]), f"{row['weights']:,}", *cells)
+    return table
+
+
+def checks_table(checks: Sequence[Row]) -> Table:
+    """A rich table of what `verify` found."""
+    table = Table(title="verification")
+    for column in ("promise", "holds", "seen"):
+        table.add_column(column)
+    for row in checks:
+        table.add_row(row["name"], "yes" if row["passed"] else "[bold red]NO[/]", escape(row["detail"]))
+    return table
 
 
 def results_table(rows: Sequence[Row], title: str) -> Table:

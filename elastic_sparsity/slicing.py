@@ -1,6 +1,7 @@
 """Elastic checkpoint + level -> an ordinary transformers model, with exactly the promised zeros; and switching it."""
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from elastic_sparsity.adapters import merge
-from elastic_sparsity.arch import architecture_of, weight_OI
+from elastic_sparsity.arch import architecture_of, is_transposed
 from elastic_sparsity.checkpoint import ElasticCheckpoint, OpenLevel
-from elastic_sparsity.errors import CheckpointError, ElasticSparsityError, LevelError
+from elastic_sparsity.errors import CheckpointError, ElasticSparsityError, LevelError, UnsupportedModelError
 from elastic_sparsity.files import atomic_folder, check_output_folder
 from elastic_sparsity.hub import checkpoint_folder
 from elastic_sparsity.ladder import Level
 
 STATE = "elastic_state"  # attribute of a model made here
+# Fields of config.json that make transformers fetch and run a kernel, or list as many labels as they say.
+_IGNORED = ("attn_implementation", "_attn_implementation", "num_labels")
 
 
 @dataclass(slots=True)
@@ -25,6 +28,7 @@ class ElasticState:
 
     checkpoint: ElasticCheckpoint
     level: Level
+    merge_adapters: bool = True
 
 
 class ElasticModel:
@@ -83,7 +87,7 @@ def load_level(
     files = checkpoint.open_level(level)
     model, generation = _skeleton(checkpoint, files, dtype)
     places = _places(model, device_map)
-    state = {name: tensor.to(dtype).to(_place(places, name)) for name, tensor in files.shared().items()}
+    state = {name: _finite(tensor.to(dtype), name).to(_place(places, name)) for name, tensor in files.shared().items()}
     for name in checkpoint.linears:
         weight = _level_weight(files, name, dtype, merge_adapters)
         state[f"{name}.weight"] = weight.to(_place(places, name))
@@ -96,7 +100,7 @@ def load_level(
         from accelerate import dispatch_model  # slow import, only here
 
         model = dispatch_model(model, dict(places), offload_dir=offload_folder)
-    setattr(model, STATE, ElasticState(checkpoint, level))
+    setattr(model, STATE, ElasticState(checkpoint, level, merge_adapters))
     return model
 
 
@@ -107,10 +111,14 @@ def _level_weight(files: OpenLevel, name: str, dtype: torch.dtype, merge_adapter
     """
     linear = files.linear(name)
     weight = merge(linear.weight_OI, linear.pairs if merge_adapters else [], linear.mask_OI).to(dtype)
+    return _finite(weight, name).T.contiguous() if linear.transposed else _finite(weight, name)
+
+
+def _finite(weight: Tensor, name: str) -> Tensor:
     # A sum is finite if all its terms are, but for overflow, which the second look tells apart.
     if not torch.isfinite(weight.sum(dtype=torch.float32)) and not torch.isfinite(weight).all():
-        raise CheckpointError(f"{name}: weights are NaN or infinite in {dtype}; try another dtype.")
-    return weight.T.contiguous() if linear.transposed else weight
+        raise CheckpointError(f"{name}: weights are NaN or infinite in {weight.dtype}; try another dtype.")
+    return weight
 
 
 def _skeleton(checkpoint: ElasticCheckpoint, files: OpenLevel, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -119,21 +127,16 @@ def _skeleton(checkpoint: ElasticCheckpoint, files: OpenLevel, dtype: torch.dtyp
     Raises: CheckpointError.
     """
     from accelerate import init_empty_weights  # slow imports, only here
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     folder = checkpoint.folder
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = _model_config(checkpoint)
         has_generation = (folder / "generation_config.json").is_file()
         generation = GenerationConfig.from_pretrained(folder) if has_generation else None
-        blocks = {
-            name.removeprefix(architecture_of(config.model_type).blocks).split(".")[1] for name in checkpoint.linears
-        }
-        if len(blocks) != config.num_hidden_layers:  # before a loop over as many layers as a file may claim
-            raise CheckpointError(
-                f"{folder}: config.json has {config.num_hidden_layers} layers, the shells {len(blocks)}."
-            )
-        with init_empty_weights():
+        with torch.device("meta"):  # takes no memory, whatever sizes config.json claims
+            _check_fit(AutoModelForCausalLM.from_config(config, dtype=dtype), checkpoint, files)
+        with init_empty_weights():  # computes the buffers, e.g. rotary frequencies
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         model.tie_weights()
     except ElasticSparsityError:
@@ -142,6 +145,37 @@ def _skeleton(checkpoint: ElasticCheckpoint, files: OpenLevel, dtype: torch.dtyp
         raise CheckpointError(
             f"{folder}: config.json does not make a model: {type(error).__name__}: {error}."
         ) from error
+    return model, generation
+
+
+def _model_config(checkpoint: ElasticCheckpoint) -> Any:
+    """config.json as transformers' object. AutoConfig would offer to run code from the folder, so it never sees it.
+
+    Raises: CheckpointError: another family, or as many layers as would take transformers long to list.
+    """
+    from transformers import AutoConfig  # slow import, only here
+
+    path = checkpoint.folder / "config.json"
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        row = architecture_of(raw["model_type"])
+    except UnsupportedModelError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    blocks = {name.removeprefix(row.blocks).split(".")[1] for name in checkpoint.linears}
+    for key in ("num_hidden_layers", "n_layer"):
+        if raw.get(key, len(blocks)) != len(blocks):
+            raise CheckpointError(f"{path}: {key}: config.json has {raw[key]!r:.40} layers, the shells {len(blocks)}.")
+    kept = {key: value for key, value in raw.items() if key not in _IGNORED}
+    return AutoConfig.for_model(**{**kept, "name_or_path": str(checkpoint.folder)})
+
+
+def _check_fit(model: Any, checkpoint: ElasticCheckpoint, files: OpenLevel) -> None:
+    """That the model, on the meta device, has the checkpoint's names and shapes, and no buffers beyond reason.
+
+    Raises: CheckpointError.
+    """
+    model.tie_weights()
+    folder = checkpoint.folder
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     found = files.shared_shapes()
     for name, spec in checkpoint.linears.items():
@@ -152,7 +186,12 @@ def _skeleton(checkpoint: ElasticCheckpoint, files: OpenLevel, dtype: torch.dtyp
             f"{folder}: {len(wrong)} tensors do not fit config.json, first {wrong[0]}: "
             f"found {found.get(wrong[0])}, expected {expected.get(wrong[0])}."
         )
-    return model, generation
+    for name, spec in checkpoint.linears.items():
+        if is_transposed(model.get_submodule(name)) != spec.transposed:
+            raise CheckpointError(f"{folder}: {name}: transposed is {spec.transposed}, its module says otherwise.")
+    buffers = sum(buffer.numel() for buffer in model.buffers())
+    if buffers > max(2**26, model.num_parameters()):
+        raise CheckpointError(f"{folder}: config.json asks for {buffers} values besides the weights.")
 
 
 def _places(model: nn.Module, device_map: str | Mapping[str, Any] | None) -> Mapping[str, Any] | None:
@@ -201,9 +240,9 @@ def set_level(model: nn.Module, level: str | float) -> None:
     weights = _live_weights(model, state.checkpoint)
     files = state.checkpoint.open_level(wanted)
     try:
-        _overwrite_(weights, files)
+        _overwrite_(weights, files, state.merge_adapters)
     except BaseException:
-        _overwrite_(weights, state.checkpoint.open_level(state.level))
+        _overwrite_(weights, state.checkpoint.open_level(state.level), state.merge_adapters)
         raise
     state.level = wanted
 
@@ -224,61 +263,9 @@ def _live_weights(model: nn.Module, checkpoint: ElasticCheckpoint) -> dict[str, 
     return weights
 
 
-def _overwrite_(weights: Mapping[str, Tensor], files: OpenLevel) -> None:
+def _overwrite_(weights: Mapping[str, Tensor], files: OpenLevel, merge_adapters: bool) -> None:
     for name, weight in weights.items():
-        weight.copy_(_level_weight(files, name, weight.dtype))
-
-
-@dataclass(frozen=True, slots=True)
-class LevelInfo:
-    """What `levels` tells of one level.
-
-    Attributes:
-        name: what to ask for.
-        sparsity: fraction of zeros over all sparsified weights, counted from the checkpoint's record.
-        bytes: tensor files it reads.
-        available: whether they are all in this folder.
-        perplexity, kl: as measured when the checkpoint was made (text in its record), None if not measured.
-    """
-
-    name: str
-    title: str
-    sparsity: float
-    bytes: int
-    available: bool
-    perplexity: float | None
-    kl: float | None
-
-
-def levels(path: str | Path, **hub: Any) -> list[LevelInfo]:
-    """The levels of a checkpoint, densest first, with bytes and quality; reads elastic_config.json only.
-
-    Raises: CheckpointError.
-    """
-    checkpoint = ElasticCheckpoint(checkpoint_folder(path, None, **hub))
-    return [level_info(checkpoint, level) for level in checkpoint.ladder.levels]
-
-
-def level_info(checkpoint: ElasticCheckpoint, level: Level) -> LevelInfo:
-    """One level's row."""
-    sizes = [spec.size for spec in checkpoint.linears.values()]
-    if level.pattern is None:
-        kept = sum(spec.shape[0] * spec.kept[level.index] for spec in checkpoint.linears.values())
-        sparsity = 1 - kept / sum(sizes)
-    else:
-        sparsity = level.sparsity
-    quality = checkpoint.config.get("quality")
-    rows: Iterable[Any] = quality.get("rows", ()) if isinstance(quality, dict) else ()
-    row: Any = next((r for r in rows if r.get("level") == level.name and r.get("method") == "elastic"), {})
-    return LevelInfo(
-        level.name,
-        level.title,
-        sparsity,
-        checkpoint.bytes_of(level),
-        checkpoint.is_complete(level),
-        row.get("perplexity"),
-        row.get("kl"),
-    )
+        weight.copy_(_level_weight(files, name, weight.dtype, merge_adapters))
 
 
 def save_sliced(
@@ -305,18 +292,6 @@ def load_tokenizer(path: str | Path) -> Any:
     from transformers import AutoTokenizer  # slow import, only here
 
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise many types for one cause
         raise CheckpointError(f"{path}: the tokenizer cannot be loaded: {type(error).__name__}: {error}") from error
-
-
-def check_zeros(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
-    """That every weight outside its mask is exactly zero, in a finished model.
-
-    Raises: CheckpointError: naming the linear.
-    """
-    for name, mask in masks.items():
-        weight = weight_OI(model.get_submodule(name))
-        outside = int(torch.count_nonzero((weight != 0) & ~mask.to(weight.device)))
-        if outside:
-            raise CheckpointError(f"{name}: {outside} weights outside the mask are not zero.")

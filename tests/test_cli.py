@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from elastic_sparsity import cli
+from elastic_sparsity import cli, levels
 from elastic_sparsity.tiny import byte_tokenizer, tiny_model
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 40
@@ -52,7 +52,8 @@ def quick_recipe(tmp_path):
 
 def test_verbs_are_these():
     names = {command.name or command.callback.__name__ for command in cli.app.registered_commands}
-    assert names == {"demo", "train", "slice", "eval"}
+    makers = {"demo", "train", "slice", "upgrade", "overlay", "restore", "export-peft"}
+    assert names == makers | {"eval", "inspect"}
 
 
 def test_train_slice_eval(capsys, tmp_path, quick_recipe, text_file):
@@ -113,6 +114,47 @@ def test_model_and_calibration_overrides(capsys, tmp_path, quick_recipe, text_fi
     assert config["data"]["calibration_tokens"] == 64 and config["versions"]["torch"]
 
 
+def test_inspect_shows_and_proves(capsys, tiny_checkpoint, tmp_path):
+    code, stdout, stderr = run(capsys, "inspect", tiny_checkpoint, "--verify")
+    assert code == 0, stderr
+    for word in ("60 %", "2:4", "down_proj", "bit for bit"):
+        assert word in stdout
+    code, stdout, _ = run(capsys, "inspect", tiny_checkpoint, "--json")
+    report = json.loads(stdout)
+    assert [row["name"] for row in report["levels"]] == ["0.5", "0.6", "0.7", "2:4"] and report["checks"] == []
+    shutil.copytree(tiny_checkpoint, tmp_path / "c")
+    (tmp_path / "c" / "shell-core.safetensors").write_bytes(b"")
+    code, stdout, _ = run(capsys, "inspect", tmp_path / "c", "--verify", "--json")
+    assert code == 1 and "shell-core.safetensors" in json.loads(stdout)["checks"][0]["detail"]
+
+
+def test_a_device_downloads_upgrades_and_loads(capsys, tiny_checkpoint, tmp_path):
+    sizes = {row.name: row.bytes for row in levels(tiny_checkpoint)}
+    smallest = min(sizes, key=sizes.get)
+    device = tmp_path / "device"
+    code, stdout, stderr = run(capsys, "slice", tiny_checkpoint, "--max-bytes", sizes[smallest], "--output", device)
+    assert code == 0 and f"level {smallest}" in stdout, stderr
+    expect_error(capsys, "upgrade` fetches", "slice", device, "--level", "2:4", "--output", tmp_path / "no")
+    code, stdout, stderr = run(capsys, "upgrade", device, "--from", tiny_checkpoint, "--level", "2:4")
+    assert code == 0 and "shell-pattern-2of4.safetensors" in stdout, stderr
+    code, _, stderr = run(capsys, "slice", device, "--level", "2:4", "--output", tmp_path / "plain")
+    assert code == 0, stderr
+    AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+
+
+def test_overlay_and_restore(capsys, tmp_path, quick_recipe):
+    text = quick_recipe.read_text().replace("steps = 2\n", 'steps = 2\ntrainable = "adapters"\n')
+    assert run(capsys, "train", _file(tmp_path / "r.toml", text), "--output", tmp_path / "c", "-q")[0] == 0
+    assert run(capsys, "overlay", tmp_path / "c", "--output", tmp_path / "o")[0] == 0
+    code, stdout, stderr = run(capsys, "restore", tmp_path / "o", "--output", tmp_path / "again")
+    assert code == 0 and "every file with its recorded sha256" in stdout, stderr
+
+
+def test_export_peft(capsys, tiny_checkpoint, tmp_path):
+    code, stdout, stderr = run(capsys, "export-peft", tiny_checkpoint, "--level", "60%", "--output", tmp_path / "a")
+    assert code == 0 and "group-0, group-1" in stdout, stderr
+
+
 def expect_error(capsys, message, *arguments):
     code, stdout, stderr = run(capsys, *arguments)
     flat = " ".join(stderr.split())
@@ -128,6 +170,12 @@ def test_mistakes_get_one_clear_line(capsys, tmp_path, quick_recipe, tiny_checkp
     expect_error(capsys, "no elastic checkpoint here", "slice", tmp_path, "--level", "0.5", "--output", out)
     expect_error(capsys, "is not one of float32", "slice", tiny_checkpoint, "--level", "0.5", "--output", out,
                  "--dtype", "int8")  # fmt: skip
+    expect_error(capsys, "either --level or --max-bytes", "slice", tiny_checkpoint, "--output", out)
+    expect_error(capsys, "no level fits into 10 bytes", "slice", tiny_checkpoint, "--max-bytes", "10", "--output", out)
+    expect_error(capsys, "a plain folder stores zeros too", "slice", tiny_checkpoint, "--max-bytes", "1GB", "--format",
+                 "transformers", "--output", out)  # fmt: skip
+    expect_error(capsys, "is not transformers or elastic", "slice", tiny_checkpoint, "--level", "0.5", "--format",
+                 "gguf", "--output", out)  # fmt: skip
     expect_error(capsys, "is no folder", "train", quick_recipe, "--model", tmp_path / "no" / "where", "--output", out)
     expect_error(capsys, "no such file", "train", quick_recipe, "--calibration", tmp_path / "no.txt", "--output", out)
     expect_error(capsys, "tokens give 0 samples of 16 tokens", "train", quick_recipe, "--calibration",

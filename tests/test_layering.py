@@ -25,6 +25,8 @@ ALLOWED = {
     "manifest": {"errors", "ladder", "shells"},
     "checkpoint": {"torch", "safetensors", "errors", "files", "ladder", "manifest", "precision", "shells"},
     "hub": {"errors", "manifest"},
+    "inspection": {"checkpoint", "hub", "ladder", "shells"},
+    "transfer": {"checkpoint", "errors", "files", "hub", "ladder", "manifest"},
     "report": {"errors"},
     # layer 2: know Hugging Face models
     "arch": {"torch", "errors"},
@@ -42,6 +44,11 @@ ALLOWED = {
     "slicing": {
         "torch", "transformers", "accelerate", "adapters", "arch", "checkpoint", "errors", "files", "hub", "ladder",
     },
+    "verify": {"torch", "safetensors", "arch", "checkpoint", "errors", "ladder", "packing", "shells", "slicing"},
+    "overlay": {
+        "torch", "safetensors", "checkpoint", "errors", "files", "manifest", "models", "packing", "shells",
+    },
+    "peft_export": {"torch", "safetensors", "peft", "arch", "checkpoint", "errors", "files", "hub"},
     "evaluate": {"torch", "arch", "errors"},
     # layer 4: the flow
     "pipeline": {
@@ -54,7 +61,10 @@ ALLOWED = {
     },
     # layer 5
     "__main__": {"cli"},
-    "cli": {"transformers", "config", "errors", "files", "measure", "pipeline", "precision", "report", "slicing"},
+    "cli": {
+        "transformers", "checkpoint", "config", "errors", "files", "hub", "inspection", "measure", "overlay",
+        "peft_export", "pipeline", "precision", "report", "slicing", "transfer", "verify",
+    },
 }  # fmt: skip
 WATCHED = {"torch", "numpy", "safetensors", "transformers", "peft", "datasets", "lm_eval", "accelerate"}
 

@@ -10,11 +10,18 @@ def test_public_names():
         "ElasticSparsityError",
         "LevelInfo",
         "Recipe",
+        "copy_level",
+        "export_peft",
         "levels",
         "optimize",
         "read_recipe",
+        "reapply_masks_",
+        "restore_overlay",
         "save_sliced",
         "set_level",
+        "upgrade",
+        "verify",
+        "write_overlay",
     ]
     for name in elastic_sparsity.__all__:
         assert getattr(elastic_sparsity, name).__doc__

@@ -1,0 +1,100 @@
+"""What a checkpoint offers, from its elastic_config.json alone."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from elastic_sparsity.checkpoint import ElasticCheckpoint
+from elastic_sparsity.hub import checkpoint_folder
+from elastic_sparsity.ladder import Level
+from elastic_sparsity.shells import LinearSpec
+
+
+@dataclass(frozen=True, slots=True)
+class LevelInfo:
+    """What `levels` tells of one level.
+
+    Attributes:
+        name: what to ask for.
+        sparsity: fraction of zeros over all sparsified weights, counted from the checkpoint's record.
+        bytes: tensor files it reads.
+        available: whether they are all in this folder.
+        perplexity, kl: as measured when the checkpoint was made (text in its record), None if not measured.
+    """
+
+    name: str
+    title: str
+    sparsity: float
+    bytes: int
+    available: bool
+    perplexity: float | None
+    kl: float | None
+
+
+def levels(path: str | Path, **hub: Any) -> list[LevelInfo]:
+    """The levels of a checkpoint, densest first, with bytes and quality; reads elastic_config.json only.
+
+    Raises: CheckpointError.
+    """
+    checkpoint = ElasticCheckpoint(checkpoint_folder(path, None, **hub))
+    return [level_info(checkpoint, level) for level in checkpoint.ladder.levels]
+
+
+def level_info(checkpoint: ElasticCheckpoint, level: Level) -> LevelInfo:
+    """One level's row."""
+    quality = checkpoint.config.get("quality")
+    rows: Iterable[Any] = quality.get("rows", ()) if isinstance(quality, dict) else ()
+    row: Any = next((r for r in rows if r.get("level") == level.name and r.get("method") == "elastic"), {})
+    return LevelInfo(
+        level.name,
+        level.title,
+        _sparsity(checkpoint.linears.values(), level),
+        checkpoint.bytes_of(level),
+        checkpoint.is_complete(level),
+        row.get("perplexity"),
+        row.get("kl"),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class LayerType:
+    """Linears of one name over all blocks, e.g. `mlp.down_proj`.
+
+    Attributes:
+        count: how many linears.
+        weights: of all of them.
+        sparsity: fraction of zeros at every level, in the ladder's order.
+    """
+
+    name: str
+    count: int
+    weights: int
+    sparsity: tuple[float, ...]
+
+
+def layer_types(path: str | Path, **hub: Any) -> list[LayerType]:
+    """Zeros by layer type and level.
+
+    Raises: CheckpointError.
+    """
+    checkpoint = ElasticCheckpoint(checkpoint_folder(path, None, **hub))
+    types: dict[str, list[LinearSpec]] = {}
+    for name, spec in checkpoint.linears.items():
+        types.setdefault(name.rpartition(".")[2], []).append(spec)
+    return [
+        LayerType(
+            name,
+            len(specs),
+            sum(spec.size for spec in specs),
+            tuple(_sparsity(specs, level) for level in checkpoint.ladder.levels),
+        )
+        for name, specs in types.items()
+    ]
+
+
+def _sparsity(specs: Iterable[LinearSpec], level: Level) -> float:
+    if level.pattern is not None:
+        return level.sparsity
+    specs = list(specs)
+    return 1 - sum(spec.shape[0] * spec.kept[level.index] for spec in specs) / sum(spec.size for spec in specs)

@@ -1,0 +1,88 @@
+"""Adapters as PEFT LoRA folders, and putting a level's zeros back after a merge or a fine-tuning elsewhere.
+
+PEFT knows no mask: its merge adds B A everywhere, which fills the zeros (peers' most reported loss). A level is
+(W + sum B A) * M, so after any merge outside this package `reapply_masks_` is needed, and enough.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from elastic_sparsity.arch import weight_OI
+from elastic_sparsity.checkpoint import ElasticCheckpoint
+from elastic_sparsity.errors import CheckpointError, ConfigError
+from elastic_sparsity.files import atomic_folder, check_output_folder, write_json
+from elastic_sparsity.hub import checkpoint_folder
+
+
+def export_peft(path: str | Path, output: str | Path, level: str | float | None = None, **hub: Any) -> list[str]:
+    """One PEFT adapter folder a group: `group-0`, `group-1`, ...; `levels.json` says which ones a level adds up.
+
+    Put them on `ElasticModel.from_pretrained(path, level, merge_adapters=False)`. While they are not merged, PEFT
+    computes (W * M) x + B A x, which differs from the level by B A outside the mask; merge, then `reapply_masks_`.
+
+    Args:
+        path: folder or hub id of an elastic checkpoint.
+        level: only the groups of this level; None = all groups.
+    Returns: names of the folders made.
+    Raises: CheckpointError, LevelError, OutputError; ConfigError: if peft is not installed.
+    """
+    try:
+        from peft import LoraConfig  # slow import, only here
+    except ImportError:
+        raise ConfigError("export for PEFT needs it: pip install 'peft>=0.18'.") from None
+    check_output_folder(Path(output))
+    checkpoint = ElasticCheckpoint(checkpoint_folder(path, level if level is not None else "auto", **hub))
+    chosen = checkpoint.ladder.levels if level is None else (checkpoint.find(level),)
+    active = {x.name: checkpoint.active_groups(x) for x in chosen}
+    base = checkpoint.config.get("base_model")
+    with atomic_folder(Path(output)) as scratch:
+        groups = sorted({group for found in active.values() for group in found})
+        for group in groups:
+            rank, folder = checkpoint.ranks[group], scratch / f"group-{group}"
+            config = LoraConfig(
+                r=rank,
+                lora_alpha=rank,  # scaling alpha / r = 1
+                lora_dropout=0.0,
+                bias="none",
+                task_type="CAUSAL_LM",
+                target_modules=sorted(checkpoint.linears),
+                fan_in_fan_out=any(spec.transposed for spec in checkpoint.linears.values()),
+                base_model_name_or_path=base.get("id") if isinstance(base, dict) else None,
+            )
+            folder.mkdir()
+            config.save_pretrained(str(folder))
+            tensors = {
+                f"base_model.model.{name}.weight": tensor.contiguous()
+                for name, tensor in checkpoint.adapter_tensors(group).items()
+            }
+            save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        folders = {name: [f"group-{group}" for group in found] for name, found in active.items()}
+        write_json(scratch / "levels.json", {"checkpoint_id": checkpoint.manifest.checkpoint_id, "levels": folders})
+    return [f"group-{group}" for group in groups]
+
+
+@torch.no_grad()
+def reapply_masks_(model: nn.Module, path: str | Path, level: str | float, **hub: Any) -> int:
+    """Sets every weight outside a level's mask to zero again, in place; returns how many were not.
+
+    Args:
+        model: a plain causal LM of the same architecture, e.g. after PEFT's `merge_and_unload`.
+    Raises: LevelError: outside the ladder. CheckpointError: if a linear is missing, wrapped, or of another shape.
+    """
+    checkpoint = ElasticCheckpoint(checkpoint_folder(path, level, **hub))
+    count = 0
+    for name, linear in checkpoint.level_linears(checkpoint.find(level)):
+        try:
+            weight = weight_OI(model.get_submodule(name))
+        except AttributeError:
+            raise CheckpointError(f"{name}: no such linear in the model; merge and unload PEFT first.") from None
+        if weight.shape != linear.mask_OI.shape:
+            raise CheckpointError(f"{name}: weight {tuple(weight.shape)}, mask {tuple(linear.mask_OI.shape)}.")
+        outside = ~linear.mask_OI.to(weight.device)
+        count += int(torch.count_nonzero((weight != 0) & outside))
+        weight.masked_fill_(outside, 0)
+    return count

@@ -1,0 +1,84 @@
+"""Copying single levels of a checkpoint between folders: a device's smaller download, and its upgrade."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from elastic_sparsity.checkpoint import ElasticCheckpoint
+from elastic_sparsity.errors import CheckpointError, LevelError
+from elastic_sparsity.files import atomic_file, atomic_folder, check_output_folder, file_sha256
+from elastic_sparsity.hub import checkpoint_folder
+from elastic_sparsity.ladder import Level
+from elastic_sparsity.manifest import CONFIG_NAME, FileEntry, by_density
+
+
+def copy_level(path: str | Path, level: str | float, output: str | Path, **hub: Any) -> ElasticCheckpoint:
+    """A folder with only one level's files, still elastic: `upgrade` adds others.
+
+    Args:
+        path: folder or hub id; of a hub id only these files are downloaded.
+        level: "auto" = the densest one that `path` holds.
+    Raises: LevelError, CheckpointError; OutputError: if `output` is taken or cannot be written.
+    """
+    check_output_folder(Path(output))
+    source = ElasticCheckpoint(checkpoint_folder(path, level, **hub))
+    with atomic_folder(Path(output)) as scratch:
+        for entry in [*source.manifest.extras, *source.files_of(source.find(level))]:
+            _copy_checked(source.folder / entry.file, scratch / entry.file, entry)
+        (scratch / CONFIG_NAME).write_bytes((source.folder / CONFIG_NAME).read_bytes())
+    return ElasticCheckpoint(output)
+
+
+def upgrade(folder: str | Path, path: str | Path, level: str | float, **hub: Any) -> list[str]:
+    """Adds to `folder` the files of `path` that a level needs and that are missing or damaged; nothing is removed.
+
+    Returns: names of the files written; all of them, or none that is half written, if it fails on the way.
+    Raises: LevelError. CheckpointError: not the same checkpoint, or a file of the source is damaged. OutputError.
+    """
+    here = ElasticCheckpoint(folder)
+    wanted = here.ladder.find(level)
+    source = ElasticCheckpoint(checkpoint_folder(path, level, **hub))
+    if source.manifest.checkpoint_id != here.manifest.checkpoint_id:
+        raise CheckpointError(
+            f"{folder}: cannot be upgraded from {path}: it is checkpoint {here.manifest.checkpoint_id}, "
+            f"the source {source.manifest.checkpoint_id}; download the level as a whole instead."
+        )
+    written = []
+    for entry in [*here.manifest.extras, *here.files_of(wanted)]:
+        target = here.folder / entry.file
+        if target.is_file() and target.stat().st_size == entry.bytes and file_sha256(target) == entry.sha256:
+            continue
+        _copy_checked(source.folder / entry.file, target, entry)
+        written.append(entry.file)
+    return written
+
+
+def _copy_checked(source: Path, target: Path, entry: FileEntry) -> None:
+    digest = hashlib.sha256()
+    with atomic_file(target) as scratch:
+        try:
+            reader = source.open("rb")
+        except OSError as error:
+            raise CheckpointError(f"{source}: cannot be read: {error}.") from error
+        with reader, scratch.open("wb") as writer:
+            while chunk := reader.read(1 << 20):
+                digest.update(chunk)
+                writer.write(chunk)
+        if digest.hexdigest() != entry.sha256:
+            raise CheckpointError(f"{source}: sha256 differs from the recorded one; the source is damaged.")
+
+
+def densest_within(path: str | Path, max_bytes: int, **hub: Any) -> Level:
+    """The densest level whose tensor files are at most `max_bytes` together.
+
+    Raises: LevelError: if not even the smallest one fits. CheckpointError.
+    """
+    checkpoint = ElasticCheckpoint(checkpoint_folder(path, None, **hub))
+    fitting = [level for level in by_density(checkpoint.ladder) if checkpoint.bytes_of(level) <= max_bytes]
+    if not fitting:
+        smallest = min(checkpoint.ladder.levels, key=checkpoint.bytes_of)
+        raise LevelError(
+            f"no level fits into {max_bytes} bytes; the smallest, {smallest.title}, "
+            f"needs {checkpoint.bytes_of(smallest)}."
+        )
+    return fitting[0]

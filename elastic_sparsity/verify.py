@@ -1,0 +1,151 @@
+"""Proving a checkpoint's promises from its bytes: an independent, slow and obvious second reading of every level."""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from elastic_sparsity.arch import weight_OI
+from elastic_sparsity.checkpoint import ElasticCheckpoint
+from elastic_sparsity.errors import CheckpointError, ElasticSparsityError
+from elastic_sparsity.ladder import Level
+from elastic_sparsity.packing import unpack_bits, unpack_positions
+from elastic_sparsity.shells import num_shells, shell_names
+from elastic_sparsity.slicing import load_level
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One promise: what, whether it holds, and how much was looked at or what is wrong."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+def verify(path: str | Path, progress: Callable[[str, int, int], None] | None = None) -> list[Check]:
+    """Checks everything a checkpoint promises, for every level whose files are here.
+
+    Files (size, hash, header); masks of sparser levels inside those of denser ones; exact counts a row; N:M along the
+    input dimension; and for the models that `ElasticModel.from_pretrained` makes: every weight equals
+    (W + sum of B A) * M, computed here from the raw bytes, bit for bit, so exact zeros outside the mask.
+
+    Raises: CheckpointError: if elastic_config.json itself cannot be read.
+    """
+    checkpoint = ElasticCheckpoint(path)
+    levels = [level for level in checkpoint.ladder.levels if checkpoint.is_complete(level)]
+    checks = [_attempt("files: sizes, hashes, headers", lambda: _check_files(checkpoint, levels))]
+    if not checks[0].passed:
+        return checks
+    reading = _Reading(checkpoint, levels)
+    steps: list[tuple[str, Callable[[], str]]] = [
+        ("nested: a sparser mask lies inside every denser one", reading.check_nested),
+        ("exact counts a row, N:M along the inputs", reading.check_counts),
+    ]
+    steps += [
+        (f"{level.title}: loaded weights = (W + sum B A) * M, bit for bit", partial(reading.check_slice, level))
+        for level in levels
+    ]
+    for number, (name, step) in enumerate(steps):
+        checks.append(_attempt(name, step))
+        if progress is not None:
+            progress("verifying", number + 1, len(steps))
+    return checks
+
+
+def _attempt(name: str, step: Callable[[], str]) -> Check:
+    try:
+        return Check(name, True, step())
+    except ElasticSparsityError as error:
+        return Check(name, False, str(error))
+
+
+def _check_files(checkpoint: ElasticCheckpoint, levels: list[Level]) -> str:
+    checkpoint.check_extras()
+    if not levels:
+        raise CheckpointError(f"{checkpoint.folder}: no level is complete here.")
+    for level in levels:
+        checkpoint.open_level(level)
+    return f"{len({entry.file for level in levels for entry in checkpoint.files_of(level)})} files of tensors"
+
+
+class _Reading:
+    """All tensors of the levels that are here, read by other code than a level's usual way."""
+
+    def __init__(self, checkpoint: ElasticCheckpoint, levels: list[Level]) -> None:
+        self.checkpoint, self.levels = checkpoint, levels
+        self.counted = f"{len(checkpoint.linears)} linears, {len(levels)} of {len(checkpoint.ladder.levels)} levels"
+        self.tensors: dict[str, dict[str, Tensor]] = {}
+        for section in dict.fromkeys(s for level in levels for s in checkpoint.manifest.sections_of(level)):
+            self.tensors[section] = {}
+            for entry in checkpoint.manifest.files[section]:
+                self.tensors[section].update(load_file(checkpoint.folder / entry.file))
+
+    def shell(self, name: str, number: int) -> tuple[Tensor, Tensor]:
+        """The positions a shell lists, as a flat mask, and its values."""
+        shell = self.tensors[f"shell-{shell_names(self.checkpoint.ladder)[number]}"]
+        size, values = self.checkpoint.linears[name].size, shell[f"{name}.values"]
+        if f"{name}.mask" in shell:
+            return unpack_bits(shell[f"{name}.mask"], size), values
+        listed = torch.zeros(size, dtype=torch.bool)
+        listed[unpack_positions(shell[f"{name}.positions"], values.numel(), size)] = True
+        return listed, values
+
+    def level(self, name: str, level: Level) -> tuple[Tensor, Tensor]:
+        """Base values and mask of one linear, (O, I)."""
+        spec = self.checkpoint.linears[name]
+        weight = torch.zeros(spec.size, dtype=self.checkpoint.dtype)
+        held, mask = torch.zeros(spec.size, dtype=torch.bool), torch.zeros(spec.size, dtype=torch.bool)
+        for number in range(num_shells(self.checkpoint.ladder, level)):
+            listed, values = self.shell(name, number)
+            new = listed & ~held
+            if int(new.sum()) != values.numel():
+                raise CheckpointError(f"{name}: shell {number} places {int(new.sum())} of its {values.numel()} values.")
+            weight[new] = values
+            held |= listed
+            mask = listed if number >= len(spec.kept) else held.clone()
+        return weight.view(spec.shape), mask.view(spec.shape)
+
+    def check_nested(self) -> str:
+        chain = [level for level in self.levels if level.pattern is None]
+        for name in self.checkpoint.linears:
+            for denser, sparser in itertools.pairwise(chain):
+                if (self.level(name, sparser)[1] & ~self.level(name, denser)[1]).any():
+                    raise CheckpointError(f"{name}: level {sparser.name} keeps what {denser.name} drops.")
+        return self.counted
+
+    def check_counts(self) -> str:
+        for name, spec in self.checkpoint.linears.items():
+            for level in self.levels:
+                mask = self.level(name, level)[1]
+                if level.pattern is None:
+                    good = (mask.sum(dim=1) == spec.kept[level.index]).all()
+                else:
+                    good = (mask.reshape(-1, level.pattern[1]).sum(dim=1) <= level.pattern[0]).all()
+                if not good:
+                    raise CheckpointError(f"{name}: level {level.name} keeps another number than promised.")
+        return self.counted
+
+    def check_slice(self, level: Level) -> str:
+        """The model a user gets against the definition; the products in group order, as one sum of rank-one terms."""
+        model = load_level(self.checkpoint, level, self.checkpoint.dtype)
+        zeros = total = 0
+        held = [self.tensors[f"adapters-{group}"] for group in self.checkpoint.active_groups(level)]
+        for name, spec in self.checkpoint.linears.items():
+            weight, mask = self.level(name, level)
+            expected = weight.float()
+            if held:
+                lora_A = torch.cat([group[f"{name}.lora_A"] for group in held]).float()
+                lora_B = torch.cat([group[f"{name}.lora_B"] for group in held], dim=1).float()
+                expected = expected + lora_B @ lora_A
+            expected = torch.where(mask, expected, 0.0).to(self.checkpoint.dtype)
+            found = weight_OI(model.get_submodule(name)).detach()
+            if not torch.equal(found, expected) or torch.count_nonzero(found[~mask]):
+                raise CheckpointError(f"{name}: level {level.name}: the loaded weight is not the promised one.")
+            zeros, total = zeros + int(torch.count_nonzero(found == 0)), total + spec.size
+        return f"{100 * zeros / total:.2f} % zeros of {total:,} weights"

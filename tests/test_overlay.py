@@ -1,0 +1,73 @@
+"""Overlay: no weight of the base in it, the same files after restoring, a clear no where the base was trained."""
+
+import pytest
+from conftest import tiny_recipe
+from safetensors.torch import load_file
+from test_transfer import contents
+
+from elastic_sparsity import optimize, restore_overlay, write_overlay
+from elastic_sparsity.checkpoint import ElasticCheckpoint
+from elastic_sparsity.errors import CheckpointError
+
+UNTRAINED_BASE = {"block": {"steps": 1, "base_lr": 0.0}, "end_to_end": {"trainable": "adapters", "steps": 2}}
+
+
+@pytest.fixture(params=["llama", "gpt2"])
+def untrained(request, tmp_path):
+    optimize(tiny_recipe(model={"id": f"random:{request.param}"}, **UNTRAINED_BASE), tmp_path / "whole")
+    return tmp_path / "whole"
+
+
+def test_restored_is_the_same_bit_for_bit(untrained, tmp_path):
+    write_overlay(untrained, tmp_path / "overlay")
+    floats = [
+        name
+        for path in (tmp_path / "overlay").glob("s*.safetensors")
+        for name, tensor in load_file(path).items()
+        if tensor.is_floating_point()
+    ]
+    assert floats == [], "no value of the base"
+    restore_overlay(tmp_path / "overlay", tmp_path / "again")
+    whole, again = contents(untrained), contents(tmp_path / "again")
+    assert whole.keys() == again.keys() and all(whole[n] == again[n] for n in whole if n != "elastic_config.json")
+    assert ElasticCheckpoint(tmp_path / "again").config == ElasticCheckpoint(untrained).config
+
+
+def test_a_trained_base_has_no_overlay(tiny_checkpoint, tmp_path):
+    with pytest.raises(CheckpointError, match=r"differs from random:llama: no overlay"):
+        write_overlay(tiny_checkpoint, tmp_path / "overlay")
+    assert not (tmp_path / "overlay").exists()
+
+
+def test_another_base_is_refused(untrained, tmp_path):
+    write_overlay(untrained, tmp_path / "overlay")
+    with pytest.raises(CheckpointError, match=r"holds other weights .* than the base"):
+        restore_overlay(tmp_path / "overlay", tmp_path / "again", base="random:qwen3")
+    assert not (tmp_path / "again").exists()
+
+
+def test_an_overlay_is_named_when_opened_as_a_checkpoint(untrained, tmp_path):
+    write_overlay(untrained, tmp_path / "overlay")
+    with pytest.raises(CheckpointError, match="overlay: `elastic-sparsity restore`"):
+        ElasticCheckpoint(tmp_path / "overlay")
+    with pytest.raises(CheckpointError, match="no overlay here"):
+        restore_overlay(untrained, tmp_path / "again")
+
+
+def test_damage_is_named(untrained, tmp_path):
+    write_overlay(untrained, tmp_path / "overlay")
+    adapters = tmp_path / "overlay" / "adapters-0.safetensors"
+    data = bytearray(adapters.read_bytes())
+    data[-1] ^= 1
+    adapters.write_bytes(data)
+    with pytest.raises(CheckpointError, match="adapters-0.safetensors"):
+        restore_overlay(tmp_path / "overlay", tmp_path / "again")
+    adapters.unlink()
+    with pytest.raises(CheckpointError, match="is missing"):
+        restore_overlay(tmp_path / "overlay", tmp_path / "again")
+    (tmp_path / "overlay" / "shell-core.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="shell-core.safetensors: cannot be read"):
+        restore_overlay(tmp_path / "overlay", tmp_path / "again")
+    (tmp_path / "overlay" / "elastic_overlay.json").write_text("[1]")
+    with pytest.raises(CheckpointError, match="elastic_overlay.json: cannot be read"):
+        restore_overlay(tmp_path / "overlay", tmp_path / "again")

@@ -1,0 +1,158 @@
+"""Loading and switching levels: bit-exact weights, only the files needed, nothing else of the model touched."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from conftest import tiny_recipe
+from test_checkpoint import opened_files  # noqa: F401  a fixture
+
+from elastic_sparsity import ElasticModel, levels, optimize, set_level
+from elastic_sparsity.arch import weight_OI
+from elastic_sparsity.checkpoint import ElasticCheckpoint
+from elastic_sparsity.errors import CheckpointError, LevelError
+from elastic_sparsity.tiny import byte_tokenizer, tiny_model
+
+WITHOUT_TRAINING = {"block": {"steps": 0}, "end_to_end": {"trainable": "off"}}
+IDS = torch.arange(4, 36).reshape(2, 16)
+
+
+def weights_of(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def definition(checkpoint, name, level):
+    """(W + sum B A) * M from the checkpoint's tensors, in float64 but for the last step."""
+    linear = dict(checkpoint.level_linears(level))[name]
+    total = linear.weight_OI.double()
+    for lora_A, lora_B in linear.pairs:
+        total = total + lora_B.double() @ lora_A.double()
+    return torch.where(linear.mask_OI, total, 0.0)
+
+
+@pytest.mark.parametrize("level", ["0.5", "0.6", "0.7", "2:4"])
+def test_a_level_is_its_definition(tiny_checkpoint, level):
+    checkpoint = ElasticCheckpoint(tiny_checkpoint)
+    model = ElasticModel.from_pretrained(tiny_checkpoint, level)
+    for name in checkpoint.linears:
+        weight = weight_OI(model.get_submodule(name))
+        expected = definition(checkpoint, name, checkpoint.find(level))
+        assert torch.allclose(weight.double(), expected, atol=1e-6)
+        assert torch.equal(weight == 0, expected == 0), "exact zeros, and only where the mask says"
+
+
+@pytest.mark.parametrize("first", ["0.5", "0.7", "2:4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_switching_equals_loading_bit_for_bit(tiny_checkpoint, first, dtype):
+    fresh = {
+        x: weights_of(ElasticModel.from_pretrained(tiny_checkpoint, x, dtype=dtype)) for x in ("0.5", "0.7", "2:4")
+    }
+    model = ElasticModel.from_pretrained(tiny_checkpoint, first, dtype=dtype)
+    places = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    for level in ("0.7", "0.5", "2:4", "0.7", "2:4", "0.5"):
+        set_level(model, level)
+        assert same(weights_of(model), fresh[level])
+    assert places == {name: parameter.data_ptr() for name, parameter in model.named_parameters()}, "in place"
+
+
+def test_switching_opens_only_missing_files(tiny_checkpoint, opened_files):  # noqa: F811
+    model = ElasticModel.from_pretrained(tiny_checkpoint, 0.7)
+    assert not {name for name in opened_files if name.startswith(("shell-level", "shell-pattern"))}
+    opened_files.clear()
+    set_level(model, 0.6)
+    assert set(opened_files) == {"shell-level-0.6.safetensors"}
+    opened_files.clear()
+    set_level(model, 0.7)
+    set_level(model, 0.6)
+    assert opened_files == []
+
+
+def test_the_same_level_again_leaves_tuned_weights_alone(tiny_checkpoint):
+    model = ElasticModel.from_pretrained(tiny_checkpoint, 0.6)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight += 1
+    before = weights_of(model)
+    set_level(model, "60%")
+    assert same(weights_of(model), before)
+
+
+def test_what_is_not_sparsified_is_left_alone(tiny_checkpoint):
+    model = ElasticModel.from_pretrained(tiny_checkpoint, 0.6)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(7)
+    set_level(model, 0.7)
+    assert (model.model.norm.weight == 7).all()
+
+
+def test_copies_and_pickles_of_a_live_model_can_switch_too(tiny_checkpoint):
+    model = ElasticModel.from_pretrained(tiny_checkpoint, 0.7)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        set_level(other, 0.5)
+        assert same(weights_of(other), weights_of(ElasticModel.from_pretrained(tiny_checkpoint, 0.5)))
+    assert same(weights_of(model), weights_of(ElasticModel.from_pretrained(tiny_checkpoint, 0.7)))
+
+
+def test_switching_refuses_what_it_cannot_do(tiny_checkpoint):
+    model = ElasticModel.from_pretrained(tiny_checkpoint, 0.7)
+    before = weights_of(model)
+    with pytest.raises(LevelError, match=r"it has: 0.5, 0.6, 0.7, 2:4"):
+        set_level(model, 0.55)
+    assert same(weights_of(model), before)
+    with pytest.raises(LevelError, match="not made by ElasticModel"):
+        set_level(torch.nn.Linear(2, 2), 0.5)
+    model.model.layers[0].self_attn.q_proj = torch.nn.Identity()
+    with pytest.raises(LevelError, match="q_proj.weight"):
+        set_level(model, 0.5)
+
+
+def test_device_maps(tiny_checkpoint, tmp_path):
+    plain = ElasticModel.from_pretrained(tiny_checkpoint, 0.6)
+    auto = ElasticModel.from_pretrained(tiny_checkpoint, 0.6, device_map="auto")
+    assert same(weights_of(auto), weights_of(plain))
+    set_level(auto, 0.7)
+    assert same(weights_of(auto), weights_of(ElasticModel.from_pretrained(tiny_checkpoint, 0.7)))
+    on_disk = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
+    on_disk |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    offloaded = ElasticModel.from_pretrained(tiny_checkpoint, 0.6, device_map=on_disk, offload_folder=tmp_path)
+    with torch.no_grad():
+        assert torch.allclose(offloaded(IDS).logits, plain(IDS).logits, atol=1e-6)
+    with pytest.raises(LevelError, match="offloaded"):
+        set_level(offloaded, 0.5)
+    with pytest.raises(LevelError, match="either"):
+        ElasticModel.from_pretrained(tiny_checkpoint, 0.6, device="cpu", device_map="auto")
+
+
+def test_unmerged_is_the_masked_base(tiny_checkpoint):
+    model = ElasticModel.from_pretrained(tiny_checkpoint, 0.6, merge_adapters=False)
+    checkpoint = ElasticCheckpoint(tiny_checkpoint)
+    for name, linear in checkpoint.level_linears(checkpoint.find(0.6)):
+        assert torch.equal(weight_OI(model.get_submodule(name)), linear.weight_OI)
+
+
+def test_weights_can_be_trained_and_are_in_eval_mode(tiny_checkpoint):
+    model = ElasticModel.from_pretrained(tiny_checkpoint, 0.6)
+    assert not model.training and all(parameter.requires_grad for parameter in model.parameters())
+    model(IDS, labels=IDS).loss.backward()
+
+
+def test_levels_reads_the_config_alone(tiny_checkpoint, opened_files):  # noqa: F811
+    rows = levels(tiny_checkpoint)
+    assert [row.name for row in rows] == ["0.5", "0.6", "0.7", "2:4"] and opened_files == []
+    checkpoint = ElasticCheckpoint(tiny_checkpoint)
+    assert [row.bytes for row in rows] == [checkpoint.bytes_of(level) for level in checkpoint.ladder.levels]
+
+
+def test_an_infinite_weight_is_named(tmp_path):
+    model, folder = tiny_model("llama"), tmp_path / "large"
+    model.model.layers[0].mlp.up_proj.weight.data.mul_(1e8)  # fits float32, not float16
+    model.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    optimize(tiny_recipe(model={"id": str(tmp_path / "model")}, **WITHOUT_TRAINING), folder)
+    ElasticModel.from_pretrained(folder, 0.6)
+    with pytest.raises(CheckpointError, match=r"up_proj: weights are NaN or infinite in torch.float16; try another"):
+        ElasticModel.from_pretrained(folder, 0.6, dtype=torch.float16)
