@@ -20,23 +20,30 @@ from elastic_sparsity.ladder import Ladder, Level, rank_slices
 from elastic_sparsity.masks import mask_at
 
 
-def merge(weight_OI: Tensor, pairs: Sequence[tuple[Tensor, Tensor]], mask_OI: Tensor) -> Tensor:
-    """(weight + sum of B A over `pairs`) * mask, in float32: the one place where a level's weight is defined.
+def merge(
+    weight_OI: Tensor,
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    mask_OI: Tensor,
+    out_OI: Tensor | None = None,
+) -> Tensor:
+    """(weight + sum of B A over `pairs`) * mask, computed in float32: the one place where a level's weight is defined.
 
     Args:
         weight_OI: any float dtype.
         pairs: (A (r, I), B (O, r)) of the active groups, in group order.
         mask_OI: bool.
-    Returns: (O, I) float32 with exact zeros outside the mask.
+        out_OI: where to put the result, rounded once to its dtype; None = a new float32 tensor.
+    Returns: (O, I) with exact zeros outside the mask.
     """
     merged = weight_OI.to(torch.float32, copy=True)
     if pairs:
         lora_A, lora_B = torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], dim=1)
         merged.addmm_(lora_B.float(), lora_A.float())
-    merged.view(torch.int32).mul_(
-        mask_OI
-    )  # as bits: exact +0 also for -0, NaN and infinity, at a third of where()'s time
-    return merged
+    result = merged if out_OI is None else out_OI.copy_(merged)
+    # As integers: exact +0 also for -0, NaN and infinity, at a tenth of where()'s time.
+    bits = result.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[result.dtype.itemsize])
+    bits.mul_(mask_OI.to(result.device))
+    return result
 
 
 class _MaskedLinear(torch.autograd.Function):

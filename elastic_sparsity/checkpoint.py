@@ -7,6 +7,7 @@ may hold only some levels' files (a device's smaller download).
 
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from elastic_sparsity.errors import CheckpointError
-from elastic_sparsity.files import TensorSpec, atomic_folder, check_headers, file_sha256, open_tensors, write_json
+from elastic_sparsity.files import atomic_folder, file_sha256, write_json
 from elastic_sparsity.ladder import Ladder, Level
 from elastic_sparsity.manifest import (
     CONFIG_NAME,
@@ -22,6 +23,7 @@ from elastic_sparsity.manifest import (
     FORMAT_VERSION,
     FileEntry,
     by_density,
+    digest,
     part_names,
     read_manifest,
 )
@@ -35,6 +37,7 @@ from elastic_sparsity.shells import (
     shell_names,
     spec_of,
 )
+from elastic_sparsity.tensor_file import TensorFile, TensorSpec, check_headers
 
 SAFETENSORS_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 MAX_SHARD_BYTES = 5_000_000_000
@@ -112,7 +115,7 @@ def write_checkpoint(
             "extras": extras,
             **record,
         }
-        write_json(scratch / CONFIG_NAME, config)
+        write_json(scratch / CONFIG_NAME, {**config, "digest": digest(config)})
 
 
 def _linear_entry(linear: LinearRecord, ladder: Ladder) -> dict[str, Any]:
@@ -163,7 +166,7 @@ class ElasticCheckpoint:
         self.inheritance = self.manifest.inheritance
         self.dtype = DTYPES[self.manifest.dtype]
         self.linears = self.manifest.build_specs()
-        self._sections: dict[str, dict[str, Any]] = {}
+        self._sections: dict[str, dict[str, TensorFile]] = {}
 
     def __deepcopy__(self, memo: Any) -> "ElasticCheckpoint":
         return self  # models carry it, and open files cannot be copied
@@ -184,11 +187,8 @@ class ElasticCheckpoint:
         return sum(entry.bytes for entries in self.manifest.files.values() for entry in entries)
 
     def is_complete(self, level: Level) -> bool:
-        """Whether this folder holds all files of a level, by size."""
-        return not self._missing(level)
-
-    def _missing(self, level: Level) -> list[str]:
-        return [e.file for e in self.files_of(level) if not (self.folder / e.file).is_file()]
+        """Whether this folder holds all files of a level; says nothing of what is in them."""
+        return all((self.folder / entry.file).is_file() for entry in self.files_of(level))
 
     def find(self, wanted: "str | float | Level") -> Level:
         """A level by name; "auto" is the densest one whose files are all here (unstructured before N:M).
@@ -211,7 +211,9 @@ class ElasticCheckpoint:
 
         Raises: CheckpointError.
         """
-        return {name: file.get_tensor(name) for name, file in self._open_section(f"adapters-{group}").items()}
+        section = f"adapters-{group}"
+        self._open_sections([section])
+        return {name: file.read(name) for name, file in self._sections[section].items()}
 
     def open_level(self, level: Level) -> "OpenLevel":
         """The tensors of one level. Opens the files that level needs and that are not open yet, no other one.
@@ -220,18 +222,21 @@ class ElasticCheckpoint:
 
         Raises: CheckpointError.
         """
-        missing = self._missing(level)
+        sections = self.manifest.sections_of(level)
+        entries = [e for section in sections if section not in self._sections for e in self.manifest.files[section]]
+        missing = [entry.file for entry in entries if not (self.folder / entry.file).is_file()]
         if missing:
             here = ", ".join(x.name for x in self.ladder.levels if self.is_complete(x)) or "none"
             raise CheckpointError(
                 f"{self.folder}: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing, which level "
                 f"{level.name} needs (complete here: {here}). `elastic-sparsity upgrade` fetches what is missing."
             )
-        for entry in self.manifest.extras:
-            if entry.file in ("config.json", "generation_config.json"):
-                self._check_file(entry)
-        sections = self.manifest.sections_of(level)
-        return OpenLevel(self, level, {section: self._open_section(section) for section in sections})
+        if not self._sections:
+            for entry in self.manifest.extras:
+                if entry.file in ("config.json", "generation_config.json"):
+                    self._check_file(entry)
+        self._open_sections(sections)
+        return OpenLevel(self, level, {section: self._sections[section] for section in sections})
 
     def check_extras(self) -> None:
         """Size and hash of the model's config and tokenizer.
@@ -241,22 +246,25 @@ class ElasticCheckpoint:
         for entry in self.manifest.extras:
             self._check_file(entry)
 
-    def _open_section(self, section: str) -> dict[str, Any]:
-        """Tensor name -> open file."""
-        if section not in self._sections:
-            entries = self.manifest.files[section]
-            paths = [self.folder / entry.file for entry in entries]
-            for entry in entries:
-                self._check_file(entry)
-            handles = [open_tensors(path) for path in paths]
-            for path, handle in zip(paths, handles, strict=True):
-                if (handle.metadata() or {}).get("elastic_checkpoint") != self.manifest.checkpoint_id:
-                    raise CheckpointError(f"{path}: belongs to another elastic checkpoint.")
+    def _open_sections(self, sections: Sequence[str]) -> None:
+        to_open = {section: self.manifest.files[section] for section in sections if section not in self._sections}
+        entries = [entry for parts in to_open.values() for entry in parts]
+        with ThreadPoolExecutor() as pool:  # hashing takes most of the time, and leaves Python's lock alone
+            opened = dict(zip([entry.file for entry in entries], pool.map(self._open_file, entries), strict=True))
+        for section, parts in to_open.items():
+            files = [opened[entry.file] for entry in parts]
             expected = self._expected_tensors(section)
             if expected is not None:
-                check_headers(paths, expected)
-            self._sections[section] = {name: handle for handle in handles for name in handle.keys()}  # noqa: SIM118
-        return self._sections[section]
+                check_headers(files, expected)
+            self._sections[section] = {name: file for file in files for name in file.specs}
+
+    def _open_file(self, entry: FileEntry) -> TensorFile:
+        """A file of tensors whose size, hash and checkpoint are the recorded ones."""
+        self._check_file(entry)
+        file = TensorFile(self.folder / entry.file)
+        if file.metadata.get("elastic_checkpoint") != self.manifest.checkpoint_id:
+            raise CheckpointError(f"{file.path}: belongs to another elastic checkpoint.")
+        return file
 
     def _check_file(self, entry: FileEntry) -> None:
         path = self.folder / entry.file
@@ -307,12 +315,14 @@ class ElasticCheckpoint:
 class OpenLevel:
     """One level's open files; tensors are read when asked for, from any thread."""
 
-    def __init__(self, checkpoint: ElasticCheckpoint, level: Level, tensors: Mapping[str, Mapping[str, Any]]) -> None:
+    def __init__(
+        self, checkpoint: ElasticCheckpoint, level: Level, tensors: Mapping[str, Mapping[str, TensorFile]]
+    ) -> None:
         self._checkpoint, self._level, self._tensors = checkpoint, level, tensors
 
     def shared(self) -> dict[str, Tensor]:
         """Everything that is not sparsified, by parameter name."""
-        return {name: file.get_tensor(name) for name, file in self._tensors["shared"].items()}
+        return {name: file.read(name) for name, file in self._tensors["shared"].items()}
 
     def shared_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of what is not sparsified; reads no tensor.
@@ -320,12 +330,12 @@ class OpenLevel:
         Raises: CheckpointError: if one has another dtype than the checkpoint.
         """
         expected = SAFETENSORS_NAMES[self._checkpoint.manifest.dtype]
-        parts = {name: file.get_slice(name) for name, file in self._tensors["shared"].items()}
-        for name, part in parts.items():
-            if part.get_dtype() != expected:
+        specs = {name: file.specs[name] for name, file in self._tensors["shared"].items()}
+        for name, (dtype, _) in specs.items():
+            if dtype != expected:
                 where = f"{self._checkpoint.folder}: shared: {name}"
-                raise CheckpointError(f"{where}: found {part.get_dtype()}, expected {expected}.")
-        return {name: tuple(part.get_shape()) for name, part in parts.items()}
+                raise CheckpointError(f"{where}: found {dtype}, expected {expected}.")
+        return {name: shape for name, (_, shape) in specs.items()}
 
     def linear(self, name: str) -> LoadedLinear:
         """One linear at this level.
@@ -337,13 +347,12 @@ class OpenLevel:
         shells = []
         for number in range(num_shells(checkpoint.ladder, self._level)):
             files = self._tensors[f"shell-{shell_names(checkpoint.ladder)[number]}"]
-            shells.append(
-                {part: files[f"{name}.{part}"].get_tensor(f"{name}.{part}") for part in spec.shell_shapes(number)}
-            )
+            parts = [(part, f"{name}.{part}") for part in spec.shell_shapes(number)]
+            shells.append({part: files[full].read(full) for part, full in parts})
         weight, mask = decode_shells(shells, spec, self._level, where)
         pairs = []
         for section, files in self._tensors.items():
             if section.startswith("adapters-"):
-                both = [files[f"{name}.{part}"].get_tensor(f"{name}.{part}") for part in ("lora_A", "lora_B")]
+                both = [files[f"{name}.{part}"].read(f"{name}.{part}") for part in ("lora_A", "lora_B")]
                 pairs.append((both[0], both[1]))
         return LoadedLinear(weight, mask, pairs, spec.transposed)

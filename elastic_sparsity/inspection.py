@@ -44,8 +44,9 @@ def levels(path: str | Path, **hub: Any) -> list[LevelInfo]:
 def level_info(checkpoint: ElasticCheckpoint, level: Level) -> LevelInfo:
     """One level's row."""
     quality = checkpoint.config.get("quality")
-    rows: Iterable[Any] = quality.get("rows", ()) if isinstance(quality, dict) else ()
-    row: Any = next((r for r in rows if r.get("level") == level.name and r.get("method") == "elastic"), {})
+    rows = quality.get("rows") if isinstance(quality, dict) else None
+    mine = [r for r in rows if isinstance(r, dict)] if isinstance(rows, list) else []
+    row: Any = next((r for r in mine if r.get("level") == level.name and r.get("method") == "elastic"), {})
     return LevelInfo(
         level.name,
         level.title,

@@ -1,8 +1,9 @@
 """elastic_config.json: its fields, checked before anything is believed or allocated. Plain data only."""
 
+import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -71,6 +72,7 @@ class Manifest(_Strict):
     linears: dict[str, LinearEntry] = Field(min_length=1)
     files: dict[str, Annotated[list[FileEntry], Field(min_length=1)]]
     extras: list[FileEntry]
+    digest: str
 
     def build_ladder(self) -> Ladder:
         """Raises: ConfigError."""
@@ -101,6 +103,12 @@ class Manifest(_Strict):
     def files_of(self, level: Level) -> list[FileEntry]:
         """Every tensor file a level reads."""
         return [entry for section in self.sections_of(level) for entry in self.files[section]]
+
+
+def digest(raw: Mapping[str, Any]) -> str:
+    """sha256 over the fields that decide what is loaded, as JSON with sorted keys and without spaces."""
+    covered = {name: raw[name] for name in Manifest.model_fields if name != "digest"}
+    return hashlib.sha256(json.dumps(covered, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def read_manifest(folder: Path) -> tuple[Manifest, dict[str, Any]]:
@@ -143,6 +151,8 @@ def read_manifest(folder: Path) -> tuple[Manifest, dict[str, Any]]:
         raise CheckpointError(f"{path}: missing or malformed field: {error}") from None
     if problems:
         raise CheckpointError(f"{path}: missing or malformed field: {'; '.join(problems[:3])}.")
+    if manifest.digest != digest(raw):
+        raise CheckpointError(f"{path}: digest differs from the fields it covers; the file is damaged, copy it again.")
     return manifest, raw
 
 

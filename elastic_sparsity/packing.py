@@ -91,7 +91,7 @@ def unpack_positions(packed: Tensor, count: int, universe: int) -> Tensor:
     low, width = _low_bits(count, universe), -(-count // 8)
     data = packed.numpy()
     upper_length = count + ((universe - 1) >> low)
-    ones = np.flatnonzero(np.unpackbits(data[low * width :], bitorder="little"))
+    ones = np.flatnonzero(np.unpackbits(data[low * width :], bitorder="little").view(bool))
     if ones.size != count or ones[-1] >= upper_length:
         raise ShapeError(f"packed positions: {ones.size} set bits for {count} positions.")
     positions = (ones - np.arange(count)) << low

@@ -1,7 +1,10 @@
 """Elastic checkpoint + level -> an ordinary transformers model, with exactly the promised zeros; and switching it."""
 
+import contextlib
+import ctypes
 import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,13 +87,21 @@ def load_level(
     merge_adapters: bool = True,
 ) -> Any:
     """The model of one level; merged in float32, masked, then cast. See `ElasticModel.from_pretrained`."""
-    files = checkpoint.open_level(level)
+    with ThreadPoolExecutor(1) as pool:  # while one thread hashes the files, another imports the model's class
+        opening = pool.submit(checkpoint.open_level, level)
+        _import_model_class(checkpoint.folder)
+        files = opening.result()
     model, generation = _skeleton(checkpoint, files, dtype)
     places = _places(model, device_map)
-    state = {name: _finite(tensor.to(dtype), name).to(_place(places, name)) for name, tensor in files.shared().items()}
-    for name in checkpoint.linears:
-        weight = _level_weight(files, name, dtype, merge_adapters)
-        state[f"{name}.weight"] = weight.to(_place(places, name))
+    weights = {}
+    for name, spec in checkpoint.linears.items():
+        shape = spec.shape[::-1] if spec.transposed else spec.shape
+        weights[name] = torch.empty(shape, dtype=dtype, device=_place(places, name))
+    _write_level_(weights, files, merge_adapters)
+    _return_freed_memory()
+    state = {f"{name}.weight": weight for name, weight in weights.items()}
+    for name, tensor in files.shared().items():
+        state[name] = _finite(tensor.to(dtype), name).to(_place(places, name))
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     model.eval().requires_grad_(True)
@@ -104,21 +115,55 @@ def load_level(
     return model
 
 
-def _level_weight(files: OpenLevel, name: str, dtype: torch.dtype, merge_adapters: bool = True) -> Tensor:
-    """One linear's weight as its module stores it.
+def _write_level_(weights: Mapping[str, Tensor], files: OpenLevel, merge_adapters: bool) -> None:
+    """Fills the linears' weights, in as many threads as torch has, one core each.
 
-    Raises: CheckpointError: if it is not finite.
+    Half of the work (bits, positions) is serial in any library, and torch's own threads wait for each other at every
+    small operation, which costs ten times the work when another process wants the cores too. The weights exist before
+    the work starts, so that the memory it needs in between is used again and again.
+
+    Raises: CheckpointError: damaged shells, or weights that are not finite; some are then written already.
     """
-    linear = files.linear(name)
-    weight = merge(linear.weight_OI, linear.pairs if merge_adapters else [], linear.mask_OI).to(dtype)
-    return _finite(weight, name).T.contiguous() if linear.transposed else _finite(weight, name)
+
+    def write(name: str) -> None:
+        linear, weight = files.linear(name), weights[name]
+        out = weight.T if linear.transposed else weight
+        merge(linear.weight_OI, linear.pairs if merge_adapters else [], linear.mask_OI, out)
+        _finite(weight, name)
+
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            list(pool.map(write, weights))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _return_freed_memory() -> None:
+    """glibc keeps freed memory for later; after a load nothing that large comes. Other systems have no such call."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _finite(weight: Tensor, name: str) -> Tensor:
-    # A sum is finite if all its terms are, but for overflow, which the second look tells apart.
-    if not torch.isfinite(weight.sum(dtype=torch.float32)) and not torch.isfinite(weight).all():
-        raise CheckpointError(f"{name}: weights are NaN or infinite in {weight.dtype}; try another dtype.")
+    for part in weight.view(-1).split(1 << 20):  # a sum in another dtype copies what it sums
+        # A sum is finite if all its terms are, but for overflow, which the second look tells apart.
+        if not torch.isfinite(part.sum(dtype=torch.float32)) and not torch.isfinite(part).all():
+            raise CheckpointError(f"{name}: weights are NaN or infinite in {weight.dtype}; try another dtype.")
     return weight
+
+
+def _import_model_class(folder: Path) -> None:
+    """Has transformers import what it will need, which takes a second once. Nothing is believed yet, nor refused."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig  # slow imports, only here
+
+    path = folder / "config.json"
+    if not path.is_file():  # a pipe would block
+        return
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):  # named when it is checked
+        model_type = json.loads(path.read_text(encoding="utf-8"))["model_type"]
+        architecture_of(model_type)
+        _ = MODEL_FOR_CAUSAL_LM_MAPPING[type(AutoConfig.for_model(model_type))]
 
 
 def _skeleton(checkpoint: ElasticCheckpoint, files: OpenLevel, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -240,9 +285,9 @@ def set_level(model: nn.Module, level: str | float) -> None:
     weights = _live_weights(model, state.checkpoint)
     files = state.checkpoint.open_level(wanted)
     try:
-        _overwrite_(weights, files, state.merge_adapters)
+        _write_level_(weights, files, state.merge_adapters)
     except BaseException:
-        _overwrite_(weights, state.checkpoint.open_level(state.level), state.merge_adapters)
+        _write_level_(weights, state.checkpoint.open_level(state.level), state.merge_adapters)
         raise
     state.level = wanted
 
@@ -261,11 +306,6 @@ def _live_weights(model: nn.Module, checkpoint: ElasticCheckpoint) -> dict[str, 
             raise LevelError(f"set_level: {name}.weight is offloaded or changed; expected a float {shape} in memory.")
         weights[name] = weight.detach()
     return weights
-
-
-def _overwrite_(weights: Mapping[str, Tensor], files: OpenLevel, merge_adapters: bool) -> None:
-    for name, weight in weights.items():
-        weight.copy_(_level_weight(files, name, weight.dtype, merge_adapters))
 
 
 def save_sliced(

@@ -12,7 +12,7 @@ from elastic_sparsity.checkpoint import ElasticCheckpoint, write_checkpoint
 from elastic_sparsity.errors import CheckpointError, OutputError
 from elastic_sparsity.files import atomic_folder, check_output_folder
 from elastic_sparsity.ladder import Ladder
-from elastic_sparsity.manifest import CONFIG_NAME
+from elastic_sparsity.manifest import CONFIG_NAME, digest
 
 
 def test_patterns_only_ladder_round_trips(tmp_path):
@@ -100,7 +100,8 @@ def damaged(source, target, change):
 
 def edit_config(folder, **changes):
     path = folder / CONFIG_NAME
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    config = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({**config, "digest": digest(config)}))
 
 
 def truncate(path, count):

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from elastic_sparsity import copy_level, optimize, verify
 from elastic_sparsity.checkpoint import file_entry
 from elastic_sparsity.inspection import layer_types
-from elastic_sparsity.manifest import CONFIG_NAME
+from elastic_sparsity.manifest import CONFIG_NAME, digest
 from elastic_sparsity.tiny import TINY_FAMILIES
 
 
@@ -41,7 +41,7 @@ def changed(source, folder, file, change):
         for number, entry in enumerate(entries):
             if entry["file"] == file:
                 entries[number] = file_entry(folder, folder / file)
-    (folder / CONFIG_NAME).write_text(json.dumps(config))
+    (folder / CONFIG_NAME).write_text(json.dumps({**config, "digest": digest(config)}))
     return {check.name.split(":")[0]: check for check in verify(folder)}
 
 

@@ -1,0 +1,93 @@
+"""One safetensors file open for reading: header checked, tensors read into memory of their own when asked for.
+
+Not memory-mapped like safetensors' own reader: pages of compressed shells that were decoded once would stay counted as
+this process's memory, which a small device notices.
+"""
+
+import json
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from elastic_sparsity.errors import CheckpointError
+
+TensorSpec = tuple[str, tuple[int, ...]]  # safetensors dtype name ("BF16"), shape
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "U8": torch.uint8}
+
+
+class TensorFile:
+    """Stays open until the object is gone, also when another file takes its name.
+
+    Raises: CheckpointError: missing, no safetensors file (overlapping or out-of-range offsets, holes, absurd header).
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with safe_open(path, framework="pt") as checked:  # the library's own validation of the whole header
+                self.metadata: dict[str, str] = checked.metadata() or {}
+            self._file = path.open("rb", buffering=0)
+            weakref.finalize(self, self._file.close)
+            header_size = int.from_bytes(self._file.read(8), "little")
+            header = json.loads(self._file.read(header_size))
+        except (OSError, ValueError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: cannot be read: {error}.") from error
+        header.pop("__metadata__", None)
+        self._lock = threading.Lock()
+        self._start = 8 + header_size
+        self.specs: dict[str, TensorSpec] = {name: (x["dtype"], tuple(x["shape"])) for name, x in header.items()}
+        self._offsets: dict[str, tuple[int, int]] = {name: tuple(x["data_offsets"]) for name, x in header.items()}
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, from any thread.
+
+        Raises: CheckpointError: if the file became shorter, or holds a dtype that no elastic checkpoint does.
+        """
+        dtype, shape = self.specs[name]
+        begin, end = self._offsets[name]
+        if dtype not in _DTYPES:
+            raise CheckpointError(f"{self.path}: {name}: found {dtype}, expected one of {', '.join(_DTYPES)}.")
+        flat = torch.empty((end - begin) // _DTYPES[dtype].itemsize, dtype=_DTYPES[dtype])
+        try:
+            self._read_into(memoryview(flat.view(torch.uint8).numpy().data), self._start + begin, name)
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: {name}: cannot be read: {error}.") from error
+        return flat.view(shape)
+
+    def _read_into(self, buffer: memoryview, offset: int, name: str) -> None:
+        done = 0
+        with self._lock:
+            self._file.seek(offset)
+            while done < len(buffer):
+                count = self._file.readinto(buffer[done:])
+                if not count:
+                    raise CheckpointError(f"{self.path}: {name}: the file became shorter; copy or download it again.")
+                done += count
+
+
+def check_headers(files: Sequence[TensorFile], expected: Mapping[str, TensorSpec]) -> None:
+    """That files together hold exactly the expected tensors, before any of them is read.
+
+    Raises: CheckpointError: naming file and tensor.
+    """
+    seen: set[str] = set()
+    for file in files:
+        names = file.specs.keys()
+        if extra := sorted((names - expected.keys()) | (names & seen)):
+            raise CheckpointError(f"{file.path}: {_few('not expected', extra)}; it is damaged.")
+        for name, found in file.specs.items():
+            if found != expected[name]:
+                wanted = f"{expected[name][0]} {expected[name][1]}"
+                raise CheckpointError(f"{file.path}: {name}: found {found[0]} {found[1]}, expected {wanted}.")
+        seen |= names
+    if missing := sorted(expected.keys() - seen):
+        raise CheckpointError(f"{files[-1].path}: {_few('missing', missing)}; it is damaged.")
+
+
+def _few(title: str, names: list[str]) -> str:
+    return f"{len(names)} tensors {title} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
