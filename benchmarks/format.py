@@ -6,7 +6,8 @@
 Bytes depend on shapes, ladder and ranks only, so the checkpoints made here are not trained. Load times: every figure is
 a process of its own (median of --repeats, the ways taking turns), files in the page cache, imports of torch and
 transformers not counted, their lazy model classes counted for both. "usable" adds one forward pass of 8 tokens, since
-transformers maps the dense file and leaves reading it to the first use. Peak: the process's largest resident size.
+transformers maps the dense file and leaves reading it to the first use. Peak: the process's largest resident size until
+then (Linux).
 """
 
 import argparse
@@ -36,7 +37,7 @@ LEVELS = ("0.5", "0.6", "0.7", "2:4")
 LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_hidden_layers": 2}
 
 PROBE = """
-import json, os, resource, sys, time
+import json, os, re, sys, time
 import torch, transformers
 from transformers import AutoModelForCausalLM
 from elastic_sparsity import ElasticModel, set_level
@@ -52,11 +53,12 @@ seconds = {"load": time.perf_counter() - begin}
 with torch.no_grad():
     model(ids)
 seconds["usable"] = time.perf_counter() - begin
+peak = re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())  # getrusage's would count the parent's too
 if end:
     begin = time.perf_counter()
     set_level(model, end)
     seconds["set_level"] = time.perf_counter() - begin
-print(json.dumps({**seconds, "peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}))
+print(json.dumps({**seconds, "peak_bytes": 1024 * int(peak[1])}))
 """
 
 

@@ -5,16 +5,18 @@ reads a prefix of the shells, the adapters of its groups, and what all levels sh
 may hold only some levels' files (a device's smaller download).
 """
 
+import itertools
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from elastic_sparsity.errors import CheckpointError
+from elastic_sparsity.errors import CheckpointError, NumericsError
 from elastic_sparsity.files import atomic_folder, file_sha256, write_json
 from elastic_sparsity.ladder import Ladder, Level
 from elastic_sparsity.manifest import (
@@ -71,7 +73,7 @@ def write_checkpoint(
         save_extras: writes the model's own config and tokenizer into the folder it gets.
         optional: more sections, which readers that do not know them skip.
         max_shard_bytes: a section larger than this becomes several files.
-    Raises: OutputError.
+    Raises: OutputError. NumericsError: if a value is NaN or infinite in `dtype`; nothing is written then.
     """
     names = [f"shell-{name}" for name in shell_names(ladder)]
     sections: dict[str, dict[str, Tensor]] = {name: {} for name in names}
@@ -87,6 +89,9 @@ def write_checkpoint(
         k: t.detach().cpu().to(DTYPES[dtype] if t.is_floating_point() else t.dtype) for k, t in shared.items()
     }
     sections |= {name: dict(tensors) for name, tensors in (optional or {}).items()}
+    for name, tensor in itertools.chain(*(tensors.items() for tensors in sections.values())):
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise NumericsError(f"{name}: NaN or infinite as {tensor.dtype}; choose another checkpoint.dtype.")
     checkpoint_id = uuid.uuid4().hex
     with atomic_folder(folder) as scratch:
         save_extras(scratch)
@@ -159,7 +164,7 @@ class ElasticCheckpoint:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = Path(folder).absolute()  # a live model opens more files later, perhaps from elsewhere
         self.manifest, self.config = read_manifest(self.folder)
         self.ladder = self.manifest.build_ladder()
         self.ranks = self.manifest.ranks
@@ -206,6 +211,10 @@ class ElasticCheckpoint:
         """Adapter groups a level adds up, its own last; none of rank zero."""
         return [g for g in self.ladder.active_groups(level, self.inheritance) if self.ranks[g]]
 
+    def has_group(self, group: int) -> bool:
+        """Whether the files of an adapter group are here."""
+        return all((self.folder / entry.file).is_file() for entry in self.manifest.files[f"adapters-{group}"])
+
     def adapter_tensors(self, group: int) -> dict[str, Tensor]:
         """`NAME.lora_A` (rank, inputs) and `NAME.lora_B` (outputs, rank) of one group.
 
@@ -246,6 +255,17 @@ class ElasticCheckpoint:
         for entry in self.manifest.extras:
             self._check_file(entry)
 
+    def check_present(self) -> int:
+        """Size and hash of every tensor file that is here, also of sections no level reads; returns how many.
+
+        Raises: CheckpointError.
+        """
+        entries = [entry for parts in self.manifest.files.values() for entry in parts]
+        present = [entry for entry in entries if (self.folder / entry.file).exists()]
+        for entry in present:
+            self._check_file(entry)
+        return len(present)
+
     def _open_sections(self, sections: Sequence[str]) -> None:
         to_open = {section: self.manifest.files[section] for section in sections if section not in self._sections}
         entries = [entry for parts in to_open.values() for entry in parts]
@@ -278,7 +298,8 @@ class ElasticCheckpoint:
         if size != entry.bytes:
             raise CheckpointError(f"{path}: has {size} bytes, expected {entry.bytes}; copy or download it again.")
         if found != entry.sha256:
-            raise CheckpointError(f"{path}: sha256 differs from the recorded one; the file is damaged.")
+            cached = f" Delete {path.resolve()} and load it again from the hub." if path.is_symlink() else ""
+            raise CheckpointError(f"{path}: sha256 differs from the recorded one; the file is damaged.{cached}")
 
     def _expected_tensors(self, section: str) -> dict[str, TensorSpec] | None:
         kind, _, which = section.partition("-")

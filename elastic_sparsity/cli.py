@@ -133,7 +133,7 @@ def slice_command(
     checkpoint: Annotated[str, typer.Argument(help="Folder or hub id of an elastic checkpoint.")],
     output: Annotated[Path, typer.Option(help="Folder to make.")],
     level: Annotated[str | None, typer.Option(help='A level of the ladder: "0.6", "60%" or "2:4".')] = None,
-    max_bytes: Annotated[str | None, typer.Option(help="The densest level that fits, e.g. 60MB; kept elastic.")] = None,
+    max_bytes: Annotated[str | None, typer.Option(help="The densest level whose tensors fit, e.g. 60MB.")] = None,
     format: Annotated[
         str | None, typer.Option(help='"transformers": a plain model. "elastic": only the level\'s files.')
     ] = None,
@@ -150,8 +150,10 @@ def slice_command(
         raise ConfigError("slice: give either --level or --max-bytes.")
     if chosen not in ("transformers", "elastic"):
         raise ConfigError(f"--format: {format!r} is not transformers or elastic.")
-    if dtype is not None and (dtype not in DTYPES or chosen == "elastic"):
-        raise ConfigError(f"--dtype: {dtype!r} is not one of {', '.join(DTYPES)}, or the output stays elastic.")
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"--dtype: {dtype!r} is not one of {', '.join(DTYPES)}.")
+    if dtype is not None and chosen == "elastic":
+        raise ConfigError("--dtype: an elastic output keeps the checkpoint's; leave it out, or write transformers.")
     if max_bytes is not None and chosen == "transformers":
         raise ConfigError("--max-bytes: a plain folder stores zeros too, all levels have one size there; use elastic.")
     with _progress(quiet=True):
@@ -253,7 +255,9 @@ def restore(
 
 @app.command("eval")
 def eval_command(
-    path: Annotated[str, typer.Argument(help="Elastic checkpoint, Hugging Face folder, hub id or .gguf file.")],
+    path: Annotated[
+        str, typer.Argument(help="Elastic checkpoint (folder), Hugging Face folder, hub id or .gguf file.")
+    ],
     text: Annotated[str, typer.Option(help="Text file to measure on.")],
     level: Annotated[str | None, typer.Option(help="One level of an elastic checkpoint; default: all.")] = None,
     reference: Annotated[str | None, typer.Option(help="Dense model, for KL.")] = None,

@@ -1,20 +1,33 @@
 """From a folder or a hub id to a folder that holds one level's files. Knows huggingface_hub, no tensor."""
 
 import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from elastic_sparsity.errors import CheckpointError, ConfigError
-from elastic_sparsity.manifest import CONFIG_NAME, by_density, read_manifest
+from elastic_sparsity.manifest import CONFIG_NAME, FileEntry, Manifest, by_density, read_manifest
 
 HUB_OPTIONS = frozenset({"revision", "cache_dir", "token", "endpoint", "local_files_only"})
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def checkpoint_folder(path: str | Path, level: str | float | None = None, **hub: Any) -> Path:
+def is_hub_id(path: str | Path) -> bool:
+    """Whether `path` is meant as "owner/name" on a hub: it looks so, and no folder has this name."""
+    return not Path(path).is_dir() and bool(_HUB_ID.fullmatch(str(path))) and not str(path).startswith((".", "~"))
+
+
+def checkpoint_folder(
+    path: str | Path,
+    level: str | float | None = None,
+    *,
+    files: Callable[[Manifest], Iterable[FileEntry]] | None = None,
+    **hub: Any,
+) -> Path:
     """`path` itself if it is a folder; for a hub id, the cache folder after fetching what a level reads.
 
     Args:
+        files: what to fetch, instead of a level's files.
         level: None = elastic_config.json alone; "auto" = the densest level (without the hub: of those in the cache).
         **hub: `revision`, `cache_dir`, `token`, `endpoint`, `local_files_only`, as in huggingface_hub.
     Raises: CheckpointError: no such folder or repository, or the download failed. ConfigError: unknown option.
@@ -22,8 +35,11 @@ def checkpoint_folder(path: str | Path, level: str | float | None = None, **hub:
     """
     unknown = sorted(hub.keys() - HUB_OPTIONS)
     if unknown:
-        raise ConfigError(f"unknown argument {unknown[0]!r}; for a hub id there are {', '.join(sorted(HUB_OPTIONS))}.")
-    if Path(path).is_dir() or not _HUB_ID.fullmatch(str(path)) or str(path).startswith((".", "~")):
+        raise ConfigError(
+            f"unknown argument {unknown[0]!r}; besides its own arguments this call takes, for a hub id, "
+            f"{', '.join(sorted(HUB_OPTIONS))}."
+        )
+    if not is_hub_id(path):
         return Path(path)
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url  # slow imports, only here
     from huggingface_hub.errors import HfHubHTTPError
@@ -49,15 +65,19 @@ def checkpoint_folder(path: str | Path, level: str | float | None = None, **hub:
 
     config = fetch(CONFIG_NAME, hub)
     folder = config.parent
-    if level is None:
+    if level is None and files is None:
         return folder
     manifest, _ = read_manifest(folder)
-    ladder = manifest.build_ladder()
-    if level == "auto" and hub.get("local_files_only"):
+    if files is None and level == "auto" and hub.get("local_files_only"):
         return folder  # the densest level that is in the cache
-    found = by_density(ladder)[0] if level == "auto" else ladder.find(level)
     pinned = {**hub, "revision": folder.name}  # the commit, so that all files are of one version
-    for entry in [*manifest.extras, *manifest.files_of(found)]:
+    for entry in _level_files(manifest, level) if files is None else files(manifest):
         if fetch(entry.file, pinned).stat().st_size != entry.bytes and not hub.get("local_files_only"):
             fetch(entry.file, {**pinned, "force_download": True})  # huggingface_hub trusts what is in its cache
     return folder
+
+
+def _level_files(manifest: Manifest, level: str | float | None) -> list[FileEntry]:
+    ladder = manifest.build_ladder()
+    found = by_density(ladder)[0] if level == "auto" or level is None else ladder.find(level)
+    return [*manifest.extras, *manifest.files_of(found)]

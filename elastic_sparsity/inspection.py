@@ -11,13 +11,15 @@ from elastic_sparsity.ladder import Level
 from elastic_sparsity.shells import LinearSpec
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LevelInfo:
     """What `levels` tells of one level.
 
     Attributes:
         name: what to ask for.
-        sparsity: fraction of zeros over all sparsified weights, counted from the checkpoint's record.
+        title: the same for people.
+        sparsity: fraction of zeros over all sparsified weights, from the recorded counts; of N:M the 1 - N/M that is
+            promised (there are more zeros if the recipe puts patterns within the densest level).
         bytes: tensor files it reads.
         available: whether they are all in this folder.
         perplexity, kl: as measured when the checkpoint was made (text in its record), None if not measured.
@@ -48,17 +50,17 @@ def level_info(checkpoint: ElasticCheckpoint, level: Level) -> LevelInfo:
     mine = [r for r in rows if isinstance(r, dict)] if isinstance(rows, list) else []
     row: Any = next((r for r in mine if r.get("level") == level.name and r.get("method") == "elastic"), {})
     return LevelInfo(
-        level.name,
-        level.title,
-        _sparsity(checkpoint.linears.values(), level),
-        checkpoint.bytes_of(level),
-        checkpoint.is_complete(level),
-        row.get("perplexity"),
-        row.get("kl"),
+        name=level.name,
+        title=level.title,
+        sparsity=_sparsity(checkpoint.linears.values(), level),
+        bytes=checkpoint.bytes_of(level),
+        available=checkpoint.is_complete(level),
+        perplexity=row.get("perplexity"),
+        kl=row.get("kl"),
     )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LayerType:
     """Linears of one name over all blocks, e.g. `mlp.down_proj`.
 
@@ -85,10 +87,10 @@ def layer_types(path: str | Path, **hub: Any) -> list[LayerType]:
         types.setdefault(name.rpartition(".")[2], []).append(spec)
     return [
         LayerType(
-            name,
-            len(specs),
-            sum(spec.size for spec in specs),
-            tuple(_sparsity(specs, level) for level in checkpoint.ladder.levels),
+            name=name,
+            count=len(specs),
+            weights=sum(spec.size for spec in specs),
+            sparsity=tuple(_sparsity(specs, level) for level in checkpoint.ladder.levels),
         )
         for name, specs in types.items()
     ]

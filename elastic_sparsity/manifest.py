@@ -21,7 +21,6 @@ KNOWN_FEATURES: frozenset[str] = frozenset()  # what a writer may list under "re
 MAX_CONFIG_BYTES = 256_000_000
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)?")
 _MODULE_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
-_SECTION_FILE = re.compile(r"(?P<section>.+?)(-(?P<part>\d{5})-of-(?P<parts>\d{5}))?\.safetensors")
 
 
 class _Strict(BaseModel):
@@ -179,13 +178,12 @@ def _problems(manifest: Manifest) -> Iterator[str]:
     seen += [entry.file for entry in manifest.extras]
     if len(set(seen)) < len(seen) or CONFIG_NAME in seen:
         yield "files: one name is listed twice"
-    for section, entries in manifest.files.items():
-        for number, entry in enumerate(entries, start=1):
-            match = _SECTION_FILE.fullmatch(entry.file)
-            part = match and match["part"]
-            numbered = part is None if len(entries) == 1 else part == f"{number:05d}"
-            if match is None or match["section"] != section or not numbered:
-                yield f"files.{section}: {entry.file!r} is not the name of its part {number}"
+    for section in needed.keys() & manifest.files.keys():
+        names = [entry.file for entry in manifest.files[section]]
+        if names != part_names(section, len(names)):
+            yield f"files.{section}: {names[:3]} are not the names of its {len(names)} parts"
+    if (manifest.adapter_dtype == "float32") != (manifest.dtype == "float32") or manifest.adapter_dtype == "float16":
+        yield f"adapter_dtype: {manifest.adapter_dtype} beside {manifest.dtype}"
     for entry in manifest.extras:
         if entry.file.endswith(".safetensors"):
             yield f"extras: {entry.file!r} may not hold tensors"

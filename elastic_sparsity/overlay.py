@@ -60,12 +60,13 @@ def write_overlay(path: str | Path, output: str | Path, base: str | None = None)
             kept = {name: tensor for name, tensor in tensors.items() if name not in expected[sections[file]]}
             save_file(kept, scratch / file, metadata=_metadata(checkpoint))
         others = [e.file for entries in checkpoint.manifest.files.values() for e in entries if e.file not in stored]
+        others = [file for file in others if (checkpoint.folder / file).exists()]  # a copy lacks what no level reads
         for file in [*others, *(entry.file for entry in checkpoint.manifest.extras)]:
             _copy(checkpoint.folder / file, scratch / file)
         overlay = {
             "format": OVERLAY_FORMAT,
             "format_version": OVERLAY_VERSION,
-            "base_model": model.identity,
+            "base_model": {**model.identity, "id": _recorded_id(recorded, model.identity)},
             "from_base": {f: sorted(expected[sections[f]].keys() & tensors.keys()) for f, tensors in stored.items()},
             "config": checkpoint.config,
         }
@@ -94,7 +95,10 @@ def restore_overlay(path: str | Path, output: str | Path, base: str | None = Non
         sections = _sections_with_values(checkpoint)
         kept = {file: _load(folder / file) for file in sections}
         values = _from_base(model.model, checkpoint, _by_section(kept, sections))
+        needed = {e.file for level in checkpoint.ladder.levels for e in checkpoint.files_of(level)}
         for entry in [e for entries in checkpoint.manifest.files.values() for e in entries]:
+            if entry.file not in needed and not (folder / entry.file).exists():
+                continue
             if entry.file in kept:
                 found = values[sections[entry.file]]
                 added = {name: found[name] for name in missing.get(entry.file, ()) if name in found}
@@ -107,6 +111,12 @@ def restore_overlay(path: str | Path, output: str | Path, base: str | None = Non
             _copy(folder / entry.file, scratch / entry.file)
         checkpoint.check_extras()
     return ElasticCheckpoint(output)
+
+
+def _recorded_id(recorded: Any, identity: Mapping[str, str]) -> str:
+    """The public id, not the folder on this machine, if both hold the same weights."""
+    same = isinstance(recorded, dict) and recorded.get("sha256") == identity["sha256"] and "id" in recorded
+    return str(recorded["id"]) if same else identity["id"]
 
 
 def _sections_with_values(checkpoint: ElasticCheckpoint) -> dict[str, str]:

@@ -9,29 +9,36 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from elastic_sparsity.adapters import merge
 from elastic_sparsity.arch import architecture_of, is_transposed
 from elastic_sparsity.checkpoint import ElasticCheckpoint, OpenLevel
-from elastic_sparsity.errors import CheckpointError, ElasticSparsityError, LevelError, UnsupportedModelError
+from elastic_sparsity.errors import CheckpointError, ConfigError, ElasticSparsityError, UnsupportedModelError
 from elastic_sparsity.files import atomic_folder, check_output_folder
-from elastic_sparsity.hub import checkpoint_folder
+from elastic_sparsity.hub import checkpoint_folder, is_hub_id
 from elastic_sparsity.ladder import Level
+from elastic_sparsity.placement import Places, check_placement, find_places, place_of, resolve_dtype
 
 STATE = "elastic_state"  # attribute of a model made here
 # Fields of config.json that make transformers fetch and run a kernel, or list as many labels as they say.
 _IGNORED = ("attn_implementation", "_attn_implementation", "num_labels")
 
 
-@dataclass(slots=True)
+@dataclass(kw_only=True, slots=True)
 class ElasticState:
-    """Where a live model came from and which level it is at."""
+    """Where a live model came from and which level it is at.
+
+    Attributes:
+        hub: arguments of `checkpoint_folder` that fetch another level of the same commit; None for a folder.
+    """
 
     checkpoint: ElasticCheckpoint
     level: Level
-    merge_adapters: bool = True
+    merge_adapters: bool
+    hub: dict[str, Any] | None = None
 
 
 class ElasticModel:
@@ -42,9 +49,9 @@ class ElasticModel:
         path: str | Path,
         level: str | float = "auto",
         *,
-        dtype: torch.dtype | None = None,
-        device: str | torch.device | None = None,
-        device_map: str | Mapping[str, Any] | None = None,
+        dtype: torch.dtype | str | None = None,
+        device: str | int | torch.device | None = None,
+        device_map: str | Places | None = None,
         offload_folder: str | Path | None = None,
         merge_adapters: bool = True,
         **hub: Any,
@@ -54,35 +61,40 @@ class ElasticModel:
         Args:
             path: folder of an elastic checkpoint, or a hub id, of which only the level's files are downloaded.
             level: 0.6, "0.6", "60%", "2:4", or "auto": the densest level that is here (on a hub: the densest).
-            dtype: of the model; None = the checkpoint's.
+            dtype: of the model, also by name ("float16"); None or "auto" = the checkpoint's.
             device: where to put the model; None = CPU.
             device_map: as in transformers ("auto", "balanced", {"": 0}, ...), through accelerate; instead of `device`.
             offload_folder: for weights that a device map puts on "disk".
             merge_adapters: False leaves the masked base weights alone, to put the exported PEFT adapters on them.
             **hub: `revision`, `cache_dir`, `token`, `endpoint`, `local_files_only` for a hub id.
+        Not beside other threads that use torch: its number of threads is changed for the time of the call.
+
         Raises: LevelError: outside the ladder, listing the levels. CheckpointError: damaged or missing files.
+            ConfigError: unknown dtype, device or argument.
         """
+        check_placement(device, device_map, offload_folder)
+        resolve_dtype(dtype, torch.float32)  # before a download
         checkpoint = ElasticCheckpoint(checkpoint_folder(path, level, **hub))
-        found = checkpoint.find(level)
-        placed = {"": device} if device is not None else None
-        if device_map is not None and placed is not None:
-            raise LevelError("from_pretrained: give either `device` or `device_map`.")
-        return load_level(
+        model = load_level(
             checkpoint,
-            found,
-            dtype or checkpoint.dtype,
-            device_map=device_map or placed,
+            checkpoint.find(level),
+            resolve_dtype(dtype, checkpoint.dtype),
+            device_map={"": device} if device is not None else device_map,
             offload_folder=offload_folder,
             merge_adapters=merge_adapters,
         )
+        if is_hub_id(path):  # another level of the same commit can be fetched later
+            getattr(model, STATE).hub = {**hub, "path": path, "revision": checkpoint.folder.name}
+        return model
 
 
+@torch.inference_mode(False)
 def load_level(
     checkpoint: ElasticCheckpoint,
     level: Level,
     dtype: torch.dtype,
     *,
-    device_map: str | Mapping[str, Any] | None = None,
+    device_map: str | Places | None = None,
     offload_folder: str | Path | None = None,
     merge_adapters: bool = True,
 ) -> Any:
@@ -92,16 +104,16 @@ def load_level(
         _import_model_class(checkpoint.folder)
         files = opening.result()
     model, generation = _skeleton(checkpoint, files, dtype)
-    places = _places(model, device_map)
+    places = find_places(model, device_map)
     weights = {}
     for name, spec in checkpoint.linears.items():
         shape = spec.shape[::-1] if spec.transposed else spec.shape
-        weights[name] = torch.empty(shape, dtype=dtype, device=_place(places, name))
+        weights[name] = torch.empty(shape, dtype=dtype, device=place_of(places, name))
     _write_level_(weights, files, merge_adapters)
     _return_freed_memory()
     state = {f"{name}.weight": weight for name, weight in weights.items()}
     for name, tensor in files.shared().items():
-        state[name] = _finite(tensor.to(dtype), name).to(_place(places, name))
+        state[name] = _finite(tensor.to(dtype), name).to(place_of(places, name))
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     model.eval().requires_grad_(True)
@@ -111,25 +123,35 @@ def load_level(
         from accelerate import dispatch_model  # slow import, only here
 
         model = dispatch_model(model, dict(places), offload_dir=offload_folder)
-    setattr(model, STATE, ElasticState(checkpoint, level, merge_adapters))
+    setattr(model, STATE, ElasticState(checkpoint=checkpoint, level=level, merge_adapters=merge_adapters))
     return model
 
 
-def _write_level_(weights: Mapping[str, Tensor], files: OpenLevel, merge_adapters: bool) -> None:
+def _write_level_(
+    weights: Mapping[str, Tensor], files: OpenLevel, merge_adapters: bool, before: dict[str, Tensor] | None = None
+) -> None:
     """Fills the linears' weights, in as many threads as torch has, one core each.
 
     Half of the work (bits, positions) is serial in any library, and torch's own threads wait for each other at every
     small operation, which costs ten times the work when another process wants the cores too. The weights exist before
     the work starts, so that the memory it needs in between is used again and again.
 
+    Args:
+        before: gets a copy of every weight that is overwritten.
     Raises: CheckpointError: damaged shells, or weights that are not finite; some are then written already.
     """
 
     def write(name: str) -> None:
         linear, weight = files.linear(name), weights[name]
         out = weight.T if linear.transposed else weight
+        if before is not None:
+            before[name] = weight.clone()
         merge(linear.weight_OI, linear.pairs if merge_adapters else [], linear.mask_OI, out)
         _finite(weight, name)
+        if np.count_nonzero(((out != 0).cpu() & ~linear.mask_OI).numpy()):
+            raise CheckpointError(
+                f"{name}: weights outside the mask are not zero after the merge; report this as a bug."
+            )
 
     threads = torch.get_num_threads()
     try:
@@ -239,55 +261,35 @@ def _check_fit(model: Any, checkpoint: ElasticCheckpoint, files: OpenLevel) -> N
         raise CheckpointError(f"{folder}: config.json asks for {buffers} values besides the weights.")
 
 
-def _places(model: nn.Module, device_map: str | Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """Module name prefix -> device."""
-    if device_map is None:
-        return None
-    if not isinstance(device_map, str):
-        return device_map
-    from accelerate import infer_auto_device_map  # slow imports, only here
-    from accelerate.utils import get_balanced_memory
-
-    keep_whole: Any = getattr(model, "_no_split_modules", None)
-    low = {"balanced_low_0": True}.get(device_map, False)
-    if device_map not in ("auto", "balanced", "balanced_low_0", "sequential"):
-        return {"": device_map}  # transformers takes a device's name too
-    memory = None
-    if device_map != "sequential":
-        memory = get_balanced_memory(model, no_split_module_classes=keep_whole, low_zero=low)  # type: ignore[arg-type]
-    return infer_auto_device_map(model, max_memory=memory, no_split_module_classes=keep_whole)  # type: ignore[arg-type]
-
-
-def _place(places: Mapping[str, Any] | None, name: str) -> Any:
-    if places is None:
-        return "cpu"
-    prefix = max((p for p in places if p == "" or name == p or name.startswith(f"{p}.")), key=len, default="")
-    device = places.get(prefix, "cpu")
-    return "cpu" if device == "disk" else device
-
-
+@torch.no_grad()
 def set_level(model: nn.Module, level: str | float) -> None:
     """Switches a live model to another level, in place.
 
-    Only files the model has not opened yet are read; none of a denser level when it goes sparser. All checks come
-    before the first weight changes; if a weight then still turns out damaged, the old level is put back.
+    Only files the model has not opened yet are read (of a hub: downloaded); none of a denser level when it goes
+    sparser. The old weights are kept until the new ones are all there, and put back if something fails, so for that
+    time the sparsified weights take twice their memory.
 
     Args:
         model: from `ElasticModel.from_pretrained`; its sparsified weights are overwritten, all else is left alone.
     Raises: LevelError: outside the ladder. CheckpointError: damaged or missing files; the model is as it was.
+        ConfigError: the model was not made here, or its weights were replaced or offloaded.
     """
     state: ElasticState | None = getattr(model, STATE, None)
     if state is None:
-        raise LevelError("set_level: this model was not made by ElasticModel.from_pretrained; load it with that.")
+        raise ConfigError("set_level: this model was not made by ElasticModel.from_pretrained; load it with that.")
     wanted = state.checkpoint.find(level)
     if wanted == state.level:
         return
     weights = _live_weights(model, state.checkpoint)
+    if state.hub is not None and not state.checkpoint.is_complete(wanted):
+        checkpoint_folder(level=wanted.name, **state.hub)
     files = state.checkpoint.open_level(wanted)
+    before: dict[str, Tensor] = {}
     try:
-        _write_level_(weights, files, state.merge_adapters)
+        _write_level_(weights, files, state.merge_adapters, before)
     except BaseException:
-        _write_level_(weights, state.checkpoint.open_level(state.level), state.merge_adapters)
+        for name, weight in before.items():
+            weights[name].copy_(weight)
         raise
     state.level = wanted
 
@@ -298,18 +300,18 @@ def _live_weights(model: nn.Module, checkpoint: ElasticCheckpoint) -> dict[str, 
         try:
             weight = model.get_parameter(f"{name}.weight")
         except AttributeError:
-            raise LevelError(
+            raise ConfigError(
                 f"set_level: the model has no {name}.weight any more; switch before wrapping it."
             ) from None
         shape = spec.shape[::-1] if spec.transposed else spec.shape
         if tuple(weight.shape) != shape or weight.is_meta or not weight.is_floating_point():
-            raise LevelError(f"set_level: {name}.weight is offloaded or changed; expected a float {shape} in memory.")
+            raise ConfigError(f"set_level: {name}.weight is offloaded or changed; expected a float {shape} in memory.")
         weights[name] = weight.detach()
     return weights
 
 
 def save_sliced(
-    path: str | Path, level: str | float, output: str | Path, dtype: torch.dtype | None = None, **hub: Any
+    path: str | Path, level: str | float, output: str | Path, dtype: torch.dtype | str | None = None, **hub: Any
 ) -> None:
     """Writes one level as a plain Hugging Face folder that needs nothing of ours to open.
 
@@ -317,6 +319,7 @@ def save_sliced(
     """
     check_output_folder(Path(output))
     folder = checkpoint_folder(path, level, **hub)
+    ElasticCheckpoint(folder).check_extras()
     model = ElasticModel.from_pretrained(folder, level, dtype=dtype)
     tokenizer = load_tokenizer(folder)
     with atomic_folder(Path(output)) as scratch:

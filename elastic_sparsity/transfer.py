@@ -9,7 +9,7 @@ from elastic_sparsity.errors import CheckpointError, LevelError
 from elastic_sparsity.files import atomic_file, atomic_folder, check_output_folder, file_sha256
 from elastic_sparsity.hub import checkpoint_folder
 from elastic_sparsity.ladder import Level
-from elastic_sparsity.manifest import CONFIG_NAME, FileEntry, by_density
+from elastic_sparsity.manifest import CONFIG_NAME, FileEntry, Manifest, by_density
 
 
 def copy_level(path: str | Path, level: str | float, output: str | Path, **hub: Any) -> ElasticCheckpoint:
@@ -32,25 +32,29 @@ def copy_level(path: str | Path, level: str | float, output: str | Path, **hub: 
 def upgrade(folder: str | Path, path: str | Path, level: str | float, **hub: Any) -> list[str]:
     """Adds to `folder` the files of `path` that a level needs and that are missing or damaged; nothing is removed.
 
-    Returns: names of the files written; all of them, or none that is half written, if it fails on the way.
+    Returns: names of the files written. If it fails on the way, those already written are whole; run it again.
     Raises: LevelError. CheckpointError: not the same checkpoint, or a file of the source is damaged. OutputError.
     """
     here = ElasticCheckpoint(folder)
     wanted = here.ladder.find(level)
-    source = ElasticCheckpoint(checkpoint_folder(path, level, **hub))
+    needed = [x for x in [*here.manifest.extras, *here.files_of(wanted)] if not _is_whole(here.folder / x.file, x)]
+
+    def to_fetch(manifest: Manifest) -> list[FileEntry]:
+        return needed if manifest.checkpoint_id == here.manifest.checkpoint_id else []
+
+    source = ElasticCheckpoint(checkpoint_folder(path, files=to_fetch, **hub))
     if source.manifest.checkpoint_id != here.manifest.checkpoint_id:
         raise CheckpointError(
             f"{folder}: cannot be upgraded from {path}: it is checkpoint {here.manifest.checkpoint_id}, "
             f"the source {source.manifest.checkpoint_id}; download the level as a whole instead."
         )
-    written = []
-    for entry in [*here.manifest.extras, *here.files_of(wanted)]:
-        target = here.folder / entry.file
-        if target.is_file() and target.stat().st_size == entry.bytes and file_sha256(target) == entry.sha256:
-            continue
-        _copy_checked(source.folder / entry.file, target, entry)
-        written.append(entry.file)
-    return written
+    for entry in needed:
+        _copy_checked(source.folder / entry.file, here.folder / entry.file, entry)
+    return [entry.file for entry in needed]
+
+
+def _is_whole(path: Path, entry: FileEntry) -> bool:
+    return path.is_file() and path.stat().st_size == entry.bytes and file_sha256(path) == entry.sha256
 
 
 def _copy_checked(source: Path, target: Path, entry: FileEntry) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -13,13 +14,14 @@ from torch import Tensor
 from elastic_sparsity.arch import weight_OI
 from elastic_sparsity.checkpoint import ElasticCheckpoint
 from elastic_sparsity.errors import CheckpointError, ElasticSparsityError
+from elastic_sparsity.hub import checkpoint_folder
 from elastic_sparsity.ladder import Level
 from elastic_sparsity.packing import unpack_bits, unpack_positions
 from elastic_sparsity.shells import num_shells, shell_names
 from elastic_sparsity.slicing import load_level
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Check:
     """One promise: what, whether it holds, and how much was looked at or what is wrong."""
 
@@ -28,7 +30,7 @@ class Check:
     detail: str
 
 
-def verify(path: str | Path, progress: Callable[[str, int, int], None] | None = None) -> list[Check]:
+def verify(path: str | Path, progress: Callable[[str, int, int], None] | None = None, **hub: Any) -> list[Check]:
     """Checks everything a checkpoint promises, for every level whose files are here.
 
     Files (size, hash, header); masks of sparser levels inside those of denser ones; exact counts a row; N:M along the
@@ -37,7 +39,7 @@ def verify(path: str | Path, progress: Callable[[str, int, int], None] | None = 
 
     Raises: CheckpointError: if elastic_config.json itself cannot be read.
     """
-    checkpoint = ElasticCheckpoint(path)
+    checkpoint = ElasticCheckpoint(checkpoint_folder(path, **hub))
     levels = [level for level in checkpoint.ladder.levels if checkpoint.is_complete(level)]
     checks = [_attempt("files: sizes, hashes, headers", lambda: _check_files(checkpoint, levels))]
     if not checks[0].passed:
@@ -60,18 +62,20 @@ def verify(path: str | Path, progress: Callable[[str, int, int], None] | None = 
 
 def _attempt(name: str, step: Callable[[], str]) -> Check:
     try:
-        return Check(name, True, step())
+        return Check(name=name, passed=True, detail=step())
     except ElasticSparsityError as error:
-        return Check(name, False, str(error))
+        return Check(name=name, passed=False, detail=str(error))
 
 
 def _check_files(checkpoint: ElasticCheckpoint, levels: list[Level]) -> str:
     checkpoint.check_extras()
+    present = checkpoint.check_present()
     if not levels:
         raise CheckpointError(f"{checkpoint.folder}: no level is complete here.")
     for level in levels:
         checkpoint.open_level(level)
-    return f"{len({entry.file for level in levels for entry in checkpoint.files_of(level)})} files of tensors"
+    total = sum(len(entries) for entries in checkpoint.manifest.files.values())
+    return f"{present} of {total} files of tensors are here"
 
 
 class _Reading:
@@ -132,7 +136,7 @@ class _Reading:
         return self.counted
 
     def check_slice(self, level: Level) -> str:
-        """The model a user gets against the definition; the products in group order, as one sum of rank-one terms."""
+        """The model a user gets against the definition."""
         model = load_level(self.checkpoint, level, self.checkpoint.dtype)
         zeros = total = 0
         held = [self.tensors[f"adapters-{group}"] for group in self.checkpoint.active_groups(level)]
@@ -142,7 +146,7 @@ class _Reading:
             if held:
                 lora_A = torch.cat([group[f"{name}.lora_A"] for group in held]).float()
                 lora_B = torch.cat([group[f"{name}.lora_B"] for group in held], dim=1).float()
-                expected = expected + lora_B @ lora_A
+                expected = torch.addmm(expected, lora_B, lora_A)  # the same summation as `merge`, or last bits differ
             expected = torch.where(mask, expected, 0.0).to(self.checkpoint.dtype)
             found = weight_OI(model.get_submodule(name)).detach()
             if not torch.equal(found, expected) or torch.count_nonzero(found[~mask]):

@@ -9,7 +9,7 @@ import torch
 from test_shells import record_of
 
 from elastic_sparsity.checkpoint import ElasticCheckpoint, write_checkpoint
-from elastic_sparsity.errors import CheckpointError, OutputError
+from elastic_sparsity.errors import CheckpointError, NumericsError, OutputError
 from elastic_sparsity.files import atomic_folder, check_output_folder
 from elastic_sparsity.ladder import Ladder
 from elastic_sparsity.manifest import CONFIG_NAME, digest
@@ -150,3 +150,14 @@ def test_a_taken_output_folder_is_refused_and_untouched(tmp_path):
     with pytest.raises(OutputError, match="already holds something"):
         check_output_folder(tmp_path)
     assert (tmp_path / "mine").read_text() == "precious"
+
+
+def test_values_that_do_not_fit_the_dtype_are_refused_before_anything_is_written(tmp_path):
+    ladder = Ladder(sparsities=(0.5,))
+    records = {"w": record_of(torch.full((4, 8), 1e5), torch.rand(4, 8), ladder)}
+    with pytest.raises(NumericsError, match=r"w.values: NaN or infinite as torch.float16"):
+        write_checkpoint(
+            tmp_path / "c", records, {}, ladder=ladder, ranks=[0], inheritance="shared", dtype="float16", record={},
+            save_extras=lambda folder: None,
+        )  # fmt: skip
+    assert list(tmp_path.iterdir()) == []

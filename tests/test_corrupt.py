@@ -161,6 +161,10 @@ DAMAGE = {
     "adapters truncated": (rot(ADAPTERS, lambda b: b[:-1]), ("0.7",), rf"{ADAPTERS}: has \d+ bytes"),
     "config.json changed": (rot("config.json", lambda b: b.replace(b"silu", b"gelu")), ALL, "config.json: sha256"),
     "config.json missing": (lambda f: (f / "config.json").unlink(), ALL, "config.json: is missing"),
+    "parts of another count": (
+        config("files", "shell-core", 0, file="shell-core-00001-of-00009.safetensors"), ALL, "names of its 1 parts"
+    ),
+    "adapters of another dtype": (config(adapter_dtype="float16"), ALL, "adapter_dtype: float16"),
     "record rotted": (rot(CONFIG_NAME, lambda b: b.replace(b'"shared",\n', b'"none",\n')), ALL, "digest differs"),
     "record truncated": (rot(CONFIG_NAME, lambda b: b[:-9]), ALL, f"{CONFIG_NAME}: cannot be read"),
     "wrong hash": (config("files", "shared", 0, sha256="0" * 64), ALL, f"{SHARED}: sha256"),

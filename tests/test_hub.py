@@ -16,7 +16,16 @@ import pytest
 import torch
 from test_checkpoint import flip, truncate
 
-from elastic_sparsity import ElasticModel, levels, save_sliced
+from elastic_sparsity import (
+    ElasticModel,
+    copy_level,
+    export_peft,
+    levels,
+    save_sliced,
+    set_level,
+    upgrade,
+    verify,
+)
 from elastic_sparsity.errors import CheckpointError, ConfigError, ElasticSparsityError, LevelError
 from elastic_sparsity.manifest import CONFIG_NAME, read_manifest
 
@@ -247,3 +256,29 @@ def test_a_connection_that_breaks_is_an_error_of_ours(hub, monkeypatch):
     hub.cut = SHELLS[0]
     monkeypatch.setattr(time, "sleep", lambda seconds: None)  # huggingface_hub retries it, once a second
     failing(CheckpointError, SHELLS[0], ElasticModel.from_pretrained, REPOSITORY, level="70%", **hub.options)
+
+
+def test_a_live_model_switches_by_downloading_what_is_missing(hub):
+    model = ElasticModel.from_pretrained(REPOSITORY, "70%", **hub.options)
+    hub.sent()
+    set_level(model, "50%")
+    assert hub.sent() == {"shell-level-0.6.safetensors", "shell-level-0.5.safetensors"}
+    set_level(model, "70%")
+    assert hub.sent() == set()
+
+
+def test_an_upgrade_downloads_only_what_is_missing(hub, tmp_path, tiny_checkpoint):
+    copy_level(tiny_checkpoint, 0.6, tmp_path / "device")
+    upgrade(tmp_path / "device", REPOSITORY, 0.5, **hub.options)
+    assert hub.sent() == {CONFIG_NAME, "shell-level-0.5.safetensors"}
+    ElasticModel.from_pretrained(tmp_path / "device", 0.5)
+
+
+def test_an_export_for_peft_downloads_adapters_only(hub, tmp_path):
+    export_peft(REPOSITORY, tmp_path / "a", **hub.options)
+    assert hub.sent() == {CONFIG_NAME, *ADAPTERS, "adapters-3.safetensors"}
+
+
+def test_what_is_cached_can_be_verified(hub):
+    ElasticModel.from_pretrained(REPOSITORY, "70%", **hub.options)
+    assert all(check.passed for check in verify(REPOSITORY, **hub.options))

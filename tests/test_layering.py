@@ -44,14 +44,18 @@ ALLOWED = {
     "distill": {"torch", "adapters", "blocks", "errors", "ladder", "mixer"},
     "end_to_end": {"torch", "adapters", "distill", "errors", "ladder"},
     "baselines": {"torch", "arch", "blocks", "calibrate", "errors", "importance", "ladder", "masks", "sparsegpt"},
+    "placement": {"torch", "accelerate", "errors", "precision"},
     "slicing": {
-        "torch", "transformers", "accelerate", "adapters", "arch", "checkpoint", "errors", "files", "hub", "ladder",
+        "torch", "numpy", "transformers", "accelerate", "adapters", "arch", "checkpoint", "errors", "files", "hub",
+        "ladder", "placement",
     },
-    "verify": {"torch", "safetensors", "arch", "checkpoint", "errors", "ladder", "packing", "shells", "slicing"},
+    "verify": {
+        "torch", "safetensors", "arch", "checkpoint", "errors", "hub", "ladder", "packing", "shells", "slicing",
+    },
     "overlay": {
         "torch", "safetensors", "checkpoint", "errors", "files", "manifest", "models", "packing", "shells",
     },
-    "peft_export": {"torch", "safetensors", "peft", "arch", "checkpoint", "errors", "files", "hub"},
+    "peft_export": {"torch", "safetensors", "peft", "arch", "checkpoint", "errors", "files", "hub", "manifest"},
     "evaluate": {"torch", "arch", "errors"},
     # layer 4: the flow
     "pipeline": {

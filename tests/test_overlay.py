@@ -5,9 +5,11 @@ from conftest import tiny_recipe
 from safetensors.torch import load_file
 from test_transfer import contents
 
-from elastic_sparsity import optimize, restore_overlay, write_overlay
+from elastic_sparsity import copy_level, optimize, restore_overlay, upgrade, verify, write_overlay
 from elastic_sparsity.checkpoint import ElasticCheckpoint
 from elastic_sparsity.errors import CheckpointError
+from elastic_sparsity.models import load_base
+from elastic_sparsity.tiny import byte_tokenizer
 
 UNTRAINED_BASE = {"block": {"steps": 1, "base_lr": 0.0}, "end_to_end": {"trainable": "adapters", "steps": 2}}
 
@@ -71,3 +73,20 @@ def test_damage_is_named(untrained, tmp_path):
     (tmp_path / "overlay" / "elastic_overlay.json").write_text("[1]")
     with pytest.raises(CheckpointError, match="elastic_overlay.json: cannot be read"):
         restore_overlay(tmp_path / "overlay", tmp_path / "again")
+
+
+def test_an_upgraded_copy_has_an_overlay_too(untrained, tmp_path):
+    copy_level(untrained, 0.7, tmp_path / "device")
+    for level in ("0.6", "0.5", "2:4"):
+        upgrade(tmp_path / "device", untrained, level)
+    write_overlay(tmp_path / "device", tmp_path / "overlay")
+    restore_overlay(tmp_path / "overlay", tmp_path / "again")
+    assert all(check.passed for check in verify(tmp_path / "again"))
+
+
+def test_the_public_id_of_the_base_is_kept(untrained, tmp_path):
+    recorded = ElasticCheckpoint(untrained).config["base_model"]["id"]
+    load_base(recorded).model.save_pretrained(tmp_path / "here")
+    byte_tokenizer().save_pretrained(tmp_path / "here")
+    write_overlay(untrained, tmp_path / "overlay", base=str(tmp_path / "here"))
+    restore_overlay(tmp_path / "overlay", tmp_path / "again")

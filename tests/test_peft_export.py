@@ -76,7 +76,16 @@ def test_masks_refuse_another_model(tiny_checkpoint, tmp_path):
     with pytest.raises(CheckpointError, match="merge and unload PEFT first"):
         reapply_masks_(wrapped, tiny_checkpoint, 0.6)
     with pytest.raises(LevelError, match="it has"):
-        reapply_masks_(wrapped, tiny_checkpoint, 0.9)
+        reapply_masks_(ElasticModel.from_pretrained(tiny_checkpoint, 0.6), tiny_checkpoint, 0.9)
     with pytest.raises(LevelError, match="it has"):
         export_peft(tiny_checkpoint, tmp_path / "b", level=0.9)
     assert not (tmp_path / "b").exists()
+
+
+def test_masks_are_put_back_on_all_linears_or_none(tiny_checkpoint):
+    model = ElasticModel.from_pretrained(tiny_checkpoint, 0.5)
+    model.model.layers[1].mlp.down_proj = torch.nn.Linear(3, 3)
+    before = model.model.layers[0].mlp.up_proj.weight.detach().clone()
+    with pytest.raises(CheckpointError, match="down_proj: found a weight"):
+        reapply_masks_(model, tiny_checkpoint, 0.7)
+    assert torch.equal(model.model.layers[0].mlp.up_proj.weight, before)

@@ -81,10 +81,10 @@ def test_damage_inside_a_shell_is_named():
     shells, spec = encode_shells(record, ladder, torch.float32), spec_of(record, ladder)
     dense, pattern = ladder.levels[0], ladder.levels[2]
     core = shells[0]["mask"].clone()
-    core[0] ^= 0b11  # one kept weight more or less, or another one
+    core[0] ^= 1  # one kept weight more or less
     full = torch.full_like(shells[2]["mask"], 255)
     for changed, level, message in (
-        (swapped(shells, 0, mask=core), dense, "places|another number|repeats"),
+        (swapped(shells, 0, mask=core), dense, "places"),
         (swapped(shells, 0, mask=full), dense, "places 512 weights"),
         (swapped(shells, 1, mask=shells[0]["mask"], values=shells[0]["values"]), dense, "another number|places"),
         (swapped(shells, 2, mask=full), pattern, "places"),

@@ -8,10 +8,10 @@ import torch
 from conftest import tiny_recipe
 from test_checkpoint import opened_files  # noqa: F401  a fixture
 
-from elastic_sparsity import ElasticModel, levels, optimize, set_level
+from elastic_sparsity import ElasticModel, levels, optimize, set_level, verify
 from elastic_sparsity.arch import weight_OI
-from elastic_sparsity.checkpoint import ElasticCheckpoint
-from elastic_sparsity.errors import CheckpointError, LevelError
+from elastic_sparsity.checkpoint import ElasticCheckpoint, OpenLevel
+from elastic_sparsity.errors import CheckpointError, ConfigError, LevelError
 from elastic_sparsity.tiny import byte_tokenizer, tiny_model
 
 WITHOUT_TRAINING = {"block": {"steps": 0}, "end_to_end": {"trainable": "off"}}
@@ -103,10 +103,10 @@ def test_switching_refuses_what_it_cannot_do(tiny_checkpoint):
     with pytest.raises(LevelError, match=r"it has: 0.5, 0.6, 0.7, 2:4"):
         set_level(model, 0.55)
     assert same(weights_of(model), before)
-    with pytest.raises(LevelError, match="not made by ElasticModel"):
+    with pytest.raises(ConfigError, match="not made by ElasticModel"):
         set_level(torch.nn.Linear(2, 2), 0.5)
     model.model.layers[0].self_attn.q_proj = torch.nn.Identity()
-    with pytest.raises(LevelError, match="q_proj.weight"):
+    with pytest.raises(ConfigError, match="q_proj.weight"):
         set_level(model, 0.5)
 
 
@@ -121,10 +121,8 @@ def test_device_maps(tiny_checkpoint, tmp_path):
     offloaded = ElasticModel.from_pretrained(tiny_checkpoint, 0.6, device_map=on_disk, offload_folder=tmp_path)
     with torch.no_grad():
         assert torch.allclose(offloaded(IDS).logits, plain(IDS).logits, atol=1e-6)
-    with pytest.raises(LevelError, match="offloaded"):
+    with pytest.raises(ConfigError, match="offloaded"):
         set_level(offloaded, 0.5)
-    with pytest.raises(LevelError, match="either"):
-        ElasticModel.from_pretrained(tiny_checkpoint, 0.6, device="cpu", device_map="auto")
 
 
 def test_unmerged_is_the_masked_base(tiny_checkpoint):
@@ -156,3 +154,78 @@ def test_an_infinite_weight_is_named(tmp_path):
     ElasticModel.from_pretrained(folder, 0.6)
     with pytest.raises(CheckpointError, match=r"up_proj: weights are NaN or infinite in torch.float16; try another"):
         ElasticModel.from_pretrained(folder, 0.6, dtype=torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"device": "cpu", "device_map": "auto"}, "give either"),
+        ({"device": "cuda:7"}, "is not on this machine"),
+        ({"device": "meta"}, "is not on this machine"),
+        ({"device_map": "autoo"}, "is no device; maps are auto"),
+        ({"device_map": "disk"}, "needs a mapping"),
+        ({"device_map": {"": "disk"}}, "needs a mapping of modules and an `offload_folder`"),
+        ({"device_map": {"model": "cpu"}}, "names no place for lm_head.weight"),
+        ({"dtype": "int8"}, "'int8' is not one of float32"),
+        ({"dtype": torch.int8}, "is not one of float32"),
+        ({"torch_dtype": torch.float16}, "unknown argument 'torch_dtype'"),
+    ],
+)
+def test_wrong_arguments_are_named(tiny_checkpoint, arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        ElasticModel.from_pretrained(tiny_checkpoint, 0.6, **arguments)
+
+
+def test_dtypes_by_name(tiny_checkpoint):
+    assert ElasticModel.from_pretrained(tiny_checkpoint, 0.6, dtype="float16").dtype == torch.float16
+    assert ElasticModel.from_pretrained(tiny_checkpoint, 0.6, dtype="auto").dtype == torch.float32
+
+
+def test_loading_and_switching_inside_inference_mode(tiny_checkpoint):
+    with torch.inference_mode():
+        model = ElasticModel.from_pretrained(tiny_checkpoint, 0.7)
+        set_level(model, 0.5)
+        model(IDS)
+    assert same(weights_of(model), weights_of(ElasticModel.from_pretrained(tiny_checkpoint, 0.5)))
+    assert torch.get_num_threads() >= 1
+
+
+def test_a_failed_switch_keeps_weights_tuned_since(tiny_checkpoint, monkeypatch):
+    model = ElasticModel.from_pretrained(tiny_checkpoint, 0.6)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.mul_(2)
+    before, real, calls = weights_of(model), OpenLevel.linear, []
+
+    def failing(self, name):
+        calls.append(name)
+        if len(calls) == 9:
+            raise MemoryError
+        return real(self, name)
+
+    monkeypatch.setattr(OpenLevel, "linear", failing)
+    with pytest.raises(MemoryError):
+        set_level(model, 0.5)
+    assert same(weights_of(model), before) and model.elastic_state.level.name == "0.6"
+
+
+def test_a_relative_path_outlives_the_working_folder(tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tiny_checkpoint.parent)
+    model = ElasticModel.from_pretrained(tiny_checkpoint.name, 0.7)
+    monkeypatch.chdir(tmp_path)
+    set_level(model, 0.5)
+
+
+@pytest.mark.parametrize(
+    "ladder",
+    [
+        {"sparsities": [], "patterns": ["2:4", "1:4"]},
+        {"sparsities": [0.5, 0.55, 0.6, 0.7], "group_ends": [0.55, 0.7]},
+        {"pattern_parent": "all"},
+        {"pattern_parent": "none"},
+    ],
+)
+@pytest.mark.parametrize("adapters", [{"ranks": 2}, {"inheritance": "none"}, {"ranks": 0}])
+def test_every_kind_of_ladder_verifies(ladder, adapters, tmp_path):
+    optimize(tiny_recipe(ladder=ladder, adapters=adapters, block={"steps": 1}, end_to_end={"steps": 1}), tmp_path / "c")
+    checks = verify(tmp_path / "c")
+    assert all(check.passed for check in checks), checks

@@ -1,6 +1,7 @@
 """`verify` passes on what the writer wrote and names the promise that a changed file breaks."""
 
 import json
+import shutil
 
 import pytest
 from conftest import tiny_recipe
@@ -71,3 +72,17 @@ def test_layer_types_count_all_linears(tiny_checkpoint):
     assert set(types) == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert types["down_proj"].count == 2 and types["down_proj"].weights == 2 * 32 * 64
     assert types["down_proj"].sparsity[0] == 0.5 and types["down_proj"].sparsity[3] == 0.5
+
+
+def test_a_file_that_no_level_reads_is_checked_too(tiny_checkpoint, tmp_path):
+    shutil.copytree(tiny_checkpoint, tmp_path / "c")
+    data = bytearray((tmp_path / "c" / "mixer.safetensors").read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "c" / "mixer.safetensors").write_bytes(data)
+    (only,) = verify(tmp_path / "c")
+    assert not only.passed and "mixer.safetensors: sha256 differs" in only.detail
+
+
+def test_large_ranks_verify(tmp_path):
+    optimize(tiny_recipe(adapters={"ranks": 300}, block={"steps": 1}, end_to_end={"steps": 1}), tmp_path / "c")
+    assert all(check.passed for check in verify(tmp_path / "c"))

@@ -1,0 +1,86 @@
+"""Where a model's weights go: dtypes and accelerate's device maps, checked before anything is read. No format."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from elastic_sparsity.errors import ConfigError
+from elastic_sparsity.precision import DTYPES
+
+AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
+Places = Mapping[str, Any]  # module name prefix -> device, "cpu" or "disk"
+
+
+def resolve_dtype(dtype: torch.dtype | str | None, stored: torch.dtype) -> torch.dtype:
+    """The dtype a user means; None and "auto" are the stored one.
+
+    Raises: ConfigError.
+    """
+    if dtype is None or dtype == "auto":
+        return stored
+    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if found is None or found not in DTYPES.values():
+        raise ConfigError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)} or auto.")
+    return found
+
+
+def check_placement(device: Any, device_map: Any, offload_folder: Any) -> None:
+    """That the machine has the devices a user names.
+
+    Raises: ConfigError.
+    """
+    if device is not None and device_map is not None:
+        raise ConfigError("from_pretrained: give either `device` or `device_map`.")
+    if isinstance(device_map, Mapping):
+        wanted = list(device_map.values())
+    else:
+        wanted = [x for x in (device, device_map) if x is not None and x not in AUTOMATIC]
+    for place in wanted:
+        if place == "disk" and isinstance(device_map, Mapping) and offload_folder is not None:
+            continue
+        if place == "disk":
+            raise ConfigError('device_map: "disk" needs a mapping of modules and an `offload_folder`.')
+        try:
+            kind = torch.device(place).type
+        except (RuntimeError, TypeError, ValueError):
+            raise ConfigError(f"device: {place!r} is no device; maps are {', '.join(AUTOMATIC)}.") from None
+        if kind == "meta" or (kind == "cuda" and not torch.cuda.is_available()):
+            raise ConfigError(f"device: {place!r} is not on this machine.")
+
+
+def find_places(model: nn.Module, device_map: str | Places | None) -> Places | None:
+    """Device of every module by name prefix; None = everything on the CPU.
+
+    Raises: ConfigError: if a map leaves out a parameter.
+    """
+    if device_map is None:
+        return None
+    if isinstance(device_map, str) and device_map not in AUTOMATIC:
+        return {"": device_map}  # transformers takes a device's name too
+    if isinstance(device_map, str):
+        from accelerate import infer_auto_device_map  # slow imports, only here
+        from accelerate.utils import get_balanced_memory
+
+        whole: Any = getattr(model, "_no_split_modules", None)
+        memory: Any = None
+        if device_map != "sequential":
+            low: Any = device_map == "balanced_low_0"
+            memory = get_balanced_memory(model, no_split_module_classes=whole, low_zero=low)
+        return infer_auto_device_map(model, max_memory=memory, no_split_module_classes=whole)
+    left_out = [name for name, _ in model.named_parameters() if _prefix(device_map, name) is None]
+    if left_out:
+        raise ConfigError(f"device_map: names no place for {left_out[0]}; add its module, or '' for all the rest.")
+    return device_map
+
+
+def place_of(places: Places | None, name: str) -> Any:
+    """Device to make a weight on; what goes to "disk" comes by way of the CPU."""
+    device = "cpu" if places is None else places[_prefix(places, name) or ""]
+    return "cpu" if device == "disk" else device
+
+
+def _prefix(places: Places, name: str) -> str | None:
+    fitting = [p for p in places if p == "" or name == p or name.startswith(f"{p}.")]
+    return max(fitting, key=len, default=None)
