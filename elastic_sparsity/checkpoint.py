@@ -269,7 +269,7 @@ class ElasticCheckpoint:
     def _open_sections(self, sections: Sequence[str]) -> None:
         to_open = {section: self.manifest.files[section] for section in sections if section not in self._sections}
         entries = [entry for parts in to_open.values() for entry in parts]
-        with ThreadPoolExecutor() as pool:  # hashing takes most of the time, and leaves Python's lock alone
+        with ThreadPoolExecutor(2) as pool:  # hashing takes most of the time, and leaves Python's lock alone
             opened = dict(zip([entry.file for entry in entries], pool.map(self._open_file, entries), strict=True))
         for section, parts in to_open.items():
             files = [opened[entry.file] for entry in parts]

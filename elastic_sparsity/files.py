@@ -16,7 +16,7 @@ from elastic_sparsity.errors import OutputError
 
 def file_sha256(path: Path) -> str:
     """sha256 of a file, in chunks so large that a thread seldom has to wait for Python's lock."""
-    digest, chunk = hashlib.sha256(), memoryview(bytearray(1 << 22))
+    digest, chunk = hashlib.sha256(), memoryview(bytearray(1 << 20))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(chunk):
             digest.update(chunk[:count])

@@ -94,12 +94,18 @@ def unpack_positions(packed: Tensor, count: int, universe: int) -> Tensor:
     ones = np.flatnonzero(np.unpackbits(data[low * width :], bitorder="little").view(bool))
     if ones.size != count or ones[-1] >= upper_length:
         raise ShapeError(f"packed positions: {ones.size} set bits for {count} positions.")
-    positions = (ones - np.arange(count)) << low
+    # In place and in small types: temporaries, that is page faults, would take most of the time.
+    positions = ones
+    positions -= np.arange(count)
+    positions <<= low
+    low_parts = np.zeros(count, np.min_scalar_type((1 << low) - 1))
     for plane in range(low):
-        bits = np.unpackbits(data[plane * width : (plane + 1) * width], bitorder="little")
-        if bits[count:].any():
+        packed_plane = data[plane * width : (plane + 1) * width]
+        if count % 8 and int(packed_plane[-1]) >> (count % 8):
             raise ShapeError("packed positions: padding bits are set.")
-        positions += bits[:count].astype(np.int64) << plane
+        bits = np.unpackbits(packed_plane, count=count, bitorder="little")
+        low_parts |= bits.astype(low_parts.dtype, copy=False) << low_parts.dtype.type(plane)
+    positions += low_parts
     if positions[-1] >= universe or (positions[1:] <= positions[:-1]).any():
         raise ShapeError(f"packed positions: not increasing, or beyond {universe}.")
     return torch.from_numpy(positions)

@@ -98,7 +98,7 @@ class LinearSpec:
 
 @dataclass(frozen=True, slots=True)
 class LoadedLinear:
-    """One linear at one level: base values (others zero), mask, and the adapters' (A, B) pairs that level uses."""
+    """One linear at one level: base values (to be masked), mask, and the adapters' (A, B) pairs that level uses."""
 
     weight_OI: Tensor
     mask_OI: Tensor
@@ -170,7 +170,9 @@ def encode_shells(record: LinearRecord, ladder: Ladder, dtype: torch.dtype) -> l
 
 
 def decode_shells(shells: Sequence[Shell], spec: LinearSpec, level: Level, where: str) -> tuple[Tensor, Tensor]:
-    """Base values (zero where the level's mask is False) and mask of a level, from its prefix of shells.
+    """Base values and mask of a level, from its prefix of shells.
+
+    Outside the mask the values are zero, or, for a pattern, whatever the unstructured levels keep there.
 
     Args:
         shells: shapes and dtypes as `spec.shell_shapes` says.
@@ -191,14 +193,13 @@ def decode_shells(shells: Sequence[Shell], spec: LinearSpec, level: Level, where
                 "the file is damaged."
             )
         _bits(weight).scatter_(0, new, _bits(shell["values"]))
-        covered = mask.clone() if number == 0 else covered.index_fill_(0, new, True)
+        covered = mask if number == 0 else covered.index_fill_(0, new, True)
         if number + 1 == min(len(shells), len(spec.kept)):
             _check_rows(covered.view(spec.shape), spec.kept[-1 - number], where)
     if level.pattern is None:
         mask = covered
     else:
         _check_pattern(mask, *level.pattern, where)
-        _bits(weight).mul_(mask)
     return weight.view(spec.shape), mask.view(spec.shape)
 
 
@@ -212,7 +213,7 @@ def _placed(shell: Shell, spec: LinearSpec, number: int, covered: Tensor) -> tup
 
 
 def _bits(weight: Tensor) -> Tensor:
-    """The same memory as integers, which torch moves ten times faster; times a mask, also NaN and -0 become +0."""
+    """The same memory as integers, which torch moves ten times faster."""
     return weight.view({2: torch.int16, 4: torch.int32}[weight.dtype.itemsize])
 
 
@@ -225,7 +226,13 @@ def _check_rows(covered_OI: Tensor, kept: int, where: str) -> None:
 
 
 def _check_pattern(mask: Tensor, kept: int, size: int, where: str) -> None:
-    bits = mask.numpy().view(np.uint8)
-    wrong = np.count_nonzero(sum((bits[place::size] for place in range(1, size)), bits[0::size]) > kept)
+    bits = mask.numpy()
+    if size in (2, 4, 8):  # eight at a time
+        packed = np.packbits(bits, bitorder="little")
+        lanes = [packed >> shift & ((1 << size) - 1) for shift in range(0, 8, size)]
+        wrong = sum(np.count_nonzero(np.bitwise_count(lane) > kept) for lane in lanes)
+    else:
+        counts = np.add.reduce(bits.view(np.uint8).reshape(-1, size), axis=1, dtype=np.uint8)
+        wrong = np.count_nonzero(counts > kept)
     if wrong:
         raise CheckpointError(f"{where}: {wrong} groups keep more than {kept} of {size}; the shell is damaged.")

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +22,7 @@ from elastic_sparsity.ladder import Level
 from elastic_sparsity.placement import Places, check_placement, find_places, place_of, resolve_dtype
 
 STATE = "elastic_state"  # attribute of a model made here
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size
 # Fields of config.json that make transformers fetch and run a kernel, or list as many labels as they say.
 _IGNORED = ("attn_implementation", "_attn_implementation", "num_labels")
 
@@ -148,7 +148,7 @@ def _write_level_(
             before[name] = weight.clone()
         merge(linear.weight_OI, linear.pairs if merge_adapters else [], linear.mask_OI, out)
         _finite(weight, name)
-        if np.count_nonzero(((out != 0).cpu() & ~linear.mask_OI).numpy()):
+        if (out.cpu().view(_INTEGERS[out.dtype.itemsize]).numpy().astype(bool) > linear.mask_OI.numpy()).any():
             raise CheckpointError(
                 f"{name}: weights outside the mask are not zero after the merge; report this as a bug."
             )

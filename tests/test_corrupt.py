@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from elastic_sparsity import ElasticModel, set_level
+from elastic_sparsity.adapters import merge
 from elastic_sparsity.arch import weight_OI
 from elastic_sparsity.checkpoint import ElasticCheckpoint
 from elastic_sparsity.errors import CheckpointError, ElasticSparsityError
@@ -371,7 +372,8 @@ def load_and_check(folder, level, as_model):
             weight = weight_OI(loaded.get_submodule(name))
             mask = weight != 0
         else:
-            weight, mask = loaded[name].weight_OI, loaded[name].mask_OI
+            mask = loaded[name].mask_OI
+            weight = merge(loaded[name].weight_OI, loaded[name].pairs, mask)
         assert mask.shape == spec.shape and not weight[~mask].any() and (not as_model or weight.isfinite().all())
         limit, size = wanted.pattern or (spec.kept[wanted.index], spec.shape[1])
         counts = mask.reshape(-1, size).sum(dim=1)

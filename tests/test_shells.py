@@ -57,7 +57,7 @@ def test_every_level_decodes_bitwise_from_its_prefix(seed, within, dtype, rows):
             record.pattern_masks[level.index - 4] if level.pattern else mask_at(record.drop_level_OI, level.index)
         )
         assert torch.equal(mask, expected)
-        assert torch.equal(base, torch.where(expected, weight.to(dtype), 0))
+        assert torch.equal(torch.where(mask, base, 0), torch.where(expected, weight.to(dtype), 0))
 
 
 def test_many_levels_cost_a_list_of_positions_not_a_bitmap_each():
