@@ -8,7 +8,6 @@ may hold only some levels' files (a device's smaller download).
 import itertools
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -269,8 +268,7 @@ class ElasticCheckpoint:
     def _open_sections(self, sections: Sequence[str]) -> None:
         to_open = {section: self.manifest.files[section] for section in sections if section not in self._sections}
         entries = [entry for parts in to_open.values() for entry in parts]
-        with ThreadPoolExecutor(2) as pool:  # hashing takes most of the time, and leaves Python's lock alone
-            opened = dict(zip([entry.file for entry in entries], pool.map(self._open_file, entries), strict=True))
+        opened = {entry.file: self._open_file(entry) for entry in entries}
         for section, parts in to_open.items():
             files = [opened[entry.file] for entry in parts]
             expected = self._expected_tensors(section)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +23,7 @@ from elastic_sparsity.ladder import Level
 from elastic_sparsity.placement import Places, check_placement, find_places, place_of, resolve_dtype
 
 STATE = "elastic_state"  # attribute of a model made here
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size
+_EXPONENTS = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F800000}  # bits that are all ones in NaN
 # Fields of config.json that make transformers fetch and run a kernel, or list as many labels as they say.
 _IGNORED = ("attn_implementation", "_attn_implementation", "num_labels")
 
@@ -113,7 +114,9 @@ def load_level(
     _return_freed_memory()
     state = {f"{name}.weight": weight for name, weight in weights.items()}
     for name, tensor in files.shared().items():
-        state[name] = _finite(tensor.to(dtype), name).to(place_of(places, name))
+        weight = tensor.to(dtype)
+        _check_finite(weight, name)
+        state[name] = weight.to(place_of(places, name))
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     model.eval().requires_grad_(True)
@@ -147,11 +150,9 @@ def _write_level_(
         if before is not None:
             before[name] = weight.clone()
         merge(linear.weight_OI, linear.pairs if merge_adapters else [], linear.mask_OI, out)
-        _finite(weight, name)
-        if (out.cpu().view(_INTEGERS[out.dtype.itemsize]).numpy().astype(bool) > linear.mask_OI.numpy()).any():
-            raise CheckpointError(
-                f"{name}: weights outside the mask are not zero after the merge; report this as a bug."
-            )
+        _check_finite(weight, name)
+        if (_bits(out).astype(bool) > linear.mask_OI.numpy()).any():
+            raise CheckpointError(f"{name}: weights outside the mask are not zero after the merge; report this bug.")
 
     threads = torch.get_num_threads()
     try:
@@ -167,12 +168,16 @@ def _return_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _finite(weight: Tensor, name: str) -> Tensor:
-    for part in weight.view(-1).split(1 << 20):  # a sum in another dtype copies what it sums
-        # A sum is finite if all its terms are, but for overflow, which the second look tells apart.
-        if not torch.isfinite(part.sum(dtype=torch.float32)) and not torch.isfinite(part).all():
+def _bits(weight: Tensor) -> np.ndarray[Any, Any]:
+    """The numbers as integers: comparing those takes a third of the time."""
+    return weight.cpu().view({2: torch.int16, 4: torch.int32}[weight.dtype.itemsize]).numpy()
+
+
+def _check_finite(weight: Tensor, name: str) -> None:
+    exponent = _EXPONENTS[weight.dtype]
+    for part in weight.view(-1).split(1 << 22):  # bounds what the comparison needs
+        if ((_bits(part) & exponent) == exponent).any():  # all ones: NaN or infinity
             raise CheckpointError(f"{name}: weights are NaN or infinite in {weight.dtype}; try another dtype.")
-    return weight
 
 
 def _import_model_class(folder: Path) -> None:
@@ -304,7 +309,7 @@ def _live_weights(model: nn.Module, checkpoint: ElasticCheckpoint) -> dict[str, 
                 f"set_level: the model has no {name}.weight any more; switch before wrapping it."
             ) from None
         shape = spec.shape[::-1] if spec.transposed else spec.shape
-        if tuple(weight.shape) != shape or weight.is_meta or not weight.is_floating_point():
+        if tuple(weight.shape) != shape or weight.is_meta or weight.dtype not in _EXPONENTS:
             raise ConfigError(f"set_level: {name}.weight is offloaded or changed; expected a float {shape} in memory.")
         weights[name] = weight.detach()
     return weights

@@ -5,6 +5,7 @@ this process's memory, which a small device notices.
 """
 
 import json
+import os
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
@@ -61,13 +62,18 @@ class TensorFile:
 
     def _read_into(self, buffer: memoryview, offset: int, name: str) -> None:
         done = 0
-        with self._lock:
+        while done < len(buffer):
+            count = self._read_some(buffer[done:], offset + done)
+            if not count:
+                raise CheckpointError(f"{self.path}: {name}: the file became shorter; copy or download it again.")
+            done += count
+
+    def _read_some(self, buffer: memoryview, offset: int) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(self._file.fileno(), [buffer], offset)
+        with self._lock:  # Windows has no read that leaves the file's position alone
             self._file.seek(offset)
-            while done < len(buffer):
-                count = self._file.readinto(buffer[done:])
-                if not count:
-                    raise CheckpointError(f"{self.path}: {name}: the file became shorter; copy or download it again.")
-                done += count
+            return self._file.readinto(buffer) or 0
 
 
 def check_headers(files: Sequence[TensorFile], expected: Mapping[str, TensorSpec]) -> None:

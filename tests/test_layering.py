@@ -46,7 +46,7 @@ ALLOWED = {
     "baselines": {"torch", "arch", "blocks", "calibrate", "errors", "importance", "ladder", "masks", "sparsegpt"},
     "placement": {"torch", "accelerate", "errors", "precision"},
     "slicing": {
-        "torch", "transformers", "accelerate", "adapters", "arch", "checkpoint", "errors", "files", "hub",
+        "torch", "numpy", "transformers", "accelerate", "adapters", "arch", "checkpoint", "errors", "files", "hub",
         "ladder", "placement",
     },
     "verify": {

@@ -103,6 +103,8 @@ def test_switching_refuses_what_it_cannot_do(tiny_checkpoint):
     with pytest.raises(LevelError, match=r"it has: 0.5, 0.6, 0.7, 2:4"):
         set_level(model, 0.55)
     assert same(weights_of(model), before)
+    with pytest.raises(ConfigError, match="offloaded or changed"):
+        set_level(ElasticModel.from_pretrained(tiny_checkpoint, 0.7).double(), 0.5)
     with pytest.raises(ConfigError, match="not made by ElasticModel"):
         set_level(torch.nn.Linear(2, 2), 0.5)
     model.model.layers[0].self_attn.q_proj = torch.nn.Identity()
