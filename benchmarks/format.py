@@ -44,11 +44,12 @@ from elastic_sparsity import ElasticModel, set_level
 torch.set_num_threads(os.cpu_count())
 way, path, start, end = sys.argv[1:5]
 ids = torch.arange(8)[None]
+def load():
+    if way == "dense":
+        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    return ElasticModel.from_pretrained(path, start)
 begin = time.perf_counter()
-if way == "dense":
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
-else:
-    model = ElasticModel.from_pretrained(path, start)
+model = load()
 seconds = {"load": time.perf_counter() - begin}
 with torch.no_grad():
     model(ids)
@@ -58,6 +59,12 @@ if end:
     begin = time.perf_counter()
     set_level(model, end)
     seconds["set_level"] = time.perf_counter() - begin
+del model
+begin = time.perf_counter()
+model = load()
+with torch.no_grad():
+    model(ids)
+seconds["again"] = time.perf_counter() - begin  # usable once more, now that the model's class is imported
 print(json.dumps({**seconds, "peak_bytes": 1024 * int(peak[1])}))
 """
 
@@ -144,10 +151,10 @@ def show_bytes(title: str, rows: list[dict]) -> Table:
 def show_times(rows: list[dict]) -> Table:
     dense = rows[0]
     table = Table(title="seconds, and ratio to dense")
-    for column in ("", "load", "usable", "set_level", "peak MB"):
+    for column in ("", "load", "usable", "again", "set_level", "peak MB"):
         table.add_column(column, justify="left" if not column else "right")
     for row in rows:
-        cells = [f"{row[key]:.3f} ({row[key] / dense[key]:.2f}x)" for key in ("load", "usable")]
+        cells = [f"{row[key]:.3f} ({row[key] / dense[key]:.2f}x)" for key in ("load", "usable", "again")]
         switch = f"{row['set_level']:.3f} ({row['set_level'] / dense['load']:.2f}x)" if "set_level" in row else ""
         table.add_row(row["way"], *cells, switch, f"{row['peak_bytes'] / 1e6:.0f}")
     return table
