@@ -18,6 +18,7 @@ from elastic_sparsity.arch import is_transposed, weight_OI
 from elastic_sparsity.errors import ShapeError
 from elastic_sparsity.ladder import Ladder, Level, rank_slices
 from elastic_sparsity.masks import mask_at
+from elastic_sparsity.precision import as_integers
 
 
 def merge(
@@ -41,8 +42,7 @@ def merge(
         merged.addmm_(lora_B.float(), lora_A.float())
     result = merged if out_OI is None else out_OI.copy_(merged)
     # As integers: exact +0 also for -0, NaN and infinity, at a tenth of where()'s time.
-    bits = result.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[result.dtype.itemsize])
-    bits.mul_(mask_OI.to(result.device))
+    as_integers(result).mul_(mask_OI.to(result.device))
     return result
 
 

@@ -23,6 +23,7 @@ from elastic_sparsity.manifest import (
     FORMAT,
     FORMAT_VERSION,
     FileEntry,
+    adapter_dtype,
     by_density,
     digest,
     part_names,
@@ -42,11 +43,6 @@ from elastic_sparsity.tensor_file import TensorFile, TensorSpec, check_headers
 
 SAFETENSORS_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 MAX_SHARD_BYTES = 5_000_000_000
-
-
-def adapter_dtype(dtype: str) -> str:
-    """float32 beside float32 values, else bfloat16: float16 would underflow the small B."""
-    return "float32" if dtype == "float32" else "bfloat16"
 
 
 def write_checkpoint(
@@ -137,6 +133,11 @@ def file_entry(folder: Path, path: Path) -> dict[str, Any]:
     return {"file": path.relative_to(folder).as_posix(), "bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
+def file_metadata(checkpoint_id: str) -> dict[str, str]:
+    """Metadata of every tensor file. One key only: safetensors keeps no order of several, and equal files need one."""
+    return {"elastic_checkpoint": checkpoint_id}
+
+
 def _save_section(
     folder: Path, section: str, tensors: Mapping[str, Tensor], checkpoint_id: str, max_shard_bytes: int
 ) -> list[dict[str, Any]]:
@@ -151,7 +152,7 @@ def _save_section(
         room -= size
     entries = []
     for file_name, part in zip(part_names(section, len(parts)), parts, strict=True):
-        save_file(part, folder / file_name, metadata={"elastic_checkpoint": checkpoint_id})
+        save_file(part, folder / file_name, metadata=file_metadata(checkpoint_id))
         entries.append(file_entry(folder, folder / file_name))
     return entries
 
@@ -208,7 +209,7 @@ class ElasticCheckpoint:
 
     def active_groups(self, level: Level) -> list[int]:
         """Adapter groups a level adds up, its own last; none of rank zero."""
-        return [g for g in self.ladder.active_groups(level, self.inheritance) if self.ranks[g]]
+        return self.manifest.active_groups(level)
 
     def has_group(self, group: int) -> bool:
         """Whether the files of an adapter group are here."""
@@ -242,7 +243,7 @@ class ElasticCheckpoint:
         if not self._sections:
             for entry in self.manifest.extras:
                 if entry.file in ("config.json", "generation_config.json"):
-                    self._check_file(entry)
+                    self.check_file(entry)
         self._open_sections(sections)
         return OpenLevel(self, level, {section: self._sections[section] for section in sections})
 
@@ -252,18 +253,22 @@ class ElasticCheckpoint:
         Raises: CheckpointError.
         """
         for entry in self.manifest.extras:
-            self._check_file(entry)
+            self.check_file(entry)
 
     def check_present(self) -> int:
-        """Size and hash of every tensor file that is here, also of sections no level reads; returns how many.
+        """Size and hash of every tensor file that is here and not open, also of sections no level reads.
 
+        Returns: how many files are here.
         Raises: CheckpointError.
         """
-        entries = [entry for parts in self.manifest.files.values() for entry in parts]
-        present = [entry for entry in entries if (self.folder / entry.file).exists()]
-        for entry in present:
-            self._check_file(entry)
-        return len(present)
+        count = 0
+        for section, entries in self.manifest.files.items():
+            for entry in entries:
+                is_here = (self.folder / entry.file).exists()
+                count += is_here
+                if is_here and section not in self._sections:
+                    self.check_file(entry)
+        return count
 
     def _open_sections(self, sections: Sequence[str]) -> None:
         to_open = {section: self.manifest.files[section] for section in sections if section not in self._sections}
@@ -278,13 +283,17 @@ class ElasticCheckpoint:
 
     def _open_file(self, entry: FileEntry) -> TensorFile:
         """A file of tensors whose size, hash and checkpoint are the recorded ones."""
-        self._check_file(entry)
+        self.check_file(entry)
         file = TensorFile(self.folder / entry.file)
         if file.metadata.get("elastic_checkpoint") != self.manifest.checkpoint_id:
             raise CheckpointError(f"{file.path}: belongs to another elastic checkpoint.")
         return file
 
-    def _check_file(self, entry: FileEntry) -> None:
+    def check_file(self, entry: FileEntry) -> None:
+        """That a file is here with the recorded size and hash.
+
+        Raises: CheckpointError.
+        """
         path = self.folder / entry.file
         if not path.is_file():  # a pipe would block
             raise CheckpointError(f"{path}: is missing; copy or download it again.")

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,19 +66,19 @@ def checkpoint_folder(
 
     config = fetch(CONFIG_NAME, hub)
     folder = config.parent
-    if level is None and files is None:
-        return folder
+    if files is None:
+        if level is None or (level == "auto" and hub.get("local_files_only")):
+            return folder  # of "auto" the densest level that is in the cache will be taken
+        files = partial(_level_files, level=level)
     manifest, _ = read_manifest(folder)
-    if files is None and level == "auto" and hub.get("local_files_only"):
-        return folder  # the densest level that is in the cache
     pinned = {**hub, "revision": folder.name}  # the commit, so that all files are of one version
-    for entry in _level_files(manifest, level) if files is None else files(manifest):
+    for entry in files(manifest):
         if fetch(entry.file, pinned).stat().st_size != entry.bytes and not hub.get("local_files_only"):
             fetch(entry.file, {**pinned, "force_download": True})  # huggingface_hub trusts what is in its cache
     return folder
 
 
-def _level_files(manifest: Manifest, level: str | float | None) -> list[FileEntry]:
+def _level_files(manifest: Manifest, level: str | float) -> list[FileEntry]:
     ladder = manifest.build_ladder()
-    found = by_density(ladder)[0] if level == "auto" or level is None else ladder.find(level)
+    found = by_density(ladder)[0] if level == "auto" else ladder.find(level)
     return [*manifest.extras, *manifest.files_of(found)]

@@ -96,8 +96,11 @@ class Manifest(_Strict):
         """Sections a level reads: its prefix of shells, its groups' adapters, and what all levels share."""
         ladder = self.build_ladder()
         shells = [f"shell-{name}" for name in shell_names(ladder)[: num_shells(ladder, level)]]
-        groups = [g for g in ladder.active_groups(level, self.inheritance) if self.ranks[g]]
-        return [*shells, *(f"adapters-{group}" for group in groups), "shared"]
+        return [*shells, *(f"adapters-{group}" for group in self.active_groups(level)), "shared"]
+
+    def active_groups(self, level: Level) -> list[int]:
+        """Adapter groups a level adds up, its own last; none of rank zero."""
+        return [g for g in self.build_ladder().active_groups(level, self.inheritance) if self.ranks[g]]
 
     def files_of(self, level: Level) -> list[FileEntry]:
         """Every tensor file a level reads."""
@@ -182,11 +185,16 @@ def _problems(manifest: Manifest) -> Iterator[str]:
         names = [entry.file for entry in manifest.files[section]]
         if names != part_names(section, len(names)):
             yield f"files.{section}: {names[:3]} are not the names of its {len(names)} parts"
-    if (manifest.adapter_dtype == "float32") != (manifest.dtype == "float32") or manifest.adapter_dtype == "float16":
+    if manifest.adapter_dtype != adapter_dtype(manifest.dtype):
         yield f"adapter_dtype: {manifest.adapter_dtype} beside {manifest.dtype}"
     for entry in manifest.extras:
         if entry.file.endswith(".safetensors"):
             yield f"extras: {entry.file!r} may not hold tensors"
+
+
+def adapter_dtype(dtype: str) -> str:
+    """float32 beside float32 values, else bfloat16: float16 would underflow the small B."""
+    return "float32" if dtype == "float32" else "bfloat16"
 
 
 def part_names(section: str, parts: int) -> list[str]:

@@ -16,13 +16,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from elastic_sparsity.checkpoint import ElasticCheckpoint
+from elastic_sparsity.checkpoint import ElasticCheckpoint, file_metadata
 from elastic_sparsity.errors import CheckpointError, ShapeError
 from elastic_sparsity.files import atomic_folder, check_output_folder, file_sha256, write_json
 from elastic_sparsity.manifest import CONFIG_NAME, OVERLAY_NAME
 from elastic_sparsity.models import load_base
-from elastic_sparsity.packing import positions_of, unpack_bits, unpack_positions
-from elastic_sparsity.shells import LinearSpec, shell_names
+from elastic_sparsity.packing import positions_of
+from elastic_sparsity.shells import listed_mask, shell_names, shell_of
 
 OVERLAY_FORMAT = "elastic_sparsity.overlay"
 OVERLAY_VERSION = 1
@@ -58,7 +58,7 @@ def write_overlay(path: str | Path, output: str | Path, base: str | None = None)
     with atomic_folder(Path(output)) as scratch:
         for file, tensors in stored.items():
             kept = {name: tensor for name, tensor in tensors.items() if name not in expected[sections[file]]}
-            save_file(kept, scratch / file, metadata=_metadata(checkpoint))
+            save_file(kept, scratch / file, metadata=file_metadata(checkpoint.manifest.checkpoint_id))
         others = [e.file for entries in checkpoint.manifest.files.values() for e in entries if e.file not in stored]
         others = [file for file in others if (checkpoint.folder / file).exists()]  # a copy lacks what no level reads
         for file in [*others, *(entry.file for entry in checkpoint.manifest.extras)]:
@@ -102,7 +102,11 @@ def restore_overlay(path: str | Path, output: str | Path, base: str | None = Non
             if entry.file in kept:
                 found = values[sections[entry.file]]
                 added = {name: found[name] for name in missing.get(entry.file, ()) if name in found}
-                save_file(kept[entry.file] | added, scratch / entry.file, metadata=_metadata(checkpoint))
+                save_file(
+                    kept[entry.file] | added,
+                    scratch / entry.file,
+                    metadata=file_metadata(checkpoint.manifest.checkpoint_id),
+                )
             else:
                 _copy(folder / entry.file, scratch / entry.file)
             if file_sha256(scratch / entry.file) != entry.sha256:
@@ -148,21 +152,13 @@ def _from_base(model: Any, checkpoint: ElasticCheckpoint, masks: Sections) -> Se
             flat = (weight.T if spec.transposed else weight).reshape(spec.size)
             covered = torch.zeros(spec.size, dtype=torch.bool)
             for number, shell in enumerate(shell_names(checkpoint.ladder)):
-                listed = _listed(masks[f"shell-{shell}"], name, spec, number)
+                listed = listed_mask(shell_of(masks[f"shell-{shell}"], name, spec, number), spec, number)
                 found[f"shell-{shell}"][f"{name}.values"] = flat[positions_of(listed & ~covered)]
                 covered |= listed
     except (KeyError, RuntimeError, ShapeError) as error:
         raise CheckpointError(f"{checkpoint.folder}: does not fit this base model: {error}.") from error
     found["shared"] = {n: w.to(dtype if w.is_floating_point() else w.dtype) for n, w in weights.items()}
     return found
-
-
-def _listed(shell: Mapping[str, Tensor], name: str, spec: LinearSpec, number: int) -> Tensor:
-    if spec.is_bitmap(number):
-        return unpack_bits(shell[f"{name}.mask"], spec.size)
-    listed = torch.zeros(spec.size, dtype=torch.bool)
-    listed[unpack_positions(shell[f"{name}.positions"], spec.num_values(number), spec.size)] = True
-    return listed
 
 
 def _read_overlay(folder: Path) -> dict[str, Any]:
@@ -189,10 +185,6 @@ def _load(path: Path) -> dict[str, Tensor]:
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
-
-
-def _metadata(checkpoint: ElasticCheckpoint) -> dict[str, str]:
-    return {"elastic_checkpoint": checkpoint.manifest.checkpoint_id}  # one key: safetensors keeps no order of several
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -32,3 +33,8 @@ def resolve_precision(precision: str, device_type: str) -> str:
 def autocast_factory(precision: str, device_type: str) -> Callable[[], Any]:
     """A function that makes the autocast context of a resolved precision."""
     return partial(torch.autocast, device_type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def as_integers(tensor: Tensor) -> Tensor:
+    """The same memory as integers of the same size, which move and compare several times faster."""
+    return tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize])

@@ -24,6 +24,7 @@ from elastic_sparsity.packing import (
     unpack_bits,
     unpack_positions,
 )
+from elastic_sparsity.precision import as_integers
 
 Shell = Mapping[str, Tensor]  # "values" with "mask" (bitmap) or "positions" (Elias-Fano)
 
@@ -74,6 +75,11 @@ class LinearSpec:
     @property
     def size(self) -> int:
         return self.shape[0] * self.shape[1]
+
+    @property
+    def stored_shape(self) -> tuple[int, int]:
+        """Shape of the weight in its module."""
+        return (self.shape[1], self.shape[0]) if self.transposed else self.shape
 
     def num_values(self, shell: int) -> int:
         """How many values the shell with this number (file order) holds."""
@@ -169,6 +175,23 @@ def encode_shells(record: LinearRecord, ladder: Ladder, dtype: torch.dtype) -> l
     return shells
 
 
+def shell_of(tensors: Mapping[str, Tensor], name: str, spec: LinearSpec, number: int) -> dict[str, Tensor]:
+    """One linear's part of a section's tensors; without "values" if they are not there."""
+    parts = ((part, f"{name}.{part}") for part in spec.shell_shapes(number))
+    return {part: tensors[full] for part, full in parts if part != "values" or full in tensors}
+
+
+def listed_mask(shell: Shell, spec: LinearSpec, number: int) -> Tensor:
+    """What a shell lists, as a flat mask: an increment's own positions, or a whole pattern. Needs no "values".
+
+    Raises: ShapeError.
+    """
+    if spec.is_bitmap(number):
+        return unpack_bits(shell["mask"], spec.size)
+    listed = torch.zeros(spec.size, dtype=torch.bool)
+    return listed.index_fill_(0, unpack_positions(shell["positions"], spec.num_values(number), spec.size), True)
+
+
 def decode_shells(shells: Sequence[Shell], spec: LinearSpec, level: Level, where: str) -> tuple[Tensor, Tensor]:
     """Base values and mask of a level, from its prefix of shells.
 
@@ -192,7 +215,7 @@ def decode_shells(shells: Sequence[Shell], spec: LinearSpec, level: Level, where
                 f"{where}: shell {number} with {shell['values'].numel()} values places {new.numel()} weights; "
                 "the file is damaged."
             )
-        _bits(weight).scatter_(0, new, _bits(shell["values"]))
+        as_integers(weight).scatter_(0, new, as_integers(shell["values"]))
         covered = mask if number == 0 else covered.index_fill_(0, new, True)
         if number + 1 == min(len(shells), len(spec.kept)):
             _check_rows(covered.view(spec.shape), spec.kept[-1 - number], where)
@@ -210,11 +233,6 @@ def _placed(shell: Shell, spec: LinearSpec, number: int, covered: Tensor) -> tup
     mask = unpack_bits(shell["mask"], spec.size)
     is_pattern = number >= len(spec.kept)
     return mask, positions_of(mask & ~covered if is_pattern and number else mask)
-
-
-def _bits(weight: Tensor) -> Tensor:
-    """The same memory as integers, which torch moves ten times faster."""
-    return weight.view({2: torch.int16, 4: torch.int32}[weight.dtype.itemsize])
 
 
 def _check_rows(covered_OI: Tensor, kept: int, where: str) -> None:

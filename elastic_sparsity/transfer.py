@@ -6,7 +6,7 @@ from typing import Any
 
 from elastic_sparsity.checkpoint import ElasticCheckpoint
 from elastic_sparsity.errors import CheckpointError, LevelError
-from elastic_sparsity.files import atomic_file, atomic_folder, check_output_folder, file_sha256
+from elastic_sparsity.files import atomic_file, atomic_folder, check_output_folder
 from elastic_sparsity.hub import checkpoint_folder
 from elastic_sparsity.ladder import Level
 from elastic_sparsity.manifest import CONFIG_NAME, FileEntry, Manifest, by_density
@@ -37,7 +37,7 @@ def upgrade(folder: str | Path, path: str | Path, level: str | float, **hub: Any
     """
     here = ElasticCheckpoint(folder)
     wanted = here.ladder.find(level)
-    needed = [x for x in [*here.manifest.extras, *here.files_of(wanted)] if not _is_whole(here.folder / x.file, x)]
+    needed = [x for x in [*here.manifest.extras, *here.files_of(wanted)] if not _is_whole(here, x)]
 
     def to_fetch(manifest: Manifest) -> list[FileEntry]:
         return needed if manifest.checkpoint_id == here.manifest.checkpoint_id else []
@@ -53,8 +53,12 @@ def upgrade(folder: str | Path, path: str | Path, level: str | float, **hub: Any
     return [entry.file for entry in needed]
 
 
-def _is_whole(path: Path, entry: FileEntry) -> bool:
-    return path.is_file() and path.stat().st_size == entry.bytes and file_sha256(path) == entry.sha256
+def _is_whole(checkpoint: ElasticCheckpoint, entry: FileEntry) -> bool:
+    try:
+        checkpoint.check_file(entry)
+    except CheckpointError:
+        return False
+    return True
 
 
 def _copy_checked(source: Path, target: Path, entry: FileEntry) -> None:

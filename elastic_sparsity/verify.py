@@ -16,8 +16,7 @@ from elastic_sparsity.checkpoint import ElasticCheckpoint
 from elastic_sparsity.errors import CheckpointError, ElasticSparsityError
 from elastic_sparsity.hub import checkpoint_folder
 from elastic_sparsity.ladder import Level
-from elastic_sparsity.packing import unpack_bits, unpack_positions
-from elastic_sparsity.shells import num_shells, shell_names
+from elastic_sparsity.shells import listed_mask, num_shells, shell_names, shell_of
 from elastic_sparsity.slicing import load_level
 
 
@@ -69,11 +68,11 @@ def _attempt(name: str, step: Callable[[], str]) -> Check:
 
 def _check_files(checkpoint: ElasticCheckpoint, levels: list[Level]) -> str:
     checkpoint.check_extras()
+    for level in levels:
+        checkpoint.open_level(level)
     present = checkpoint.check_present()
     if not levels:
         raise CheckpointError(f"{checkpoint.folder}: no level is complete here.")
-    for level in levels:
-        checkpoint.open_level(level)
     total = sum(len(entries) for entries in checkpoint.manifest.files.values())
     return f"{present} of {total} files of tensors are here"
 
@@ -92,13 +91,10 @@ class _Reading:
 
     def shell(self, name: str, number: int) -> tuple[Tensor, Tensor]:
         """The positions a shell lists, as a flat mask, and its values."""
-        shell = self.tensors[f"shell-{shell_names(self.checkpoint.ladder)[number]}"]
-        size, values = self.checkpoint.linears[name].size, shell[f"{name}.values"]
-        if f"{name}.mask" in shell:
-            return unpack_bits(shell[f"{name}.mask"], size), values
-        listed = torch.zeros(size, dtype=torch.bool)
-        listed[unpack_positions(shell[f"{name}.positions"], values.numel(), size)] = True
-        return listed, values
+        spec = self.checkpoint.linears[name]
+        tensors = self.tensors[f"shell-{shell_names(self.checkpoint.ladder)[number]}"]
+        shell = shell_of(tensors, name, spec, number)
+        return listed_mask(shell, spec, number), shell["values"]
 
     def level(self, name: str, level: Level) -> tuple[Tensor, Tensor]:
         """Base values and mask of one linear, (O, I)."""

@@ -22,7 +22,7 @@ ALLOWED = {
     "packing": {"torch", "numpy", "errors"},
     "files": {"safetensors", "errors"},
     "tensor_file": {"torch", "safetensors", "errors"},
-    "shells": {"torch", "numpy", "errors", "ladder", "masks", "packing"},
+    "shells": {"torch", "numpy", "errors", "ladder", "masks", "packing", "precision"},
     "manifest": {"errors", "ladder", "shells"},
     "checkpoint": {
         "torch", "safetensors", "errors", "files", "ladder", "manifest", "precision", "shells", "tensor_file",
@@ -37,7 +37,7 @@ ALLOWED = {
     "models": {"torch", "transformers", "arch", "errors", "precision", "tiny"},
     "data": {"torch", "datasets", "errors"},
     "blocks": {"torch", "errors"},
-    "adapters": {"torch", "arch", "errors", "ladder", "masks"},
+    "adapters": {"torch", "arch", "errors", "ladder", "masks", "precision"},
     # layer 3: stages
     "calibrate": {"torch", "arch", "blocks", "importance"},
     "calibration_text": {"torch", "safetensors", "config", "data", "errors", "models", "precision"},
@@ -47,10 +47,10 @@ ALLOWED = {
     "placement": {"torch", "accelerate", "errors", "precision"},
     "slicing": {
         "torch", "numpy", "transformers", "accelerate", "adapters", "arch", "checkpoint", "errors", "files", "hub",
-        "ladder", "placement",
+        "ladder", "placement", "precision",
     },
     "verify": {
-        "torch", "safetensors", "arch", "checkpoint", "errors", "hub", "ladder", "packing", "shells", "slicing",
+        "torch", "safetensors", "arch", "checkpoint", "errors", "hub", "ladder", "shells", "slicing",
     },
     "overlay": {
         "torch", "safetensors", "checkpoint", "errors", "files", "manifest", "models", "packing", "shells",

@@ -3,6 +3,7 @@
 import pytest
 from conftest import tiny_recipe
 from safetensors.torch import load_file
+from test_checkpoint import flip
 from test_transfer import contents
 
 from elastic_sparsity import copy_level, optimize, restore_overlay, upgrade, verify, write_overlay
@@ -59,9 +60,7 @@ def test_an_overlay_is_named_when_opened_as_a_checkpoint(untrained, tmp_path):
 def test_damage_is_named(untrained, tmp_path):
     write_overlay(untrained, tmp_path / "overlay")
     adapters = tmp_path / "overlay" / "adapters-0.safetensors"
-    data = bytearray(adapters.read_bytes())
-    data[-1] ^= 1
-    adapters.write_bytes(data)
+    flip(adapters)
     with pytest.raises(CheckpointError, match="adapters-0.safetensors"):
         restore_overlay(tmp_path / "overlay", tmp_path / "again")
     adapters.unlink()

@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+from test_checkpoint import flip
 
 from elastic_sparsity import ElasticModel, copy_level, optimize, upgrade
 from elastic_sparsity.errors import CheckpointError, LevelError, OutputError
@@ -54,9 +55,7 @@ def test_another_checkpoint_is_refused(tiny_checkpoint, tmp_path):
 
 def test_a_damaged_source_changes_nothing_that_was_whole(tiny_checkpoint, tmp_path):
     shutil.copytree(tiny_checkpoint, tmp_path / "source")
-    data = bytearray((tmp_path / "source" / "shell-level-0.6.safetensors").read_bytes())
-    data[-1] ^= 1
-    (tmp_path / "source" / "shell-level-0.6.safetensors").write_bytes(data)
+    flip(tmp_path / "source" / "shell-level-0.6.safetensors")
     copy_level(tiny_checkpoint, 0.7, tmp_path / "device")
     before = contents(tmp_path / "device")
     with pytest.raises(CheckpointError, match="the source is damaged"):

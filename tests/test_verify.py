@@ -6,6 +6,7 @@ import shutil
 import pytest
 from conftest import tiny_recipe
 from safetensors.torch import load_file, save_file
+from test_checkpoint import flip
 
 from elastic_sparsity import copy_level, optimize, verify
 from elastic_sparsity.checkpoint import file_entry
@@ -60,9 +61,7 @@ def test_a_broken_pattern_is_named(tiny_checkpoint, tmp_path):
 
 def test_a_flipped_bit_is_named(tiny_checkpoint, tmp_path):
     copy_level(tiny_checkpoint, 0.7, tmp_path / "c")
-    data = bytearray((tmp_path / "c" / "shell-core.safetensors").read_bytes())
-    data[-1] ^= 1
-    (tmp_path / "c" / "shell-core.safetensors").write_bytes(data)
+    flip(tmp_path / "c" / "shell-core.safetensors")
     (only,) = verify(tmp_path / "c")
     assert not only.passed and "shell-core.safetensors: sha256 differs" in only.detail
 
@@ -76,9 +75,7 @@ def test_layer_types_count_all_linears(tiny_checkpoint):
 
 def test_a_file_that_no_level_reads_is_checked_too(tiny_checkpoint, tmp_path):
     shutil.copytree(tiny_checkpoint, tmp_path / "c")
-    data = bytearray((tmp_path / "c" / "mixer.safetensors").read_bytes())
-    data[-1] ^= 1
-    (tmp_path / "c" / "mixer.safetensors").write_bytes(data)
+    flip(tmp_path / "c" / "mixer.safetensors")
     (only,) = verify(tmp_path / "c")
     assert not only.passed and "mixer.safetensors: sha256 differs" in only.detail
 
