@@ -5,6 +5,7 @@ reads a prefix of the shells, the adapters of its groups, and what all levels sh
 may hold only some levels' files (a device's smaller download).
 """
 
+import dataclasses
 import itertools
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,7 +40,7 @@ from elastic_sparsity.shells import (
     shell_names,
     spec_of,
 )
-from elastic_sparsity.tensor_file import TensorFile, TensorSpec, check_headers
+from elastic_sparsity.tensor_file import Room, TensorFile, TensorSpec, check_headers
 
 SAFETENSORS_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 MAX_SHARD_BYTES = 5_000_000_000
@@ -119,13 +120,7 @@ def write_checkpoint(
 
 
 def _linear_entry(linear: LinearRecord, ladder: Ladder) -> dict[str, Any]:
-    spec = spec_of(linear, ladder)
-    return {
-        "shape": spec.shape,
-        "transposed": spec.transposed,
-        "kept": spec.kept,
-        "pattern_values": spec.pattern_values,
-    }
+    return dataclasses.asdict(spec_of(linear, ladder))
 
 
 def file_entry(folder: Path, path: Path) -> dict[str, Any]:
@@ -346,7 +341,7 @@ class OpenLevel:
     def __init__(
         self, checkpoint: ElasticCheckpoint, level: Level, tensors: Mapping[str, Mapping[str, TensorFile]]
     ) -> None:
-        self._checkpoint, self._level, self._tensors = checkpoint, level, tensors
+        self._checkpoint, self.level, self._tensors = checkpoint, level, tensors
 
     def shared(self) -> dict[str, Tensor]:
         """Everything that is not sparsified, by parameter name."""
@@ -366,21 +361,43 @@ class OpenLevel:
         return {name: shape for name, (_, shape) in specs.items()}
 
     def linear(self, name: str) -> LoadedLinear:
-        """One linear at this level.
+        """One linear at this level, by the formats' definition: slow, for exports and checks.
 
         Raises: CheckpointError: naming folder and linear.
         """
-        checkpoint, where = self._checkpoint, f"{self._checkpoint.folder}: {name}"
-        spec = checkpoint.linears[name]
+        spec = self._checkpoint.linears[name]
+        weight, mask = decode_shells(self.shells(name), spec, self.level, self.where(name))
+        return LoadedLinear(weight, mask, self.pairs(name), spec.transposed)
+
+    def shells(self, name: str, room: Room | None = None) -> list[dict[str, Tensor]]:
+        """The shells of one linear that this level reads, core first; shapes and dtypes are as its spec says.
+
+        Args:
+            room: to read them into, until the next linear; None = memory of their own.
+        Raises: CheckpointError.
+        """
+        checkpoint = self._checkpoint
+        if room is not None:
+            room.clear()
         shells = []
-        for number in range(num_shells(checkpoint.ladder, self._level)):
+        for number in range(num_shells(checkpoint.ladder, self.level)):
             files = self._tensors[f"shell-{shell_names(checkpoint.ladder)[number]}"]
-            parts = [(part, f"{name}.{part}") for part in spec.shell_shapes(number)]
-            shells.append({part: files[full].read(full) for part, full in parts})
-        weight, mask = decode_shells(shells, spec, self._level, where)
+            parts = [(part, f"{name}.{part}") for part in checkpoint.linears[name].shell_shapes(number)]
+            shells.append({part: files[full].read(full, room) for part, full in parts})
+        return shells
+
+    def pairs(self, name: str) -> list[tuple[Tensor, Tensor]]:
+        """(A, B) of the groups this level adds to one linear, in group order.
+
+        Raises: CheckpointError.
+        """
         pairs = []
         for section, files in self._tensors.items():
             if section.startswith("adapters-"):
                 both = [files[f"{name}.{part}"].read(f"{name}.{part}") for part in ("lora_A", "lora_B")]
                 pairs.append((both[0], both[1]))
-        return LoadedLinear(weight, mask, pairs, spec.transposed)
+        return pairs
+
+    def where(self, name: str) -> str:
+        """Folder and linear, as errors name them."""
+        return f"{self._checkpoint.folder}: {name}"

@@ -39,7 +39,7 @@ def positions_of(mask: Tensor) -> Tensor:
     return torch.from_numpy(np.flatnonzero(mask.numpy()))
 
 
-def _low_bits(count: int, universe: int) -> int:
+def low_bits_of(count: int, universe: int) -> int:
     return max(0, (universe // count).bit_length() - 1) if count else 0
 
 
@@ -47,7 +47,7 @@ def packed_positions_size(count: int, universe: int) -> int:
     """Bytes `pack_positions` needs for `count` of `universe` positions: about 2 + log2(universe / count) bits each."""
     if not count:
         return 0
-    low = _low_bits(count, universe)
+    low = low_bits_of(count, universe)
     return low * -(-count // 8) + -(-(count + ((universe - 1) >> low)) // 8)
 
 
@@ -67,7 +67,7 @@ def pack_positions(positions: Tensor, universe: int) -> Tensor:
         return torch.empty(0, dtype=torch.uint8)
     found = positions.numpy()
     assert found[0] >= 0 and found[-1] < universe and (np.diff(found) > 0).all(), "positions: increasing, in range"
-    low = _low_bits(count, universe)
+    low = low_bits_of(count, universe)
     planes = [np.packbits((found >> plane & 1).astype(bool), bitorder="little") for plane in range(low)]
     upper = np.zeros(count + ((universe - 1) >> low), dtype=bool)
     upper[(found >> low) + np.arange(count)] = True
@@ -88,7 +88,7 @@ def unpack_positions(packed: Tensor, count: int, universe: int) -> Tensor:
         )
     if not count:
         return torch.empty(0, dtype=torch.int64)
-    low, width = _low_bits(count, universe), -(-count // 8)
+    low, width = low_bits_of(count, universe), -(-count // 8)
     data = packed.numpy()
     upper_length = count + ((universe - 1) >> low)
     ones = np.flatnonzero(np.unpackbits(data[low * width :], bitorder="little").view(bool))

@@ -50,6 +50,24 @@ def check_placement(device: Any, device_map: Any, offload_folder: Any) -> None:
             raise ConfigError(f"device: {place!r} is not on this machine.")
 
 
+RUNTIMES = ("dense", "packed")
+
+
+def check_runtime(runtime: str, device: Any, device_map: Any, dtype: torch.dtype | str | None) -> None:
+    """That a runtime is known and can serve the place and dtype a user names.
+
+    Raises: ConfigError.
+    """
+    if runtime not in RUNTIMES:
+        raise ConfigError(f"runtime: {runtime!r} is not one of {', '.join(RUNTIMES)}.")
+    if runtime == "dense":
+        return
+    if device_map is not None or (device is not None and torch.device(device).type != "cpu"):
+        raise ConfigError(f'runtime: {runtime!r} is for the CPU; leave device and device_map out, or use "dense".')
+    if dtype in (torch.float16, "float16"):
+        raise ConfigError(f'runtime: {runtime!r} has no float16; use dtype="bfloat16" or "float32".')
+
+
 def find_places(model: nn.Module, device_map: str | Places | None) -> Places | None:
     """Device of every module by name prefix; None = everything on the CPU.
 

@@ -3,28 +3,31 @@
 import contextlib
 import ctypes
 import json
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from elastic_sparsity.adapters import merge
 from elastic_sparsity.arch import architecture_of, is_transposed
 from elastic_sparsity.checkpoint import ElasticCheckpoint, OpenLevel
+from elastic_sparsity.decoding import FLOATS, Decoder, check_finite
 from elastic_sparsity.errors import CheckpointError, ConfigError, ElasticSparsityError, UnsupportedModelError
 from elastic_sparsity.files import atomic_folder, check_output_folder
 from elastic_sparsity.hub import checkpoint_folder, is_hub_id
 from elastic_sparsity.ladder import Level
-from elastic_sparsity.placement import Places, check_placement, find_places, place_of, resolve_dtype
-from elastic_sparsity.precision import as_integers
+from elastic_sparsity.native import kernels
+from elastic_sparsity.packed import PackedLinear, pack_linears_
+from elastic_sparsity.packed_weight import PackedWeight
+from elastic_sparsity.placement import Places, check_placement, check_runtime, find_places, place_of, resolve_dtype
+from elastic_sparsity.tensor_file import Room
 
 STATE = "elastic_state"  # attribute of a model made here
-_EXPONENTS = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F800000}  # bits that are all ones in NaN
+T = TypeVar("T")
 # Fields of config.json that make transformers fetch and run a kernel, or list as many labels as they say.
 _IGNORED = ("attn_implementation", "_attn_implementation", "num_labels")
 
@@ -56,6 +59,7 @@ class ElasticModel:
         device_map: str | Places | None = None,
         offload_folder: str | Path | None = None,
         merge_adapters: bool = True,
+        runtime: str = "dense",
         **hub: Any,
     ) -> Any:
         """One level of an elastic checkpoint as its ordinary `transformers` causal LM, in eval mode.
@@ -68,6 +72,8 @@ class ElasticModel:
             device_map: as in transformers ("auto", "balanced", {"": 0}, ...), through accelerate; instead of `device`.
             offload_folder: for weights that a device map puts on "disk".
             merge_adapters: False leaves the masked base weights alone, to put the exported PEFT adapters on them.
+            runtime: "dense", or "packed": sparsified weights stay a bitmask and kept values in memory, smaller and, for
+                few tokens, faster; on the CPU, in float32 or bfloat16, for inference.
             **hub: `revision`, `cache_dir`, `token`, `endpoint`, `local_files_only` for a hub id.
         Not beside other threads that use torch: its number of threads is changed for the time of the call.
 
@@ -75,6 +81,7 @@ class ElasticModel:
             ConfigError: unknown dtype, device or argument.
         """
         check_placement(device, device_map, offload_folder)
+        check_runtime(runtime, device, device_map, dtype)
         resolve_dtype(dtype, torch.float32)  # before a download
         checkpoint = ElasticCheckpoint(checkpoint_folder(path, level, **hub))
         model = load_level(
@@ -84,6 +91,7 @@ class ElasticModel:
             device_map={"": device} if device is not None else device_map,
             offload_folder=offload_folder,
             merge_adapters=merge_adapters,
+            runtime=runtime,
         )
         if is_hub_id(path):  # another level of the same commit can be fetched later
             getattr(model, STATE).hub = {**hub, "path": path, "revision": checkpoint.folder.name}
@@ -99,28 +107,35 @@ def load_level(
     device_map: str | Places | None = None,
     offload_folder: str | Path | None = None,
     merge_adapters: bool = True,
+    runtime: str = "dense",
 ) -> Any:
     """The model of one level; merged in float32, masked, then cast. See `ElasticModel.from_pretrained`."""
+    check_runtime(runtime, None, device_map, dtype)
     with ThreadPoolExecutor(1) as pool:  # while one thread hashes the files, another imports the model's class
         opening = pool.submit(checkpoint.open_level, level)
         _import_model_class(checkpoint.folder)
         files = opening.result()
     model, generation = _skeleton(checkpoint, files, dtype)
     places = find_places(model, device_map)
-    weights = {
-        name: torch.empty(spec.stored_shape, dtype=dtype, device=place_of(places, name))
-        for name, spec in checkpoint.linears.items()
-    }
-    _write_level_(weights, files, merge_adapters)
+    state: dict[str, Tensor] = {}
+    if runtime == "packed":
+        linears = pack_linears_(model, {name: spec.shape for name, spec in checkpoint.linears.items()}, kernels())
+        _set_packed_(linears, _packed_level(checkpoint, files, merge_adapters, dtype))
+    else:
+        weights = {
+            name: torch.empty(spec.stored_shape, dtype=dtype, device=place_of(places, name))
+            for name, spec in checkpoint.linears.items()
+        }
+        _write_level_(weights, checkpoint, files, merge_adapters)
+        state = {f"{name}.weight": weight for name, weight in weights.items()}
     _return_freed_memory()
-    state = {f"{name}.weight": weight for name, weight in weights.items()}
     for name, tensor in files.shared().items():
         weight = tensor.to(dtype)
-        _check_finite(weight, name)
+        check_finite(weight, name)
         state[name] = weight.to(place_of(places, name))
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
-    model.eval().requires_grad_(True)
+    model.eval().requires_grad_(runtime == "dense")
     if generation is not None:
         model.generation_config = generation
     if places is not None:
@@ -132,33 +147,64 @@ def load_level(
 
 
 def _write_level_(
-    weights: Mapping[str, Tensor], files: OpenLevel, merge_adapters: bool, before: dict[str, Tensor] | None = None
+    weights: Mapping[str, Tensor],
+    checkpoint: ElasticCheckpoint,
+    files: OpenLevel,
+    merge_adapters: bool,
+    before: dict[str, Tensor] | None = None,
 ) -> None:
-    """Fills the linears' weights, in as many threads as torch has, one core each.
-
-    Half of the work (bits, positions) is serial in any library, and torch's own threads wait for each other at every
-    small operation, which costs ten times the work when another process wants the cores too. The weights exist before
-    the work starts, so that the memory it needs in between is used again and again.
+    """Fills the linears' weights. They exist before the work starts, so that what it needs in between is used again.
 
     Args:
         before: gets a copy of every weight that is overwritten.
     Raises: CheckpointError: damaged shells, or weights that are not finite; some are then written already.
     """
+    decoder = Decoder(files.level, kernels())
 
-    def write(name: str) -> None:
-        linear, weight = files.linear(name), weights[name]
-        out = weight.T if linear.transposed else weight
+    def write(name: str, room: Room) -> None:
+        weight = weights[name]
+        shells, pairs = files.shells(name, room), files.pairs(name) if merge_adapters else []
         if before is not None:
             before[name] = weight.clone()
-        merge(linear.weight_OI, linear.pairs if merge_adapters else [], linear.mask_OI, out)
-        _check_finite(weight, name)
-        if (_bits(out).astype(bool) > linear.mask_OI.numpy()).any():
-            raise CheckpointError(f"{name}: weights outside the mask are not zero after the merge; report this bug.")
+        decoder.write_(shells, checkpoint.linears[name], pairs, weight, files.where(name))
 
+    _one_core_each(write, weights)
+
+
+def _packed_level(
+    checkpoint: ElasticCheckpoint, files: OpenLevel, merge_adapters: bool, dtype: torch.dtype
+) -> dict[str, PackedWeight]:
+    """Raises: CheckpointError: damaged shells, or weights that are not finite."""
+    decoder = Decoder(files.level, kernels())
+
+    def pack(name: str, room: Room) -> PackedWeight:
+        pairs = files.pairs(name) if merge_adapters else []
+        return decoder.pack(files.shells(name, room), checkpoint.linears[name], pairs, dtype, files.where(name))
+
+    return dict(zip(checkpoint.linears, _one_core_each(pack, checkpoint.linears), strict=True))
+
+
+def _set_packed_(linears: Mapping[str, PackedLinear], weights: Mapping[str, PackedWeight]) -> None:
+    for name, linear in linears.items():
+        linear.set_packed(weights[name])
+
+
+def _one_core_each(work: Callable[[str, Room], T], names: Iterable[str]) -> list[T]:
+    """Runs `work` for every name in as many threads as torch has, one core and one room each.
+
+    Half of decoding (bits, positions) is serial in any library, and torch's own threads wait for each other at every
+    small operation, which costs ten times the work when another process wants the cores too.
+    """
     threads = torch.get_num_threads()
+    rooms = threading.local()
+
+    def start() -> None:
+        torch.set_num_threads(1)
+        rooms.mine = Room()
+
     try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            list(pool.map(write, weights))
+        with ThreadPoolExecutor(threads, initializer=start) as pool:
+            return list(pool.map(lambda name: work(name, rooms.mine), names))
     finally:
         torch.set_num_threads(threads)
 
@@ -167,17 +213,6 @@ def _return_freed_memory() -> None:
     """glibc keeps freed memory for later; after a load nothing that large comes. Other systems have no such call."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def _bits(weight: Tensor) -> np.ndarray[Any, Any]:
-    return as_integers(weight.cpu()).numpy()
-
-
-def _check_finite(weight: Tensor, name: str) -> None:
-    exponent = _EXPONENTS[weight.dtype]
-    for part in weight.view(-1).split(1 << 22):  # bounds what the comparison needs
-        if ((_bits(part) & exponent) == exponent).any():  # all ones: NaN or infinity
-            raise CheckpointError(f"{name}: weights are NaN or infinite in {weight.dtype}; try another dtype.")
 
 
 def _import_model_class(folder: Path) -> None:
@@ -285,18 +320,35 @@ def set_level(model: nn.Module, level: str | float) -> None:
     wanted = state.checkpoint.find(level)
     if wanted == state.level:
         return
-    weights = _live_weights(model, state.checkpoint)
+    packed = _live_packed(model, state.checkpoint)
+    weights = {} if packed else _live_weights(model, state.checkpoint)
     if state.hub is not None and not state.checkpoint.is_complete(wanted):
         checkpoint_folder(level=wanted.name, **state.hub)
     files = state.checkpoint.open_level(wanted)
+    if packed:
+        dtype = next(iter(packed.values())).packed.values.dtype
+        _set_packed_(packed, _packed_level(state.checkpoint, files, state.merge_adapters, dtype))
+        state.level = wanted
+        return
     before: dict[str, Tensor] = {}
     try:
-        _write_level_(weights, files, state.merge_adapters, before)
+        _write_level_(weights, state.checkpoint, files, state.merge_adapters, before)
     except BaseException:
         for name, weight in before.items():
             weights[name].copy_(weight)
         raise
     state.level = wanted
+
+
+def _live_packed(model: nn.Module, checkpoint: ElasticCheckpoint) -> dict[str, PackedLinear]:
+    """The packed linears of a model loaded with runtime="packed"; none of any other model."""
+    modules = dict(model.named_modules())
+    found = {name: linear for name in checkpoint.linears if isinstance(linear := modules.get(name), PackedLinear)}
+    if found and len(found) < len(checkpoint.linears):
+        raise ConfigError(
+            f"set_level: only {len(found)} of {len(checkpoint.linears)} linears are packed; load it anew."
+        )
+    return found
 
 
 def _live_weights(model: nn.Module, checkpoint: ElasticCheckpoint) -> dict[str, Tensor]:
@@ -309,7 +361,7 @@ def _live_weights(model: nn.Module, checkpoint: ElasticCheckpoint) -> dict[str, 
                 f"set_level: the model has no {name}.weight any more; switch before wrapping it."
             ) from None
         shape = spec.stored_shape
-        if tuple(weight.shape) != shape or weight.is_meta or weight.dtype not in _EXPONENTS:
+        if tuple(weight.shape) != shape or weight.is_meta or weight.dtype not in FLOATS:
             raise ConfigError(f"set_level: {name}.weight is offloaded or changed; expected a float {shape} in memory.")
         weights[name] = weight.detach()
     return weights

@@ -21,6 +21,28 @@ TensorSpec = tuple[str, tuple[int, ...]]  # safetensors dtype name ("BF16"), sha
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "U8": torch.uint8}
 
 
+class Room:
+    """Memory that tensors are read into again and again: a thread's freed memory would stay with the process."""
+
+    def __init__(self) -> None:
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+        self._used = 0
+
+    def clear(self) -> None:
+        """Forgets what was taken; from now on there is room for as much as was wanted since the last time."""
+        if self._bytes.numel() < self._used:
+            self._bytes = torch.empty(self._used, dtype=torch.uint8)
+        self._used = 0
+
+    def take(self, num_bytes: int) -> Tensor:
+        """(num_bytes,) uint8, aligned for any dtype; memory of its own if the room is full."""
+        begin = -(-self._used // 64) * 64
+        self._used = begin + num_bytes
+        if self._used > self._bytes.numel():
+            return torch.empty(num_bytes, dtype=torch.uint8)
+        return self._bytes[begin : self._used]
+
+
 class TensorFile:
     """Stays open until the object is gone, also when another file takes its name.
 
@@ -44,16 +66,21 @@ class TensorFile:
         self.specs: dict[str, TensorSpec] = {name: (x["dtype"], tuple(x["shape"])) for name, x in header.items()}
         self._offsets: dict[str, tuple[int, int]] = {name: tuple(x["data_offsets"]) for name, x in header.items()}
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, room: "Room | None" = None) -> Tensor:
         """One tensor, from any thread.
 
+        Args:
+            room: where to put it; None = memory of its own.
         Raises: CheckpointError: if the file became shorter, or holds a dtype that no elastic checkpoint does.
         """
         dtype, shape = self.specs[name]
         begin, end = self._offsets[name]
         if dtype not in _DTYPES:
             raise CheckpointError(f"{self.path}: {name}: found {dtype}, expected one of {', '.join(_DTYPES)}.")
-        flat = torch.empty((end - begin) // _DTYPES[dtype].itemsize, dtype=_DTYPES[dtype])
+        if room is None:
+            flat = torch.empty((end - begin) // _DTYPES[dtype].itemsize, dtype=_DTYPES[dtype])
+        else:
+            flat = room.take(end - begin).view(_DTYPES[dtype])
         try:
             self._read_into(memoryview(flat.view(torch.uint8).numpy().data), self._start + begin, name)
         except OSError as error:

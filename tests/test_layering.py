@@ -20,6 +20,8 @@ ALLOWED = {
     "mixer": {"torch", "errors"},
     "sparsegpt": {"torch", "errors", "importance"},
     "packing": {"torch", "numpy", "errors"},
+    "packed_weight": {"torch", "packing", "precision"},
+    "native": {"torch", "errors", "packed_weight"},
     "files": {"safetensors", "errors"},
     "tensor_file": {"torch", "safetensors", "errors"},
     "shells": {"torch", "numpy", "errors", "ladder", "masks", "packing", "precision"},
@@ -45,9 +47,13 @@ ALLOWED = {
     "end_to_end": {"torch", "adapters", "distill", "errors", "ladder"},
     "baselines": {"torch", "arch", "blocks", "calibrate", "errors", "importance", "ladder", "masks", "sparsegpt"},
     "placement": {"torch", "accelerate", "errors", "precision"},
+    "packed": {"torch", "adapters", "errors", "native", "packed_weight"},
+    "decoding": {
+        "torch", "numpy", "adapters", "errors", "ladder", "native", "packed_weight", "packing", "precision", "shells",
+    },
     "slicing": {
-        "torch", "numpy", "transformers", "accelerate", "adapters", "arch", "checkpoint", "errors", "files", "hub",
-        "ladder", "placement", "precision",
+        "torch", "transformers", "accelerate", "arch", "checkpoint", "decoding", "errors", "files", "hub", "ladder",
+        "native", "packed", "packed_weight", "placement", "tensor_file",
     },
     "verify": {
         "torch", "safetensors", "arch", "checkpoint", "errors", "hub", "ladder", "shells", "slicing",

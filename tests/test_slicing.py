@@ -198,7 +198,7 @@ def test_a_failed_switch_keeps_weights_tuned_since(tiny_checkpoint, monkeypatch)
     model = ElasticModel.from_pretrained(tiny_checkpoint, 0.6)
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight.mul_(2)
-    before, real, calls = weights_of(model), OpenLevel.linear, []
+    before, real, calls = weights_of(model), OpenLevel.shells, []
 
     def failing(self, name):
         calls.append(name)
@@ -206,7 +206,7 @@ def test_a_failed_switch_keeps_weights_tuned_since(tiny_checkpoint, monkeypatch)
             raise MemoryError
         return real(self, name)
 
-    monkeypatch.setattr(OpenLevel, "linear", failing)
+    monkeypatch.setattr(OpenLevel, "shells", failing)
     with pytest.raises(MemoryError):
         set_level(model, 0.5)
     assert same(weights_of(model), before) and model.elastic_state.level.name == "0.6"

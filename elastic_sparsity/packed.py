@@ -1,0 +1,142 @@
+"""Linears whose weight stays packed in memory (bitmask and kept values), in place of a model's own; for inference.
+
+One to `DIRECT_TOKENS` tokens (decoding) are multiplied straight from the packed weight by compiled code. More (a
+prompt) expand a tile of rows at a time into a small dense buffer, which torch multiplies. Without compiled code both
+go through torch, slower than a dense model; `elastic-sparsity doctor` says which.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from elastic_sparsity.adapters import replace_module_
+from elastic_sparsity.errors import ConfigError
+from elastic_sparsity.native import Kernels
+from elastic_sparsity.packed_weight import PackedWeight, unpack_rows
+
+DIRECT_TOKENS = 32  # beyond, expanding once and a dense product win (Zen 5, 2026-11-24, benchmarks/latency.py)
+TILE_BYTES = 16 << 20  # of dense rows at a time: larger ones leave the last-level cache, smaller ones feed torch badly
+
+
+class PackedLinear(nn.Module):
+    """y = x W^T + b with a packed W. Takes the place of `nn.Linear` and of GPT-2's `Conv1D`.
+
+    Args:
+        in_features, out_features: of the dense linear.
+        bias: of the dense linear.
+        kernels: None = torch code.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, in_features: int, out_features: int, bias: nn.Parameter | None, kernels: Kernels | None) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self._kernels = in_features, out_features, kernels
+        self.register_parameter("bias", bias)
+        self._weight: PackedWeight | None = None
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The weight.
+
+        Raises: ConfigError: none was set yet.
+        """
+        if self._weight is None:
+            raise ConfigError("packed linear: it has no weight yet; make it with ElasticModel.from_pretrained.")
+        return self._weight
+
+    def set_packed(self, weight: PackedWeight) -> None:
+        """Replaces the weight.
+
+        Raises: ConfigError: of another shape.
+        """
+        if weight.shape != (self.out_features, self.in_features):
+            raise ConfigError(
+                f"packed linear: found a weight of {weight.shape}, expected {(self.out_features, self.in_features)}."
+            )
+        self._weight = weight
+
+    @property
+    def weight_bytes(self) -> int:
+        """Resident bytes of the packed weight."""
+        return self.packed.num_bytes
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.packed
+        if torch.is_autocast_enabled("cpu"):
+            x = x.to(weight.values.dtype)
+        if x.dtype != weight.values.dtype or x.device.type != "cpu":
+            raise ConfigError(
+                f"packed linear: found an input of {x.dtype} on {x.device}, expected {weight.values.dtype} on the CPU; "
+                'load the level with the dtype you want, or with runtime="dense" for another device.'
+            )
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise ConfigError(
+                'packed linear: packed weights are for inference; use torch.no_grad(), or load with runtime="dense".'
+            )
+        rows = x.reshape(-1, self.in_features).contiguous()
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        if self._kernels is not None and rows.shape[0] <= DIRECT_TOKENS:
+            y = self._kernels.product(weight, rows, bias)
+        else:
+            y = self._by_tiles(weight, rows, bias)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _by_tiles(self, weight: PackedWeight, x_TI: Tensor, bias: Tensor | None) -> Tensor:
+        step = max(16, TILE_BYTES // (self.in_features * x_TI.dtype.itemsize))
+        y = torch.empty(x_TI.shape[0], self.out_features, dtype=x_TI.dtype)
+        buffer = torch.empty(min(step, self.out_features), self.in_features, dtype=x_TI.dtype)
+        for begin in range(0, self.out_features, step):
+            end = min(begin + step, self.out_features)
+            if self._kernels is None:
+                tile = unpack_rows(weight, begin, end)
+            else:
+                tile = buffer[: end - begin]
+                self._kernels.unpack_rows_(weight, begin, tile)
+            part = F.linear(x_TI, tile, None if bias is None else bias[begin:end])
+            if end - begin == self.out_features:
+                return part
+            y[:, begin:end] = part
+        return y
+
+    def extra_repr(self) -> str:
+        kept = "empty" if self._weight is None else f"{self._weight.values.dtype}, {self._weight.num_bytes} bytes"
+        path = "torch" if self._kernels is None else self._kernels.name
+        return f"in_features={self.in_features}, out_features={self.out_features}, packed: {kept}, path={path}"
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "PackedLinear":
+        """For `.to()`, `.half()` and the like: a packed weight stays what and where it is."""
+        if self._weight is not None:
+            probe = fn(torch.empty(0, dtype=self._weight.values.dtype))
+            if probe.device.type != "cpu" or probe.dtype != self._weight.values.dtype:
+                raise ConfigError(
+                    f"packed linear: cannot become {probe.dtype} on {probe.device}; "
+                    'load the level with that dtype, or with runtime="dense" for another device.'
+                )
+        super()._apply(fn, recurse)
+        return self
+
+    def _save_to_state_dict(self, _destination: Any, prefix: str, _keep_vars: bool) -> None:
+        raise ConfigError(
+            f"{prefix}weight: packed weights are not saved from a live model; "
+            "write the level with save_sliced (plain Hugging Face) or copy_level (elastic)."
+        )
+
+
+def pack_linears_(
+    model: nn.Module, shapes: Mapping[str, tuple[int, int]], kernels: Kernels | None
+) -> dict[str, PackedLinear]:
+    """Puts an empty packed linear in the place of every named one; biases stay the model's own parameters.
+
+    Args:
+        shapes: (O, I) of every linear, by fully qualified name.
+    """
+    made = {}
+    for name, (outputs, inputs) in shapes.items():
+        bias: nn.Parameter | None = model.get_submodule(name).bias  # type: ignore[assignment]
+        made[name] = PackedLinear(inputs, outputs, bias, kernels)
+        replace_module_(model, name, made[name])
+    return made
