@@ -29,8 +29,11 @@ ALLOWED = {
     },
     "hub": {"errors", "manifest"},
     "inspection": {"checkpoint", "hub", "ladder", "shells"},
-    "transfer": {"checkpoint", "errors", "files", "hub", "ladder", "manifest"},
+    "transfer": {"checkpoint", "errors", "files", "hub", "manifest"},
     "report": {"errors"},
+    "ways": {"checkpoint", "ladder", "precision", "shells"},
+    "doctor": {"torch", "native", "precision", "semi_structured", "ways"},
+    "device_profile": {"checkpoint", "errors", "files", "ladder", "ways"},
     # layer 2: know Hugging Face models
     "arch": {"torch", "errors"},
     "tiny": {"torch", "transformers", "arch"},
@@ -63,14 +66,14 @@ ALLOWED = {
         "distill", "end_to_end", "files", "importance", "ladder", "masks", "mixer", "models", "precision", "shells",
     },
     "measure": {
-        "baselines", "calibration_text", "checkpoint", "config", "data", "errors", "evaluate", "ladder", "manifest",
+        "baselines", "calibration_text", "checkpoint", "config", "data", "errors", "evaluate", "hub", "ladder",
         "models", "precision", "slicing",
     },
     # layer 5
     "__main__": {"cli"},
     "cli": {
-        "transformers", "checkpoint", "config", "errors", "files", "hub", "inspection", "measure", "overlay",
-        "peft_export", "pipeline", "precision", "report", "slicing", "transfer", "verify",
+        "transformers", "checkpoint", "config", "errors", "files", "hub", "inspection",
+        "measure", "overlay", "peft_export", "pipeline", "precision", "report", "slicing", "transfer", "verify",
     },
 }  # fmt: skip
 WATCHED = {"torch", "numpy", "safetensors", "transformers", "peft", "datasets", "lm_eval", "accelerate"}
