@@ -34,6 +34,7 @@ ALLOWED = {
     "ways": {"checkpoint", "ladder", "precision", "shells"},
     "doctor": {"torch", "native", "precision", "semi_structured", "ways"},
     "device_profile": {"checkpoint", "errors", "files", "ladder", "ways"},
+    "choosing": {"checkpoint", "device_profile", "errors", "hub", "inspection", "ladder", "manifest", "report"},
     # layer 2: know Hugging Face models
     "arch": {"torch", "errors"},
     "tiny": {"torch", "transformers", "arch"},
@@ -72,7 +73,7 @@ ALLOWED = {
     # layer 5
     "__main__": {"cli"},
     "cli": {
-        "transformers", "checkpoint", "config", "errors", "files", "hub", "inspection",
+        "transformers", "checkpoint", "choosing", "config", "errors", "files", "hub", "inspection",
         "measure", "overlay", "peft_export", "pipeline", "precision", "report", "slicing", "transfer", "verify",
     },
 }  # fmt: skip
