@@ -34,6 +34,7 @@ ALLOWED = {
     "ways": {"checkpoint", "ladder", "precision", "shells"},
     "doctor": {"torch", "native", "precision", "semi_structured", "ways"},
     "device_profile": {"checkpoint", "errors", "files", "ladder", "ways"},
+    "device_report": {"device_profile", "doctor", "report", "ways"},
     "choosing": {"checkpoint", "device_profile", "errors", "hub", "inspection", "ladder", "manifest", "report"},
     # layer 2: know Hugging Face models
     "arch": {"torch", "errors"},
@@ -70,10 +71,15 @@ ALLOWED = {
         "baselines", "calibration_text", "checkpoint", "config", "data", "errors", "evaluate", "hub", "ladder",
         "models", "precision", "slicing",
     },
+    "bench": {
+        "torch", "transformers", "calibration_text", "checkpoint", "device_profile", "doctor", "errors", "hub",
+        "ladder", "slicing", "ways",
+    },
     # layer 5
     "__main__": {"cli"},
+    "cli_device": {"bench", "device_profile", "device_report", "doctor", "errors", "precision"},
     "cli": {
-        "transformers", "checkpoint", "choosing", "config", "errors", "files", "hub", "inspection",
+        "transformers", "checkpoint", "choosing", "cli_device", "config", "errors", "files", "hub", "inspection",
         "measure", "overlay", "peft_export", "pipeline", "precision", "report", "slicing", "transfer", "verify",
     },
 }  # fmt: skip
