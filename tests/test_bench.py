@@ -36,6 +36,7 @@ class SlowModels:
     def __init__(self, monkeypatch):
         self.now = 0.0
         self.asked = []  # way and tokens of every call of a whole model
+        self.contexts = []  # tokens in the cache before each
         self.alive = []
         clock = types.SimpleNamespace(perf_counter=lambda: self.now, strftime=time.strftime)
         monkeypatch.setattr("elastic_sparsity.bench.time", clock)
@@ -53,6 +54,8 @@ class SlowModels:
 
         def before(module, args, kwargs):
             self.asked.append((way.name, kwargs["input_ids"].numel()))
+            cache = kwargs["cache"] if "cache" in kwargs else kwargs["past_key_values"]
+            self.contexts.append(cache.get_seq_length())
             self.now += self.noise * (overhead + rest / BYTES_PER_S[way.runtime])
 
         model.register_forward_pre_hook(before, with_kwargs=True)
@@ -119,6 +122,7 @@ def test_ways_take_turns(tiny_checkpoint, monkeypatch):
     assert prefills == ["dense-float32", "packed-float32", "packed-float32", "dense-float32", *prefills[:2]]
     sizes = [tokens for way, tokens in slow.asked]
     assert sizes == 2 * [8, 1, 1, 4, 4] + 4 * [8, 1, 1, 1, 4, 4, 4], "two tokens warm up, three count"
+    assert slow.contexts == 2 * [0, 8, 9, 8, 9] + 4 * [0, 8, 9, 10, 8, 9, 10], "each batch goes on from the prompt"
 
 
 def test_a_machine_that_slows_down_does_not_change_a_speedup(tiny_checkpoint, monkeypatch):

@@ -307,6 +307,15 @@ def test_an_elastic_hub_id_is_evaluated(level, hub, common_files, tiny_checkpoin
     assert rows == evaluate_path(str(tiny_checkpoint), str(text), **settings)[0]
 
 
+def test_what_is_evaluated_is_of_one_commit(hub, tmp_path):
+    hub.moves_to = SECOND
+    hub.commits[SECOND] = tmp_path / "not there"
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    evaluate_path(REPOSITORY, str(tmp_path / "text.txt"), level="70%", window=64, precision="float32", **hub.options)
+    assert hub.main == SECOND
+    assert {revision for _, revision, file in hub.asked if file != CONFIG_NAME} == {FIRST}
+
+
 def test_what_is_no_elastic_hub_id_is_loaded_as_a_plain_model(hub, broken, tmp_path, monkeypatch):
     assert elastic_folder("someone/else", **hub.options) is None
     assert elastic_folder(tmp_path) is None
