@@ -144,3 +144,5 @@ def _verdicts(row: Measurement, dense: list[Measurement]) -> Iterator[str]:
         texts.setdefault(text, []).append(at)
     for text, batches in texts.items():
         yield f"{row.way} at {level_title(row.level)} {text} {', '.join(batches)}."
+    if texts and not row.way.startswith(DENSE) and row.prefill.speedup < LOSS:
+        yield f"{row.way} at {level_title(row.level)} reads prompts slower than dense ({row.prefill.speedup:.2f}x)."

@@ -4,7 +4,7 @@ import pytest
 from machines import gpu, kernels, machine, made_up_profile, profile_data
 from rich.console import Console
 
-from elastic_sparsity.device_profile import Profile, read_profile
+from elastic_sparsity.device_profile import PrefillEntry, Profile, read_profile
 from elastic_sparsity.device_report import (
     lines_table,
     machine_table,
@@ -78,6 +78,13 @@ def timed_profile(*, packed_speedups, packed_bytes):
 )
 def test_the_verdict_in_words(speedups, size, lines):
     assert list(verdict_lines(timed_profile(packed_speedups=speedups, packed_bytes=size))) == lines
+
+
+def test_slower_prompts_are_told():
+    profile = timed_profile(packed_speedups=(2.0, 2.0), packed_bytes=41)
+    slow = profile.measurements[1].model_copy(update={"prefill": PrefillEntry(tokens_per_s=400.0, speedup=0.4)})
+    profile = profile.model_copy(update={"measurements": [profile.measurements[0], slow]})
+    assert list(verdict_lines(profile))[1:] == ["packed-float32 at 70 % reads prompts slower than dense (0.40x)."]
 
 
 def test_tables_hold_the_numbers():
