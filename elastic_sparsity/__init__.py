@@ -1,6 +1,7 @@
 """One post-training run, one elastic checkpoint, every sparsity level sliced at load time."""
 
 from elastic_sparsity.checkpoint import ElasticCheckpoint
+from elastic_sparsity.choosing import Choice, choose_level
 from elastic_sparsity.config import Recipe, read_recipe
 from elastic_sparsity.errors import ElasticSparsityError
 from elastic_sparsity.inspection import LevelInfo, levels
@@ -12,11 +13,13 @@ from elastic_sparsity.transfer import copy_level, upgrade
 from elastic_sparsity.verify import verify
 
 __all__ = [
+    "Choice",
     "ElasticCheckpoint",
     "ElasticModel",
     "ElasticSparsityError",
     "LevelInfo",
     "Recipe",
+    "choose_level",
     "copy_level",
     "export_peft",
     "levels",

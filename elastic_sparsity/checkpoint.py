@@ -182,6 +182,11 @@ class ElasticCheckpoint:
         """Bytes of the tensor files a level reads."""
         return sum(entry.bytes for entry in self.files_of(level))
 
+    def download_bytes(self, level: Level) -> int:
+        """Bytes of every file of a level's download: tensors, config and tokenizer, and elastic_config.json itself."""
+        extras = sum(entry.bytes for entry in self.manifest.extras)
+        return self.bytes_of(level) + extras + (self.folder / CONFIG_NAME).stat().st_size
+
     def total_bytes(self) -> int:
         """Bytes of all tensor files."""
         return sum(entry.bytes for entries in self.manifest.files.values() for entry in entries)

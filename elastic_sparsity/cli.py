@@ -16,6 +16,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+from elastic_sparsity.cli_device import register
 from elastic_sparsity.config import Recipe, read_recipe
 from elastic_sparsity.errors import ConfigError, ElasticSparsityError
 
@@ -133,21 +134,36 @@ def slice_command(
     checkpoint: Annotated[str, typer.Argument(help="Folder or hub id of an elastic checkpoint.")],
     output: Annotated[Path, typer.Option(help="Folder to make.")],
     level: Annotated[str | None, typer.Option(help='A level of the ladder: "0.6", "60%" or "2:4".')] = None,
-    max_bytes: Annotated[str | None, typer.Option(help="The densest level whose tensors fit, e.g. 60MB.")] = None,
+    max_bytes: Annotated[str | None, typer.Option(help="Best level whose whole download fits, e.g. 60MB.")] = None,
+    max_ms_per_token: Annotated[
+        float | None, typer.Option(help="Best level that decodes a token in time; needs --device-profile.")
+    ] = None,
+    min_quality: Annotated[
+        float | None,
+        typer.Option(help="Dense perplexity / the level's; alone: the smallest level that has it."),
+    ] = None,
+    device_profile: Annotated[
+        str | None, typer.Option(help="File made by bench, or an estimate of the package (phone, laptop-avx2, ...).")
+    ] = None,
     format: Annotated[
         str | None, typer.Option(help='"transformers": a plain model. "elastic": only the level\'s files.')
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's.")] = None,
 ) -> None:
     """Write one level: as a plain Hugging Face folder that any tool opens, or as a smaller elastic checkpoint."""
+    from elastic_sparsity.choosing import choose_level
     from elastic_sparsity.precision import DTYPES
-    from elastic_sparsity.report import human_bytes, parse_bytes
+    from elastic_sparsity.report import human_bytes
     from elastic_sparsity.slicing import save_sliced
-    from elastic_sparsity.transfer import copy_level, densest_within
+    from elastic_sparsity.transfer import copy_level
 
     chosen = format or ("transformers" if level is not None else "elastic")
-    if (level is None) == (max_bytes is None):
-        raise ConfigError("slice: give either --level or --max-bytes.")
+    budgets: dict[str, Any] = {"max_bytes": max_bytes, "max_ms_per_token": max_ms_per_token, "min_quality": min_quality}
+    has_budget = any(value is not None for value in budgets.values())
+    if (level is not None) == has_budget:
+        raise ConfigError("slice: give either --level or --max-bytes, --max-ms-per-token, --min-quality.")
+    if level is not None and device_profile is not None:
+        raise ConfigError("--device-profile: chooses a level under a budget; leave out it or --level.")
     if chosen not in ("transformers", "elastic"):
         raise ConfigError(f"--format: {format!r} is not transformers or elastic.")
     if dtype is not None and dtype not in DTYPES:
@@ -156,8 +172,14 @@ def slice_command(
         raise ConfigError("--dtype: an elastic output keeps the checkpoint's; leave it out, or write transformers.")
     if max_bytes is not None and chosen == "transformers":
         raise ConfigError("--max-bytes: a plain folder stores zeros too, all levels have one size there; use elastic.")
+    if device_profile is not None and chosen == "transformers":
+        raise ConfigError("--device-profile: a plain folder runs dense, all levels take one time there; use elastic.")
     with _progress(quiet=True):
-        wanted = level if level is not None else densest_within(checkpoint, parse_bytes(str(max_bytes))).name
+        wanted = level
+        if wanted is None:
+            choice = choose_level(checkpoint, profile=device_profile, **budgets)
+            wanted = choice.level
+            Console(soft_wrap=True).print(_escape(choice.explanation))
         if chosen == "transformers":
             save_sliced(checkpoint, wanted, output, DTYPES[dtype] if dtype else None)
             how = "open it with AutoModelForCausalLM.from_pretrained"
@@ -256,7 +278,7 @@ def restore(
 @app.command("eval")
 def eval_command(
     path: Annotated[
-        str, typer.Argument(help="Elastic checkpoint (folder), Hugging Face folder, hub id or .gguf file.")
+        str, typer.Argument(help="Elastic checkpoint or Hugging Face model (folder or hub id), or .gguf file.")
     ],
     text: Annotated[str, typer.Option(help="Text file to measure on.")],
     level: Annotated[str | None, typer.Option(help="One level of an elastic checkpoint; default: all.")] = None,
@@ -289,3 +311,6 @@ def eval_command(
     Console().print(results_table(rows, f"{protocol['text']}, {counts[0]} windows of {counts[1]} tokens"))
     if output is not None:
         write_json(output, {"protocol": protocol, "rows": rows})
+
+
+register(app, _progress)

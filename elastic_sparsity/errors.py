@@ -37,5 +37,9 @@ class LevelError(ElasticSparsityError):
     """A level outside the ladder."""
 
 
+class ProfileError(ElasticSparsityError):
+    """A device profile is missing, damaged, or of a version this release does not read."""
+
+
 class OutputError(ElasticSparsityError):
     """The output folder is in use, or the disk is full."""

@@ -78,6 +78,37 @@ def checkpoint_folder(
     return folder
 
 
+def elastic_folder(path: str | Path, **hub: Any) -> Path | None:
+    """Folder with the elastic_config.json at `path` (of a hub id: fetched); None if none can be had there.
+
+    None also means that a hub does not answer and its cache has nothing: a plain model may still be in another cache.
+
+    Raises: ConfigError: unknown option.
+    """
+    if Path(path).is_file() or not is_hub_id(path):  # "models/x.gguf" looks like a hub id too
+        return Path(path) if (Path(path) / CONFIG_NAME).is_file() else None
+    try:
+        return checkpoint_folder(path, **hub)
+    except CheckpointError:
+        return None
+
+
+def fetch_levels(path: str | Path, levels: Iterable[str | float] | None, **hub: Any) -> Path:
+    """`path` itself if it is a folder; for a hub id, the cache folder after fetching what several levels read.
+
+    Args:
+        levels: None = all of the ladder.
+    Raises: as `checkpoint_folder`.
+    """
+
+    def files(manifest: Manifest) -> list[FileEntry]:
+        ladder = manifest.build_ladder()
+        wanted = ladder.levels if levels is None else [ladder.find(level) for level in levels]
+        return [*manifest.extras, *dict.fromkeys(entry for level in wanted for entry in manifest.files_of(level))]
+
+    return checkpoint_folder(path, files=files, **hub)
+
+
 def _level_files(manifest: Manifest, level: str | float) -> list[FileEntry]:
     ladder = manifest.build_ladder()
     found = by_density(ladder)[0] if level == "auto" else ladder.find(level)

@@ -13,8 +13,8 @@ from elastic_sparsity.config import Recipe
 from elastic_sparsity.data import read_text, token_hash, tokenize, windows
 from elastic_sparsity.errors import ConfigError
 from elastic_sparsity.evaluate import Quality, evaluate
+from elastic_sparsity.hub import elastic_folder, fetch_levels, is_hub_id
 from elastic_sparsity.ladder import Level
-from elastic_sparsity.manifest import CONFIG_NAME
 from elastic_sparsity.models import load_base
 from elastic_sparsity.precision import autocast_factory, default_device, resolve_precision
 from elastic_sparsity.slicing import load_level, load_tokenizer
@@ -85,18 +85,25 @@ def evaluate_path(
     max_windows: int | None = None,
     precision: str = "auto",
     progress: Progress = silent,
+    **hub: Any,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Rows and protocol for any causal LM, or for one or all levels of an elastic checkpoint.
 
+    Args:
+        path: folder, hub id or .gguf file; of an elastic hub id only the files of the measured levels are downloaded.
+        **hub: as in `checkpoint_folder`, for an elastic hub id.
     Raises: ConfigError, DataError, CheckpointError, LevelError.
     """
     teacher = None if reference is None else load_base(reference)
     rows: list[dict[str, Any]] = []
     jobs: list[tuple[str, str, int, Callable[[], Any]]]
-    if (Path(path) / CONFIG_NAME).is_file():
-        checkpoint = ElasticCheckpoint(path)
+    folder = elastic_folder(path, **hub)
+    if folder is not None:
+        checkpoint = ElasticCheckpoint(folder)
         levels = checkpoint.ladder.levels if level is None else (checkpoint.ladder.find(level),)
-        tokenizer = load_tokenizer(path)
+        if is_hub_id(path):  # the files of the same commit
+            fetch_levels(path, [x.name for x in levels], **{**hub, "revision": folder.name})
+        tokenizer = load_tokenizer(folder)
         jobs = [
             (x.name, "elastic", checkpoint.bytes_of(x), partial(load_level, checkpoint, x, checkpoint.dtype))
             for x in levels

@@ -79,11 +79,12 @@ def results_table(rows: Sequence[Row], title: str) -> Table:
         previous = row["level"]
         kl = "" if row.get("kl") is None else f"{row['kl']:.4f}"
         size = human_bytes(row["bytes"]) if row.get("bytes") else ""
-        table.add_row(_title(row["level"]), row["method"], f"{row['perplexity']:.2f}", kl, size)
+        table.add_row(level_title(row["level"]), row["method"], f"{row['perplexity']:.2f}", kl, size)
     return table
 
 
-def _title(level: str) -> str:
+def level_title(level: str) -> str:
+    """A level's name for people: "0.6" -> "60 %"; others stay as they are."""
     try:
         return f"{100 * float(level):g} %"
     except ValueError:
@@ -111,7 +112,7 @@ def plot_results(rows: Sequence[Row], path: Path, title: str) -> None:
     for row in dense:
         axes.axhline(row["perplexity"], color="black", linestyle="--", label=f"dense ({row['perplexity']:.1f})")
     axes.set_yscale("log")
-    axes.set_xticks(range(len(levels)), [_title(level) for level in levels])
+    axes.set_xticks(range(len(levels)), [level_title(level) for level in levels])
     axes.set_xlabel("level (share of zeros, or N:M)")
     axes.set_ylabel("perplexity (log scale, lower is better)")
     axes.set_title(title)

@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from elastic_sparsity.checkpoint import ElasticCheckpoint
-from elastic_sparsity.errors import CheckpointError, LevelError
+from elastic_sparsity.errors import CheckpointError
 from elastic_sparsity.files import atomic_file, atomic_folder, check_output_folder
 from elastic_sparsity.hub import checkpoint_folder
-from elastic_sparsity.ladder import Level
-from elastic_sparsity.manifest import CONFIG_NAME, FileEntry, Manifest, by_density
+from elastic_sparsity.manifest import CONFIG_NAME, FileEntry, Manifest
 
 
 def copy_level(path: str | Path, level: str | float, output: str | Path, **hub: Any) -> ElasticCheckpoint:
@@ -74,19 +73,3 @@ def _copy_checked(source: Path, target: Path, entry: FileEntry) -> None:
                 writer.write(chunk)
         if digest.hexdigest() != entry.sha256:
             raise CheckpointError(f"{source}: sha256 differs from the recorded one; the source is damaged.")
-
-
-def densest_within(path: str | Path, max_bytes: int, **hub: Any) -> Level:
-    """The densest level whose tensor files are at most `max_bytes` together.
-
-    Raises: LevelError: if not even the smallest one fits. CheckpointError.
-    """
-    checkpoint = ElasticCheckpoint(checkpoint_folder(path, None, **hub))
-    fitting = [level for level in by_density(checkpoint.ladder) if checkpoint.bytes_of(level) <= max_bytes]
-    if not fitting:
-        smallest = min(checkpoint.ladder.levels, key=checkpoint.bytes_of)
-        raise LevelError(
-            f"no level fits into {max_bytes} bytes; the smallest, {smallest.title}, "
-            f"needs {checkpoint.bytes_of(smallest)}."
-        )
-    return fitting[0]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from elastic_sparsity import cli, levels
+from elastic_sparsity import ElasticCheckpoint, cli
 from elastic_sparsity.tiny import byte_tokenizer, tiny_model
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 40
@@ -53,7 +53,7 @@ def quick_recipe(tmp_path):
 def test_verbs_are_these():
     names = {command.name or command.callback.__name__ for command in cli.app.registered_commands}
     makers = {"demo", "train", "slice", "upgrade", "overlay", "restore", "export-peft"}
-    assert names == makers | {"eval", "inspect"}
+    assert names == makers | {"eval", "inspect", "doctor", "bench"}
 
 
 def test_train_slice_eval(capsys, tmp_path, quick_recipe, text_file):
@@ -129,11 +129,13 @@ def test_inspect_shows_and_proves(capsys, tiny_checkpoint, tmp_path):
 
 
 def test_a_device_downloads_upgrades_and_loads(capsys, tiny_checkpoint, tmp_path):
-    sizes = {row.name: row.bytes for row in levels(tiny_checkpoint)}
+    checkpoint = ElasticCheckpoint(tiny_checkpoint)
+    sizes = {level.name: checkpoint.download_bytes(level) for level in checkpoint.ladder.levels}
     smallest = min(sizes, key=sizes.get)
     device = tmp_path / "device"
     code, stdout, stderr = run(capsys, "slice", tiny_checkpoint, "--max-bytes", sizes[smallest], "--output", device)
     assert code == 0 and f"level {smallest}" in stdout, stderr
+    assert sum(path.stat().st_size for path in device.rglob("*") if path.is_file()) == sizes[smallest]
     expect_error(capsys, "upgrade` fetches", "slice", device, "--level", "2:4", "--output", tmp_path / "no")
     code, stdout, stderr = run(capsys, "upgrade", device, "--from", tiny_checkpoint, "--level", "2:4")
     assert code == 0 and "shell-pattern-2of4.safetensors" in stdout, stderr
@@ -174,6 +176,11 @@ def test_mistakes_get_one_clear_line(capsys, tmp_path, quick_recipe, tiny_checkp
     expect_error(capsys, "no level fits into 10 bytes", "slice", tiny_checkpoint, "--max-bytes", "10", "--output", out)
     expect_error(capsys, "a plain folder stores zeros too", "slice", tiny_checkpoint, "--max-bytes", "1GB", "--format",
                  "transformers", "--output", out)  # fmt: skip
+    expect_error(capsys, "all levels take one time there", "slice", tiny_checkpoint, "--max-ms-per-token", "5",
+                 "--device-profile", "phone", "--format", "transformers", "--output", out)  # fmt: skip
+    expect_error(capsys, "needs a device profile", "slice", tiny_checkpoint, "--max-ms-per-token", "5", "--output", out)
+    expect_error(capsys, "chooses a level under a budget", "slice", tiny_checkpoint, "--level", "0.5",
+                 "--device-profile", "phone", "--output", out)  # fmt: skip
     expect_error(capsys, "is not transformers or elastic", "slice", tiny_checkpoint, "--level", "0.5", "--format",
                  "gguf", "--output", out)  # fmt: skip
     expect_error(capsys, "is no folder", "train", quick_recipe, "--model", tmp_path / "no" / "where", "--output", out)

@@ -18,6 +18,7 @@ from test_checkpoint import flip, truncate
 
 from elastic_sparsity import (
     ElasticModel,
+    choose_level,
     copy_level,
     export_peft,
     levels,
@@ -26,13 +27,17 @@ from elastic_sparsity import (
     upgrade,
     verify,
 )
+from elastic_sparsity.bench import bench
 from elastic_sparsity.errors import CheckpointError, ConfigError, ElasticSparsityError, LevelError
+from elastic_sparsity.hub import elastic_folder
 from elastic_sparsity.manifest import CONFIG_NAME, read_manifest
+from elastic_sparsity.measure import evaluate_path
 
 REPOSITORY = "someone/elastic-tiny"
 FIRST, SECOND = "1" * 40, "2" * 40  # commits
 SHELLS = ["shell-core.safetensors", "shell-level-0.6.safetensors", "shell-level-0.5.safetensors"]  # sparsest first
 ADAPTERS = [f"adapters-{group}.safetensors" for group in range(3)]  # densest first
+EVERY_LEVEL = {*SHELLS, "shell-pattern-2of4.safetensors", "adapters-3.safetensors"}
 
 
 class Hub(ThreadingHTTPServer):
@@ -282,3 +287,57 @@ def test_an_export_for_peft_downloads_adapters_only(hub, tmp_path):
 def test_what_is_cached_can_be_verified(hub):
     ElasticModel.from_pretrained(REPOSITORY, "70%", **hub.options)
     assert all(check.passed for check in verify(REPOSITORY, **hub.options))
+
+
+def test_a_level_is_chosen_from_the_config_only(hub, tiny_checkpoint):
+    choice = choose_level(REPOSITORY, max_bytes="1GB", profile="phone", **hub.options)
+    assert hub.sent() == {CONFIG_NAME}
+    assert choice == choose_level(tiny_checkpoint, max_bytes="1GB", profile="phone")
+    failing(LevelError, "no level is complete here", choose_level, REPOSITORY, max_bytes="1GB",
+            **hub.options, local_files_only=True)  # fmt: skip
+
+
+@pytest.mark.parametrize("level", ["70%", None])
+def test_an_elastic_hub_id_is_evaluated(level, hub, common_files, tiny_checkpoint, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    settings = {"level": level, "window": 64, "precision": "float32"}
+    rows, _ = evaluate_path(REPOSITORY, str(text), **settings, **hub.options)
+    assert hub.sent() == common_files | set(ADAPTERS) | (set() if level else EVERY_LEVEL)
+    assert rows == evaluate_path(str(tiny_checkpoint), str(text), **settings)[0]
+
+
+def test_what_is_evaluated_is_of_one_commit(hub, tmp_path):
+    hub.moves_to = SECOND
+    hub.commits[SECOND] = tmp_path / "not there"
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    evaluate_path(REPOSITORY, str(tmp_path / "text.txt"), level="70%", window=64, precision="float32", **hub.options)
+    assert hub.main == SECOND
+    assert {revision for _, revision, file in hub.asked if file != CONFIG_NAME} == {FIRST}
+
+
+def test_what_is_no_elastic_hub_id_is_loaded_as_a_plain_model(hub, broken, tmp_path, monkeypatch):
+    assert elastic_folder("someone/else", **hub.options) is None
+    assert elastic_folder(tmp_path) is None
+    hub.asked.clear()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "x.gguf").write_bytes(b"")
+    assert elastic_folder("models/x.gguf", **hub.options) is None
+    assert hub.asked == [], "a file here is nothing to ask a hub for"
+    (broken / CONFIG_NAME).unlink()
+    assert elastic_folder(REPOSITORY, **hub.options) is None
+    hub.stop()
+    assert elastic_folder("someone/else", **hub.options) is None
+
+
+def test_a_damaged_elastic_config_is_not_taken_for_a_plain_model(hub, broken, tmp_path):
+    (broken / CONFIG_NAME).write_text("{")
+    failing(CheckpointError, "elastic_config.json: cannot be read", evaluate_path, REPOSITORY, "x", **hub.options)
+
+
+def test_a_bench_downloads_the_levels_it_times(hub, common_files):
+    settings = {"prompt": 4, "new_tokens": 1, "repeats": 1, "batches": [1], "ways": ["dense-float32"]}
+    profile = bench(REPOSITORY, levels=["70%"], **settings, **hub.options)
+    assert hub.sent() == common_files | set(ADAPTERS)
+    assert [row.level for row in profile.measurements] == ["0.7"]

@@ -31,8 +31,13 @@ ALLOWED = {
     },
     "hub": {"errors", "manifest"},
     "inspection": {"checkpoint", "hub", "ladder", "shells"},
-    "transfer": {"checkpoint", "errors", "files", "hub", "ladder", "manifest"},
+    "transfer": {"checkpoint", "errors", "files", "hub", "manifest"},
     "report": {"errors"},
+    "ways": {"checkpoint", "ladder", "precision", "shells"},
+    "doctor": {"torch", "native", "precision", "semi_structured", "ways"},
+    "device_profile": {"checkpoint", "errors", "files", "ladder", "ways"},
+    "device_report": {"device_profile", "doctor", "report", "ways"},
+    "choosing": {"checkpoint", "device_profile", "errors", "hub", "inspection", "ladder", "manifest", "report"},
     # layer 2: know Hugging Face models
     "arch": {"torch", "errors"},
     "tiny": {"torch", "transformers", "arch"},
@@ -69,14 +74,19 @@ ALLOWED = {
         "distill", "end_to_end", "files", "importance", "ladder", "masks", "mixer", "models", "precision", "shells",
     },
     "measure": {
-        "baselines", "calibration_text", "checkpoint", "config", "data", "errors", "evaluate", "ladder", "manifest",
+        "baselines", "calibration_text", "checkpoint", "config", "data", "errors", "evaluate", "hub", "ladder",
         "models", "precision", "slicing",
+    },
+    "bench": {
+        "torch", "transformers", "calibration_text", "checkpoint", "device_profile", "doctor", "errors", "hub",
+        "ladder", "slicing", "ways",
     },
     # layer 5
     "__main__": {"cli"},
+    "cli_device": {"bench", "device_profile", "device_report", "doctor", "errors", "precision"},
     "cli": {
-        "transformers", "checkpoint", "config", "errors", "files", "hub", "inspection", "measure", "overlay",
-        "peft_export", "pipeline", "precision", "report", "slicing", "transfer", "verify",
+        "transformers", "checkpoint", "choosing", "cli_device", "config", "errors", "files", "hub", "inspection",
+        "measure", "overlay", "peft_export", "pipeline", "precision", "report", "slicing", "transfer", "verify",
     },
 }  # fmt: skip
 WATCHED = {"torch", "numpy", "safetensors", "transformers", "peft", "datasets", "lm_eval", "accelerate"}

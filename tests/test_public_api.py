@@ -5,11 +5,13 @@ import elastic_sparsity
 
 def test_public_names():
     assert sorted(elastic_sparsity.__all__) == [
+        "Choice",
         "ElasticCheckpoint",
         "ElasticModel",
         "ElasticSparsityError",
         "LevelInfo",
         "Recipe",
+        "choose_level",
         "copy_level",
         "export_peft",
         "levels",

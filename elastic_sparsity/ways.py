@@ -1,0 +1,60 @@
+"""Ways to run a level: runtime x dtype, and the bytes each one reads a token. Counts from the manifest; no model.
+
+A *way* is what a user chooses when loading: "dense" (zeros stored), "packed" (one bit a position and the kept values)
+or "semi_structured" (the 2:4 layout of torch on a GPU), each in one dtype.
+"""
+
+from dataclasses import dataclass
+
+from elastic_sparsity.checkpoint import ElasticCheckpoint
+from elastic_sparsity.ladder import Level
+from elastic_sparsity.precision import DTYPES
+from elastic_sparsity.shells import LinearSpec
+
+RUNTIMES = ("dense", "packed", "semi_structured")
+DENSE = "dense"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Way:
+    """How a level runs.
+
+    Attributes:
+        runtime: one of RUNTIMES.
+        dtype: of the model, by name.
+    """
+
+    runtime: str
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.runtime}-{self.dtype}"
+
+    def serves(self, level: Level) -> bool:
+        """Whether this way can hold the level's zeros at all."""
+        return self.runtime != "semi_structured" or level.pattern == (2, 4)
+
+
+def streamed_bytes(checkpoint: ElasticCheckpoint, level: Level, way: Way) -> int:
+    """Bytes of weights that one decoded token reads: the sparsified linears as the way stores them, all else dense.
+
+    Everything outside the linears is counted, so also the rows of an untied embedding table that no token asks for.
+    """
+    shared = sum(entry.bytes for entry in checkpoint.manifest.files["shared"]) // checkpoint.dtype.itemsize
+    linears = sum(linear_bytes(spec, level, way) for spec in checkpoint.linears.values())
+    return shared * DTYPES[way.dtype].itemsize + linears
+
+
+def linear_bytes(spec: LinearSpec, level: Level, way: Way) -> int:
+    """Bytes of one linear's weight at a level, as the way stores it."""
+    item = DTYPES[way.dtype].itemsize
+    if way.runtime == DENSE:
+        return spec.size * item
+    if way.runtime == "semi_structured":  # half of the values, and two bits for the place of each
+        return spec.size * item // 2 + spec.size // 8
+    if level.pattern is None:
+        kept = spec.shape[0] * spec.kept[level.index]
+    else:
+        kept = spec.size * level.pattern[0] // level.pattern[1]
+    return spec.size // 8 + kept * item

@@ -1,0 +1,236 @@
+"""Bench on the tiny checkpoint: with a clock that only the models move, so that every number is known; and for real."""
+
+import gc
+import time
+import types
+import weakref
+
+import pytest
+import torch
+from machines import gpu, kernels, machine
+from torch import nn
+
+from elastic_sparsity import ElasticCheckpoint, ElasticModel
+from elastic_sparsity.bench import bench, empty_cache, greedy_stepper, load_way, resident_bytes
+from elastic_sparsity.device_profile import predict, read_profile, write_profile
+from elastic_sparsity.errors import CheckpointError, ConfigError, LevelError
+from elastic_sparsity.tiny import tiny_model
+from elastic_sparsity.ways import Way, linear_bytes, streamed_bytes
+
+QUICK = {"batches": (1, 4), "prompt": 8, "new_tokens": 3, "repeats": 2}
+PACKED = machine(**kernels("avx2", avx2=None))
+TWO_WAYS = {"levels": ["0.7"], "ways": ["dense-float32", "packed-float32"], "facts": PACKED}
+DENSE = Way(runtime="dense", dtype="float32")
+BYTES_PER_S = {"dense": 1e6, "packed": 0.5e6}
+OVERHEAD_S = {"dense": 1e-3, "packed": 2e-3}
+
+
+class SlowModels:
+    """Loads real models that move a clock of their own: a linear by its bytes, all the rest by overhead.
+
+    Dense linears cost the same for any number of tokens, packed ones cost more with each.
+    """
+
+    noise = 1.0  # factor on all times
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        self.asked = []  # way and tokens of every call of a whole model
+        self.contexts = []  # tokens in the cache before each
+        self.alive = []
+        clock = types.SimpleNamespace(perf_counter=lambda: self.now, strftime=time.strftime)
+        monkeypatch.setattr("elastic_sparsity.bench.time", clock)
+
+    def load(self, folder, level, way, device):
+        checkpoint = ElasticCheckpoint(folder)
+        model = ElasticModel.from_pretrained(folder, level.name, dtype=way.dtype, device=device)
+        linears = 0
+        for name, spec in checkpoint.linears.items():
+            size = linear_bytes(spec, level, way)
+            linears += size
+            model.get_submodule(name).register_forward_pre_hook(self.hook(way, size))
+        rest = streamed_bytes(checkpoint, level, way) - linears
+        overhead = OVERHEAD_S[way.runtime] * len(checkpoint.linears)
+
+        def before(module, args, kwargs):
+            self.asked.append((way.name, kwargs["input_ids"].numel()))
+            cache = kwargs["cache"] if "cache" in kwargs else kwargs["past_key_values"]
+            self.contexts.append(cache.get_seq_length())
+            self.now += self.noise * (overhead + rest / BYTES_PER_S[way.runtime])
+
+        model.register_forward_pre_hook(before, with_kwargs=True)
+        gc.collect()
+        self.alive.append((level.name, weakref.ref(model)))
+        assert {name for name, model in self.alive if model() is not None} == {level.name}, "other levels are gone"
+        return model
+
+    def hook(self, way, size):
+        def before(module, args):
+            tokens = args[0].numel() // args[0].shape[-1] if way.runtime == "packed" else 1
+            self.now += self.noise * tokens * size / BYTES_PER_S[way.runtime]
+
+        return before
+
+
+def test_every_number_of_a_known_machine(tiny_checkpoint, monkeypatch):
+    slow = SlowModels(monkeypatch)
+    profile = bench(tiny_checkpoint, levels=["0.7", "0.5"], facts=PACKED, load=slow.load, **QUICK)
+    checkpoint = ElasticCheckpoint(tiny_checkpoint)
+    assert list(profile.ways) == ["dense-float32", "packed-bfloat16", "packed-float32"]
+    for name, entry in profile.ways.items():
+        runtime = name.partition("-")[0]
+        assert entry.bytes_per_s == pytest.approx(BYTES_PER_S[runtime])
+        assert entry.overhead_s == pytest.approx(OVERHEAD_S[runtime])
+        assert entry.fit_error == pytest.approx(0, abs=1e-9)
+    assert [(row.level, row.way) for row in profile.measurements] == [
+        (level, way) for level in ("0.7", "0.5") for way in profile.ways
+    ]
+    linears = sum(x.size for x in checkpoint.linears.values())
+    for row in profile.measurements:
+        level, way = checkpoint.find(row.level), profile.ways[row.way].way
+        size = streamed_bytes(checkpoint, level, way)
+        packed = sum(linear_bytes(x, level, way) for x in checkpoint.linears.values())
+
+        def step(tokens, way=way, size=size, packed=packed):
+            more = (tokens - 1) * packed if way.runtime == "packed" else 0
+            return 14 * OVERHEAD_S[way.runtime] + (size + more) / BYTES_PER_S[way.runtime]
+
+        dense_s = 14 * OVERHEAD_S["dense"] + streamed_bytes(checkpoint, level, DENSE) / 1e6
+        assert row.streamed_bytes == size and row.linears == 14
+        assert row.disk_bytes == checkpoint.bytes_of(level)
+        assert [(x.batch, x.step_s) for x in row.decode] == [(1, pytest.approx(step(1))), (4, pytest.approx(step(4)))]
+        assert [x.speedup for x in row.decode] == [pytest.approx(dense_s / step(n)) for n in (1, 4)]
+        assert row.prefill.tokens_per_s == pytest.approx(8 / step(8))
+        assert row.prefill.speedup == pytest.approx(dense_s / step(8))
+        assert row.resident_bytes >= linears * (2 if way.dtype == "bfloat16" else 4)
+        assert predict(profile, checkpoint, level, row.way).ms_per_token == pytest.approx(1000 * step(1))
+    for row in profile.shapes:
+        way, level = profile.ways[row.way].way, checkpoint.find(row.level)
+        spec = next(x for x in checkpoint.linears.values() if x.shape == (row.outputs, row.inputs))
+        tokens = row.tokens if way.runtime == "packed" else 1
+        assert row.seconds == pytest.approx(tokens * linear_bytes(spec, level, way) / BYTES_PER_S[way.runtime])
+    shapes = {x.shape for x in checkpoint.linears.values()}
+    assert len(profile.shapes) == len(shapes) * 2 * 3 * 2  # levels, ways, numbers of tokens
+
+
+def test_ways_take_turns(tiny_checkpoint, monkeypatch):
+    slow = SlowModels(monkeypatch)
+    bench(
+        tiny_checkpoint, levels=["0.7"], ways=["dense-float32", "packed-float32"], facts=PACKED, load=slow.load, **QUICK
+    )
+    prefills = [way for way, tokens in slow.asked if tokens == 8]
+    assert prefills == ["dense-float32", "packed-float32", "packed-float32", "dense-float32", *prefills[:2]]
+    sizes = [tokens for way, tokens in slow.asked]
+    assert sizes == 2 * [8, 1, 1, 4, 4] + 4 * [8, 1, 1, 1, 4, 4, 4], "two tokens warm up, three count"
+    assert slow.contexts == 2 * [0, 8, 9, 8, 9] + 4 * [0, 8, 9, 10, 8, 9, 10], "each batch goes on from the prompt"
+
+
+def test_a_machine_that_slows_down_does_not_change_a_speedup(tiny_checkpoint, monkeypatch):
+    slow = SlowModels(monkeypatch)
+    settings = {**TWO_WAYS, "load": slow.load, **QUICK, "repeats": 4}
+    quiet = bench(tiny_checkpoint, **settings)
+    slow.asked.clear()
+    monkeypatch.setattr(SlowModels, "noise", property(lambda self: 1 + 0.02 * len(self.asked)))
+    loud = bench(tiny_checkpoint, **settings)
+    (_, before), (_, after) = ([row.decode[0] for row in x.measurements] for x in (quiet, loud))
+    assert after.step_s > 1.5 * before.step_s
+    assert after.speedup == pytest.approx(before.speedup, rel=0.03)
+
+
+def test_dense_for_real_end_to_end(tiny_checkpoint, tmp_path):
+    seen = []
+    threads = torch.get_num_threads()
+    profile = bench(
+        tiny_checkpoint, levels=["60%", "2:4"], ways=["dense-float32"], name="here", threads=1,
+        progress=lambda *row: seen.append(row), **QUICK,
+    )  # fmt: skip
+    assert torch.get_num_threads() == threads
+    assert [(row.level, row.way) for row in profile.measurements] == [
+        ("0.6", "dense-float32"),
+        ("2:4", "dense-float32"),
+    ]
+    assert all(x.step_s > 0 and x.speedup == 1 for row in profile.measurements for x in row.decode)
+    assert profile.name == "here" and not profile.is_estimate and profile.device.threads == 1
+    assert {stage for stage, _, _ in seen} >= {"timing 60 %", "timing linears of 2:4"}
+    assert all(done <= total for _, done, total in seen)
+    write_profile(profile, tmp_path / "here.json")
+    assert read_profile(tmp_path / "here.json") == profile
+
+
+def test_the_real_loader_asks_for_the_way(tiny_checkpoint, monkeypatch):
+    level = ElasticCheckpoint(tiny_checkpoint).find(0.7)
+    model = load_way(tiny_checkpoint, level, Way(runtime="dense", dtype="bfloat16"), "cpu")
+    assert model.dtype == torch.bfloat16 and model.elastic_state.level == level
+    seen = {}
+    monkeypatch.setattr(ElasticModel, "from_pretrained", lambda *args, **options: seen.update(options))
+    load_way(tiny_checkpoint, level, Way(runtime="packed", dtype="float32"), "cpu")
+    assert seen == {"dtype": "float32", "device": "cpu", "runtime": "packed"}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "opt", "gpt2", "gpt_neox", "phi3"])
+def test_the_timed_loop_decodes_what_the_model_says(family):
+    model = tiny_model(family)
+    ids_BT = torch.randint(260, (1, 12), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        step, cache = greedy_stepper(model), empty_cache(model)
+        token, tokens = step(ids_BT, cache), []
+        cache.batch_repeat_interleave(3)
+        token = token.repeat(3, 1)
+        for _ in range(4):
+            tokens.append(token)
+            token = step(token, cache)
+        for expected in tokens:
+            found = model(input_ids=ids_BT, use_cache=False).logits[:, -1:].argmax(-1)
+            assert torch.equal(expected, found.repeat(3, 1))
+            ids_BT = torch.cat([ids_BT, found], dim=1)
+
+
+def test_resident_bytes_count_what_is_tied_once():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 3, bias=False), nn.Linear(4, 3, bias=False)
+            self.two.weight = self.one.weight
+            self.register_buffer("mask", torch.zeros(5, dtype=torch.uint8))
+
+    assert resident_bytes(Model()) == 4 * 3 * 4 + 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"batches": (8,)}, ConfigError, r"batches \[8\] must be above 0 and contain 1"),
+        ({"batches": (1, 0)}, ConfigError, "must be above 0"),
+        ({"batches": ()}, ConfigError, "contain 1"),
+        ({"prompt": 0}, ConfigError, "prompt: 0 is not above 0"),
+        ({"new_tokens": 0}, ConfigError, "new tokens: 0"),
+        ({"repeats": 0}, ConfigError, "repeats: 0"),
+        ({"threads": 0}, ConfigError, "threads: 0"),
+        ({"device": "tpu"}, ConfigError, "device 'tpu' is not cpu or cuda"),
+        ({"device": "cuda"}, ConfigError, "way none does not exist on cuda here; there are: none"),
+        ({"ways": ["dense-int8"]}, ConfigError, "way dense-int8 does not exist on cpu here; there are: dense-float32"),
+        ({"ways": ["packed-float32"]}, ConfigError, "add a dense one, which the others are compared with"),
+        ({"prompt": 254}, ConfigError, "257 tokens, but the model reads at most 256"),
+        ({"levels": ["0.9"]}, LevelError, "it has: 0.5"),
+        (
+            {"facts": machine(free_bytes=1000)},
+            ConfigError,
+            "bytes side by side, 1000 are there; time fewer",
+        ),
+        ({"facts": machine(gpus=(gpu(memory_bytes=9),)), "device": "cuda"}, ConfigError, "9 are there"),
+    ],
+)
+def test_wrong_settings(changes, error, message, tiny_checkpoint):
+    threads = torch.get_num_threads()
+    with pytest.raises(error, match=message):
+        bench(tiny_checkpoint, **{"facts": PACKED, "load": load_dense, **QUICK, **changes})
+    assert torch.get_num_threads() == threads
+
+
+def load_dense(folder, level, way, device):
+    return ElasticModel.from_pretrained(folder, level.name, dtype=way.dtype)
+
+
+def test_no_checkpoint(tmp_path):
+    with pytest.raises(CheckpointError, match="no elastic checkpoint here"):
+        bench(tmp_path)
