@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import torch
 
+from elastic_sparsity.native import TORCH, InstructionPath, active_path, instruction_paths
 from elastic_sparsity.precision import multiplies_bfloat16
 from elastic_sparsity.ways import Way
 
@@ -45,14 +46,6 @@ class Gpu:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class InstructionPath:
-    """One compiled kernel of the packed runtime and why it cannot run here; problem None = it can."""
-
-    name: str
-    problem: str | None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Facts:
     """What there is.
 
@@ -62,7 +55,7 @@ class Facts:
         threads: that torch uses.
         free_bytes: memory that can be had without swapping.
         instruction_paths: kernels of the packed runtime, best first.
-        active_path: the one in use, "torch" = no compiled one; None = the packed runtime is not installed.
+        active_path: the one in use; "torch" = no compiled one.
     """
 
     cpu: str
@@ -74,7 +67,7 @@ class Facts:
     free_bytes: int
     torch: str
     instruction_paths: tuple[InstructionPath, ...]
-    active_path: str | None
+    active_path: str
     gpus: tuple[Gpu, ...]
 
 
@@ -99,7 +92,6 @@ def read_facts() -> Facts:
     """The facts of this machine. What a system does not tell is None or "unknown", never a guess."""
     cpu, features = _read_cpu()
     memory = psutil.virtual_memory()
-    paths, active = _read_packed_runtime()
     return Facts(
         cpu=cpu,
         architecture=platform.machine() or "unknown",
@@ -109,8 +101,8 @@ def read_facts() -> Facts:
         memory_bytes=memory.total,
         free_bytes=memory.available,
         torch=torch.__version__,
-        instruction_paths=paths,
-        active_path=active,
+        instruction_paths=instruction_paths(),
+        active_path=active_path(),
         gpus=tuple(_read_gpus()),
     )
 
@@ -152,14 +144,6 @@ def parse_cpuinfo(text: str) -> tuple[str | None, frozenset[str]]:
 def known_features(flags: frozenset[str]) -> frozenset[str]:
     """Names of FEATURES among a system's own names."""
     return frozenset(name for name, aliases in FEATURES.items() if flags.intersection(aliases))
-
-
-def _read_packed_runtime() -> tuple[tuple[InstructionPath, ...], str | None]:
-    try:
-        from elastic_sparsity.native import active_path, instruction_paths  # loads a compiled library, only here
-    except ImportError:
-        return (), None
-    return tuple(InstructionPath(name=x.name, problem=x.problem) for x in instruction_paths()), active_path()
 
 
 def _read_gpus() -> Iterator[Gpu]:
@@ -220,23 +204,21 @@ def bfloat16_on_cpu(facts: Facts) -> bool | None:
 
 
 def _packed_on_cpu(facts: Facts) -> Iterator[Verdict]:
-    works, reason = _packed_reason(facts)
+    reason = _packed_reason(facts)
     emulated = "; what is not packed runs in emulated bfloat16, which packed-float32 avoids"
     for dtype in ("bfloat16", "float32"):
-        hint = emulated if works and dtype == "bfloat16" and bfloat16_on_cpu(facts) is False else ""
+        hint = emulated if dtype == "bfloat16" and bfloat16_on_cpu(facts) is False else ""
         for levels in ("unstructured", "N:M"):
             way = Way(runtime="packed", dtype=dtype)
-            yield Verdict(way=way, device="cpu", levels=levels, works=works, reason=reason + hint)
+            yield Verdict(way=way, device="cpu", levels=levels, works=True, reason=reason + hint)
 
 
-def _packed_reason(facts: Facts) -> tuple[bool, str]:
-    if facts.active_path is None:
-        return False, "this installation has no packed runtime"
+def _packed_reason(facts: Facts) -> str:
     refused = [f"{path.name}: {path.problem}" for path in facts.instruction_paths if path.problem is not None]
     why = f" ({'; '.join(refused)})" if refused else ""
-    if facts.active_path == "torch":
-        return True, f"in pure torch: saves memory, no time{why}"
-    return True, f"{facts.active_path} kernel{why}"
+    if facts.active_path == TORCH:
+        return f"in pure torch: saves memory, costs time{why}"
+    return f"{facts.active_path} kernel{why if facts.active_path == 'portable' else ''}"
 
 
 def _on_gpus(facts: Facts) -> Iterator[Verdict]:

@@ -16,7 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from elastic_sparsity.checkpoint import ElasticCheckpoint, file_metadata
+from elastic_sparsity.checkpoint import ElasticCheckpoint
+from elastic_sparsity.checkpoint_writer import file_metadata
 from elastic_sparsity.errors import CheckpointError, ShapeError
 from elastic_sparsity.files import atomic_folder, check_output_folder, file_sha256, write_json
 from elastic_sparsity.manifest import CONFIG_NAME, OVERLAY_NAME

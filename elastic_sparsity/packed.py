@@ -21,6 +21,10 @@ DIRECT_TOKENS = 32  # beyond, expanding once and a dense product win (Zen 5, 202
 TILE_BYTES = 16 << 20  # of dense rows at a time: larger ones leave the last-level cache, smaller ones feed torch badly
 
 
+DTYPES = (torch.float32, torch.bfloat16)
+_PARTS = ("mask_OW", "values", "starts")
+
+
 class PackedLinear(nn.Module):
     """y = x W^T + b with a packed W. Takes the place of `nn.Linear` and of GPT-2's `Conv1D`.
 
@@ -31,12 +35,16 @@ class PackedLinear(nn.Module):
     """
 
     bias: nn.Parameter | None
+    mask_OW: Tensor
+    values: Tensor
+    starts: Tensor
 
     def __init__(self, in_features: int, out_features: int, bias: nn.Parameter | None, kernels: Kernels | None) -> None:
         super().__init__()
         self.in_features, self.out_features, self._kernels = in_features, out_features, kernels
         self.register_parameter("bias", bias)
-        self._weight: PackedWeight | None = None
+        for name in _PARTS:  # buffers, so that what counts a model's memory finds them
+            self.register_buffer(name, None, persistent=False)
 
     @property
     def packed(self) -> PackedWeight:
@@ -44,9 +52,10 @@ class PackedLinear(nn.Module):
 
         Raises: ConfigError: none was set yet.
         """
-        if self._weight is None:
+        if self.values is None:
             raise ConfigError("packed linear: it has no weight yet; make it with ElasticModel.from_pretrained.")
-        return self._weight
+        shape = (self.out_features, self.in_features)
+        return PackedWeight(shape=shape, mask_OW=self.mask_OW, values=self.values, starts=self.starts)
 
     def set_packed(self, weight: PackedWeight) -> None:
         """Replaces the weight.
@@ -57,12 +66,8 @@ class PackedLinear(nn.Module):
             raise ConfigError(
                 f"packed linear: found a weight of {weight.shape}, expected {(self.out_features, self.in_features)}."
             )
-        self._weight = weight
-
-    @property
-    def weight_bytes(self) -> int:
-        """Resident bytes of the packed weight."""
-        return self.packed.num_bytes
+        for name in _PARTS:
+            setattr(self, name, getattr(weight, name))
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.packed
@@ -103,18 +108,18 @@ class PackedLinear(nn.Module):
         return y
 
     def extra_repr(self) -> str:
-        kept = "empty" if self._weight is None else f"{self._weight.values.dtype}, {self._weight.num_bytes} bytes"
+        kept = "empty" if self.values is None else f"{self.values.dtype}, {self.packed.num_bytes} bytes"
         path = "torch" if self._kernels is None else self._kernels.name
         return f"in_features={self.in_features}, out_features={self.out_features}, packed: {kept}, path={path}"
 
     def _apply(self, fn: Any, recurse: bool = True) -> "PackedLinear":
-        """For `.to()`, `.half()` and the like: a packed weight stays what and where it is."""
-        if self._weight is not None:
-            probe = fn(torch.empty(0, dtype=self._weight.values.dtype))
-            if probe.device.type != "cpu" or probe.dtype != self._weight.values.dtype:
+        """For `.to()`, `.half()` and the like: values may change between the two dtypes that kernels have."""
+        if self.values is not None:
+            probe = fn(torch.empty(0, dtype=self.values.dtype))
+            if probe.device.type != "cpu" or probe.dtype not in DTYPES:
                 raise ConfigError(
-                    f"packed linear: cannot become {probe.dtype} on {probe.device}; "
-                    'load the level with that dtype, or with runtime="dense" for another device.'
+                    f"packed linear: cannot become {probe.dtype} on {probe.device}; load the level anew "
+                    'with dtype="bfloat16" or "float32", or with runtime="dense".'
                 )
         super()._apply(fn, recurse)
         return self

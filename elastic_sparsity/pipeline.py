@@ -17,7 +17,8 @@ from elastic_sparsity.arch import architecture_of, check_finite_weights, decoder
 from elastic_sparsity.blocks import BlockRunner
 from elastic_sparsity.calibrate import block_statistics
 from elastic_sparsity.calibration_text import Progress, calibration_tokens, evaluation_windows, silent
-from elastic_sparsity.checkpoint import ElasticCheckpoint, write_checkpoint
+from elastic_sparsity.checkpoint import ElasticCheckpoint
+from elastic_sparsity.checkpoint_writer import write_checkpoint
 from elastic_sparsity.config import Recipe
 from elastic_sparsity.data import token_hash
 from elastic_sparsity.distill import BlockSettings, block_outputs, train_block_

@@ -2,7 +2,7 @@
 
 import contextlib
 import ctypes
-import json
+import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from elastic_sparsity.arch import architecture_of, is_transposed
 from elastic_sparsity.checkpoint import ElasticCheckpoint, OpenLevel
+from elastic_sparsity.choosing import choose_level
 from elastic_sparsity.decoding import FLOATS, Decoder, check_finite
-from elastic_sparsity.errors import CheckpointError, ConfigError, ElasticSparsityError, UnsupportedModelError
+from elastic_sparsity.errors import CheckpointError, ConfigError
 from elastic_sparsity.files import atomic_folder, check_output_folder
 from elastic_sparsity.hub import checkpoint_folder, is_hub_id
 from elastic_sparsity.ladder import Level
@@ -24,12 +24,11 @@ from elastic_sparsity.native import kernels
 from elastic_sparsity.packed import PackedLinear, pack_linears_
 from elastic_sparsity.packed_weight import PackedWeight
 from elastic_sparsity.placement import Places, check_placement, check_runtime, find_places, place_of, resolve_dtype
+from elastic_sparsity.skeleton import import_model_class, skeleton
 from elastic_sparsity.tensor_file import Room
 
 STATE = "elastic_state"  # attribute of a model made here
 T = TypeVar("T")
-# Fields of config.json that make transformers fetch and run a kernel, or list as many labels as they say.
-_IGNORED = ("attn_implementation", "_attn_implementation", "num_labels")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -59,7 +58,11 @@ class ElasticModel:
         device_map: str | Places | None = None,
         offload_folder: str | Path | None = None,
         merge_adapters: bool = True,
-        runtime: str = "dense",
+        runtime: str | None = None,
+        device_profile: str | Path | None = None,
+        max_bytes: int | str | None = None,
+        max_ms_per_token: float | None = None,
+        min_quality: float | None = None,
         **hub: Any,
     ) -> Any:
         """One level of an elastic checkpoint as its ordinary `transformers` causal LM, in eval mode.
@@ -72,8 +75,10 @@ class ElasticModel:
             device_map: as in transformers ("auto", "balanced", {"": 0}, ...), through accelerate; instead of `device`.
             offload_folder: for weights that a device map puts on "disk".
             merge_adapters: False leaves the masked base weights alone, to put the exported PEFT adapters on them.
-            runtime: "dense", or "packed": sparsified weights stay a bitmask and kept values in memory, smaller and, for
-                few tokens, faster; on the CPU, in float32 or bfloat16, for inference.
+            runtime: "dense" (default), or "packed": sparsified weights stay a bitmask and kept values in memory,
+                smaller and, for few tokens, faster; on the CPU, in float32 or bfloat16, for inference.
+            device_profile, max_bytes, max_ms_per_token, min_quality: with level "auto", the best level within these
+                budgets, see `choose_level`; a profile also decides dtype and runtime where they are not given.
             **hub: `revision`, `cache_dir`, `token`, `endpoint`, `local_files_only` for a hub id.
         Not beside other threads that use torch: its number of threads is changed for the time of the call.
 
@@ -81,6 +86,20 @@ class ElasticModel:
             ConfigError: unknown dtype, device or argument.
         """
         check_placement(device, device_map, offload_folder)
+        if any(x is not None for x in (device_profile, max_bytes, max_ms_per_token, min_quality)):
+            if level != "auto":
+                raise ConfigError(f'from_pretrained: level {level!r} leaves nothing to choose; budgets go with "auto".')
+            choice = choose_level(
+                path,
+                profile=device_profile,
+                max_bytes=max_bytes,
+                max_ms_per_token=max_ms_per_token,
+                min_quality=min_quality,
+                **hub,
+            )
+            logging.getLogger(__name__).info(choice.explanation)
+            level, dtype, runtime = choice.level, dtype or choice.dtype, runtime or choice.runtime
+        runtime = runtime or "dense"
         check_runtime(runtime, device, device_map, dtype)
         resolve_dtype(dtype, torch.float32)  # before a download
         checkpoint = ElasticCheckpoint(checkpoint_folder(path, level, **hub))
@@ -113,9 +132,9 @@ def load_level(
     check_runtime(runtime, None, device_map, dtype)
     with ThreadPoolExecutor(1) as pool:  # while one thread hashes the files, another imports the model's class
         opening = pool.submit(checkpoint.open_level, level)
-        _import_model_class(checkpoint.folder)
+        import_model_class(checkpoint.folder)
         files = opening.result()
-    model, generation = _skeleton(checkpoint, files, dtype)
+    model, generation = skeleton(checkpoint, files, dtype)
     places = find_places(model, device_map)
     state: dict[str, Tensor] = {}
     if runtime == "packed":
@@ -213,92 +232,6 @@ def _return_freed_memory() -> None:
     """glibc keeps freed memory for later; after a load nothing that large comes. Other systems have no such call."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def _import_model_class(folder: Path) -> None:
-    """Has transformers import what it will need, which takes a second once. Nothing is believed yet, nor refused."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig  # slow imports, only here
-
-    path = folder / "config.json"
-    if not path.is_file():  # a pipe would block
-        return
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):  # named when it is checked
-        model_type = json.loads(path.read_text(encoding="utf-8"))["model_type"]
-        architecture_of(model_type)
-        _ = MODEL_FOR_CAUSAL_LM_MAPPING[type(AutoConfig.for_model(model_type))]
-
-
-def _skeleton(checkpoint: ElasticCheckpoint, files: OpenLevel, dtype: torch.dtype) -> tuple[Any, Any]:
-    """The model without memory for weights, checked to have the checkpoint's names and shapes; its generation config.
-
-    Raises: CheckpointError.
-    """
-    from accelerate import init_empty_weights  # slow imports, only here
-    from transformers import AutoModelForCausalLM, GenerationConfig
-
-    folder = checkpoint.folder
-    try:
-        config = _model_config(checkpoint)
-        has_generation = (folder / "generation_config.json").is_file()
-        generation = GenerationConfig.from_pretrained(folder) if has_generation else None
-        with torch.device("meta"):  # takes no memory, whatever sizes config.json claims
-            _check_fit(AutoModelForCausalLM.from_config(config, dtype=dtype), checkpoint, files)
-        with init_empty_weights():  # computes the buffers, e.g. rotary frequencies
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        model.tie_weights()
-    except ElasticSparsityError:
-        raise
-    except Exception as error:  # transformers raises many types for one cause
-        raise CheckpointError(
-            f"{folder}: config.json does not make a model: {type(error).__name__}: {error}."
-        ) from error
-    return model, generation
-
-
-def _model_config(checkpoint: ElasticCheckpoint) -> Any:
-    """config.json as transformers' object. AutoConfig would offer to run code from the folder, so it never sees it.
-
-    Raises: CheckpointError: another family, or as many layers as would take transformers long to list.
-    """
-    from transformers import AutoConfig  # slow import, only here
-
-    path = checkpoint.folder / "config.json"
-    raw = json.loads(path.read_text(encoding="utf-8"))
-    try:
-        row = architecture_of(raw["model_type"])
-    except UnsupportedModelError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    blocks = {name.removeprefix(row.blocks).split(".")[1] for name in checkpoint.linears}
-    for key in ("num_hidden_layers", "n_layer"):
-        if raw.get(key, len(blocks)) != len(blocks):
-            raise CheckpointError(f"{path}: {key}: config.json has {raw[key]!r:.40} layers, the shells {len(blocks)}.")
-    kept = {key: value for key, value in raw.items() if key not in _IGNORED}
-    return AutoConfig.for_model(**{**kept, "name_or_path": str(checkpoint.folder)})
-
-
-def _check_fit(model: Any, checkpoint: ElasticCheckpoint, files: OpenLevel) -> None:
-    """That the model, on the meta device, has the checkpoint's names and shapes, and no buffers beyond reason.
-
-    Raises: CheckpointError.
-    """
-    model.tie_weights()
-    folder = checkpoint.folder
-    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    found = files.shared_shapes()
-    for name, spec in checkpoint.linears.items():
-        found[f"{name}.weight"] = spec.stored_shape
-    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-    if wrong:
-        raise CheckpointError(
-            f"{folder}: {len(wrong)} tensors do not fit config.json, first {wrong[0]}: "
-            f"found {found.get(wrong[0])}, expected {expected.get(wrong[0])}."
-        )
-    for name, spec in checkpoint.linears.items():
-        if is_transposed(model.get_submodule(name)) != spec.transposed:
-            raise CheckpointError(f"{folder}: {name}: transposed is {spec.transposed}, its module says otherwise.")
-    buffers = sum(buffer.numel() for buffer in model.buffers())
-    if buffers > max(2**26, model.num_parameters()):
-        raise CheckpointError(f"{folder}: config.json asks for {buffers} values besides the weights.")
 
 
 @torch.no_grad()

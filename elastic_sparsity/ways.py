@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from elastic_sparsity.checkpoint import ElasticCheckpoint
 from elastic_sparsity.ladder import Level
+from elastic_sparsity.packed_weight import SLACK
 from elastic_sparsity.precision import DTYPES
 from elastic_sparsity.shells import LinearSpec
 
@@ -57,4 +58,5 @@ def linear_bytes(spec: LinearSpec, level: Level, way: Way) -> int:
         kept = spec.shape[0] * spec.kept[level.index]
     else:
         kept = spec.size * level.pattern[0] // level.pattern[1]
-    return spec.size // 8 + kept * item
+    rows, width = spec.shape
+    return rows * -(-width // 64) * 8 + (rows + 1) * 8 + (kept + SLACK) * item  # as PackedWeight holds it

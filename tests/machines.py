@@ -1,7 +1,8 @@
 """Made-up machines, and a profile made up for a checkpoint."""
 
 from elastic_sparsity.device_profile import Profile
-from elastic_sparsity.doctor import Facts, Gpu, InstructionPath
+from elastic_sparsity.doctor import Facts, Gpu
+from elastic_sparsity.native import InstructionPath
 
 GB = 10**9
 
@@ -10,7 +11,8 @@ def machine(**changes):
     """A desktop without anything special; `changes` replace facts."""
     facts = {
         "cpu": "Made Up 1", "architecture": "x86_64", "features": frozenset({"avx2"}), "cores": 4, "threads": 2,
-        "memory_bytes": 16 * GB, "free_bytes": 8 * GB, "torch": "2.13.0", "instruction_paths": (), "active_path": None,
+        "memory_bytes": 16 * GB, "free_bytes": 8 * GB, "torch": "2.13.0", "instruction_paths": (),
+        "active_path": "torch",
         "gpus": (),
     }  # fmt: skip
     return Facts(**{**facts, **changes})

@@ -8,7 +8,8 @@ import pytest
 import torch
 from test_shells import record_of
 
-from elastic_sparsity.checkpoint import ElasticCheckpoint, write_checkpoint
+from elastic_sparsity.checkpoint import ElasticCheckpoint
+from elastic_sparsity.checkpoint_writer import write_checkpoint
 from elastic_sparsity.errors import CheckpointError, NumericsError, OutputError
 from elastic_sparsity.files import atomic_folder, check_output_folder
 from elastic_sparsity.ladder import Ladder

@@ -8,9 +8,9 @@ import pytest
 import torch
 from machines import gpu, kernels, machine
 
+from elastic_sparsity import native
 from elastic_sparsity.doctor import (
     FEATURES,
-    InstructionPath,
     as_json,
     bfloat16_on_cpu,
     existing_ways,
@@ -23,7 +23,7 @@ from elastic_sparsity.doctor import (
 OLD_CPU = machine(features=frozenset(), **kernels("portable", avx512="no AVX-512", avx2="no AVX2", portable=None))
 SERVER = machine(features=frozenset({"avx2", "avx512_bf16"}), **kernels("avx512", avx512=None, avx2=None))
 ARM = machine(architecture="aarch64", features=frozenset({"neon", "bf16"}), **kernels("neon", neon=None))
-MAC = machine(architecture="arm64", features=None)
+MAC = machine(architecture="arm64", features=None, **kernels("neon", neon=None))
 NO_COMPILER = machine(**kernels("torch", avx2="no C compiler when it was installed"))
 OLD_GPU = machine(
     gpus=(gpu(architecture="sm_75", multiplies_bfloat16=False, semi_structured_problem="sm_75; needs sm_80 or newer"),)
@@ -43,8 +43,8 @@ TABLE = [
     (ARM, "dense-bfloat16", "cpu", "all", True, "the CPU multiplies it"),
     (ARM, "packed-float32", "cpu", "unstructured", True, "neon kernel"),
     (MAC, "dense-bfloat16", "cpu", "all", None, "does not tell"),
-    (MAC, "packed-float32", "cpu", "unstructured", False, "has no packed runtime"),
-    (NO_COMPILER, "packed-float32", "cpu", "N:M", True, "saves memory, no time (avx2: no C compiler"),
+    (MAC, "packed-float32", "cpu", "unstructured", True, "neon kernel"),
+    (NO_COMPILER, "packed-float32", "cpu", "N:M", True, "saves memory, costs time (avx2: no C compiler"),
     (OLD_GPU, "semi_structured-float16", "cuda", "2:4", False, "(sm_75): sm_75; needs sm_80 or newer"),
     (OLD_GPU, "dense-bfloat16", "cuda", "all", False, "no bfloat16 products"),
     (OLD_GPU, "dense-float16", "cuda", "all", True, "zeros are multiplied"),
@@ -66,17 +66,16 @@ def test_bench_gets_only_what_certainly_exists():
         return [way.name for way in existing_ways(verdicts(facts), device)]
 
     assert names(OLD_CPU, "cpu") == ["dense-float32", "packed-bfloat16", "packed-float32"]
-    assert names(MAC, "cpu") == ["dense-float32"], "what is unknown is not timed"
+    assert names(MAC, "cpu") == ["dense-float32", "packed-bfloat16", "packed-float32"], "what is unknown is not timed"
     assert names(OLD_GPU, "cuda") == ["dense-float16"]
     assert names(MAC, "cuda") == []
 
 
 def test_the_runtimes_are_asked(monkeypatch):
-    path = types.SimpleNamespace(name="avx2", problem="no AVX2")
-    native = types.SimpleNamespace(instruction_paths=lambda: (path,), active_path=lambda: "torch")
-    monkeypatch.setitem(sys.modules, "elastic_sparsity.native", native)
     facts = read_facts()
-    assert (facts.instruction_paths, facts.active_path) == ((InstructionPath(name="avx2", problem="no AVX2"),), "torch")
+    assert (facts.instruction_paths, facts.active_path) == (native.instruction_paths(), native.active_path())
+    monkeypatch.setenv(native.VARIABLE, "torch")
+    assert read_facts().active_path == "torch"
 
     sparse = types.SimpleNamespace(semi_structured_problem=lambda device: f"{device} is too old")
     monkeypatch.setitem(sys.modules, "elastic_sparsity.semi_structured", sparse)
@@ -92,12 +91,6 @@ def test_the_runtimes_are_asked(monkeypatch):
     assert read_facts().gpus == (expected,)
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert read_facts().gpus[0].architecture == "gfx90a"
-
-
-def test_without_the_runtimes(monkeypatch):
-    monkeypatch.setitem(sys.modules, "elastic_sparsity.native", None)
-    facts = read_facts()
-    assert (facts.instruction_paths, facts.active_path) == ((), None)
 
 
 X86 = "processor\t: 0\nmodel name\t: AMD EPYC\nflags\t\t: fpu avx2 avx512f avx512_vbmi2 avx512_bf16\n"

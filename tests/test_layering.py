@@ -29,11 +29,12 @@ ALLOWED = {
     "checkpoint": {
         "torch", "safetensors", "errors", "files", "ladder", "manifest", "precision", "shells", "tensor_file",
     },
+    "checkpoint_writer": {"torch", "safetensors", "errors", "files", "ladder", "manifest", "precision", "shells"},
     "hub": {"errors", "manifest"},
     "inspection": {"checkpoint", "hub", "ladder", "shells"},
     "transfer": {"checkpoint", "errors", "files", "hub", "manifest"},
     "report": {"errors"},
-    "ways": {"checkpoint", "ladder", "precision", "shells"},
+    "ways": {"checkpoint", "ladder", "packed_weight", "precision", "shells"},
     "doctor": {"torch", "native", "precision", "semi_structured", "ways"},
     "device_profile": {"checkpoint", "errors", "files", "ladder", "ways"},
     "device_report": {"device_profile", "doctor", "report", "ways"},
@@ -56,22 +57,25 @@ ALLOWED = {
     "decoding": {
         "torch", "numpy", "adapters", "errors", "ladder", "native", "packed_weight", "packing", "precision", "shells",
     },
+    "skeleton": {"torch", "transformers", "accelerate", "arch", "checkpoint", "errors"},
     "slicing": {
-        "torch", "transformers", "accelerate", "arch", "checkpoint", "decoding", "errors", "files", "hub", "ladder",
-        "native", "packed", "packed_weight", "placement", "tensor_file",
+        "torch", "transformers", "accelerate", "checkpoint", "choosing", "decoding", "errors", "files", "hub", "ladder",
+        "native", "packed", "packed_weight", "placement", "skeleton", "tensor_file",
     },
     "verify": {
         "torch", "safetensors", "arch", "checkpoint", "errors", "hub", "ladder", "shells", "slicing",
     },
     "overlay": {
-        "torch", "safetensors", "checkpoint", "errors", "files", "manifest", "models", "packing", "shells",
+        "torch", "safetensors", "checkpoint", "checkpoint_writer", "errors", "files", "manifest", "models", "packing",
+        "shells",
     },
     "peft_export": {"torch", "safetensors", "peft", "arch", "checkpoint", "errors", "files", "hub", "manifest"},
     "evaluate": {"torch", "arch", "errors"},
     # layer 4: the flow
     "pipeline": {
-        "torch", "adapters", "arch", "blocks", "calibrate", "calibration_text", "checkpoint", "config", "data",
-        "distill", "end_to_end", "files", "importance", "ladder", "masks", "mixer", "models", "precision", "shells",
+        "torch", "adapters", "arch", "blocks", "calibrate", "calibration_text", "checkpoint", "checkpoint_writer",
+        "config", "data", "distill", "end_to_end", "files", "importance", "ladder", "masks", "mixer", "models",
+        "precision", "shells",
     },
     "measure": {
         "baselines", "calibration_text", "checkpoint", "config", "data", "errors", "evaluate", "hub", "ladder",

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from test_checkpoint import flip
 
 from elastic_sparsity import copy_level, optimize, verify
-from elastic_sparsity.checkpoint import file_entry
+from elastic_sparsity.checkpoint_writer import file_entry
 from elastic_sparsity.inspection import layer_types
 from elastic_sparsity.manifest import CONFIG_NAME, digest
 from elastic_sparsity.tiny import TINY_FAMILIES

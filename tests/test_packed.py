@@ -1,0 +1,173 @@
+"""The packed runtime: a model of packed linears gives the dense slice's logits, switches levels, and refuses misuse."""
+
+import copy
+
+import pytest
+import torch
+from conftest import tiny_recipe
+from test_contract import IDS, train_and_save
+
+from elastic_sparsity import ElasticModel, native, optimize, save_sliced, set_level
+from elastic_sparsity.checkpoint import ElasticCheckpoint
+from elastic_sparsity.errors import CheckpointError, ConfigError
+from elastic_sparsity.packed import DIRECT_TOKENS, PackedLinear
+from elastic_sparsity.packed_weight import pack_weight
+from elastic_sparsity.tiny import TINY_FAMILIES
+
+USABLE = [path.name for path in native.instruction_paths() if path.problem is None]
+
+
+def packed_linears(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+
+
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_every_family_gives_the_logits_of_its_dense_slice(family, tmp_path):
+    train_and_save(family, tmp_path / "checkpoint")
+    checkpoint = ElasticCheckpoint(tmp_path / "checkpoint")
+    for level in checkpoint.ladder.levels:
+        dense = ElasticModel.from_pretrained(tmp_path / "checkpoint", level.name)
+        packed = ElasticModel.from_pretrained(tmp_path / "checkpoint", level.name, runtime="packed")
+        assert packed_linears(packed).keys() == checkpoint.linears.keys()
+        for ids in (IDS[:1, :1], IDS[:2, :5], IDS):  # one token, a few, and more than `DIRECT_TOKENS`
+            with torch.no_grad():
+                assert torch.allclose(packed(ids).logits, dense(ids).logits, atol=1e-5), level
+    assert IDS.numel() > DIRECT_TOKENS
+
+
+@pytest.mark.parametrize("path", USABLE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_path_generates_what_the_dense_slice_does(path, dtype, tiny_checkpoint, monkeypatch):
+    monkeypatch.setenv(native.VARIABLE, path)
+    dense = ElasticModel.from_pretrained(tiny_checkpoint, "60%", dtype=dtype)
+    packed = ElasticModel.from_pretrained(tiny_checkpoint, "60%", dtype=dtype, runtime="packed")
+    tolerance = 1e-5 if dtype == torch.float32 else 0.03  # of logits up to 1
+    for tokens in (1, 3, 60):
+        with torch.no_grad():
+            found, expected = packed(IDS[:, :tokens]).logits, dense(IDS[:, :tokens]).logits
+        assert found.dtype == dtype and torch.allclose(found, expected, atol=tolerance)
+    if dtype == torch.float32:
+        options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+        assert torch.equal(packed.generate(IDS[:1, :4], **options), dense.generate(IDS[:1, :4], **options))
+
+
+def test_memory_is_the_packed_weights(tiny_checkpoint):
+    dense = ElasticModel.from_pretrained(tiny_checkpoint, "70%")
+    packed = ElasticModel.from_pretrained(tiny_checkpoint, "70%", runtime="packed")
+    names = [f"{name}.weight" for name in packed_linears(packed)]
+    shared = sum(p.numel() * 4 for name, p in dense.named_parameters() if name not in names)
+    weights = sum(module.packed.num_bytes for module in packed_linears(packed).values())
+    assert packed.get_memory_footprint(return_buffers=False) == shared
+    buffers = sum(buffer.numel() * buffer.element_size() for buffer in dense.buffers())
+    assert packed.get_memory_footprint() == shared + weights + buffers
+
+
+def test_set_level_switches_packed_weights(tiny_checkpoint):
+    model = ElasticModel.from_pretrained(tiny_checkpoint, "70%", runtime="packed")
+    for level in ("50%", "2:4", "60%", "70%"):
+        set_level(model, level)
+        expected = ElasticModel.from_pretrained(tiny_checkpoint, level, runtime="packed")
+        with torch.no_grad():
+            assert torch.equal(model(IDS).logits, expected(IDS).logits), level
+        assert model.elastic_state.level == expected.elastic_state.level
+
+
+def test_a_failed_switch_leaves_packed_weights(tiny_checkpoint, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "copy")
+    model = ElasticModel.from_pretrained(folder, "70%", runtime="packed")
+    with torch.no_grad():
+        before = model(IDS).logits
+    damaged = folder / "shell-level-0.5.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\0\1")
+    with pytest.raises(CheckpointError):
+        set_level(model, "50%")
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, before) and model.elastic_state.level.name == "0.7"
+
+
+def test_masked_base_without_adapters(tiny_checkpoint):
+    options = {"level": "60%", "merge_adapters": False}
+    dense = ElasticModel.from_pretrained(tiny_checkpoint, **options)
+    packed = ElasticModel.from_pretrained(tiny_checkpoint, runtime="packed", **options)
+    with torch.no_grad():
+        assert torch.allclose(packed(IDS).logits, dense(IDS).logits, atol=1e-5)
+
+
+def test_models_can_be_copied(tiny_checkpoint):
+    model = ElasticModel.from_pretrained(tiny_checkpoint, "60%", runtime="packed")
+    twin = copy.deepcopy(model)
+    set_level(twin, "70%")
+    with torch.no_grad():
+        assert not torch.equal(twin(IDS).logits, model(IDS).logits)
+
+
+def test_a_recipe_without_unstructured_levels(tmp_path):
+    optimize(tiny_recipe(ladder={"sparsities": [], "patterns": ["2:4"]}), tmp_path / "c")
+    dense = ElasticModel.from_pretrained(tmp_path / "c", "2:4")
+    packed = ElasticModel.from_pretrained(tmp_path / "c", "2:4", runtime="packed")
+    with torch.no_grad():
+        assert torch.allclose(packed(IDS).logits, dense(IDS).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"runtime": "sparse"}, "runtime: 'sparse' is not one of dense, packed"),
+        ({"runtime": "packed", "dtype": "float16"}, "runtime: 'packed' has no float16"),
+        ({"runtime": "packed", "device_map": {"": "cpu"}}, "runtime: 'packed' is for the CPU"),
+        ({"max_bytes": "1GB", "level": "60%"}, "level '60%' leaves nothing to choose"),
+    ],
+)
+def test_what_cannot_be_loaded(options, message, tiny_checkpoint):
+    with pytest.raises(ConfigError, match=message):
+        ElasticModel.from_pretrained(tiny_checkpoint, **options)
+
+
+def test_budgets_choose_level_and_runtime(tiny_checkpoint):
+    checkpoint = ElasticCheckpoint(tiny_checkpoint)
+    smallest = min(checkpoint.ladder.levels, key=checkpoint.download_bytes)
+    limit = checkpoint.download_bytes(smallest)
+    assert ElasticModel.from_pretrained(tiny_checkpoint, max_bytes=limit).elastic_state.level == smallest
+    chosen = ElasticModel.from_pretrained(tiny_checkpoint, device_profile="laptop-avx2", max_bytes="1GB")
+    assert packed_linears(chosen), "the laptop's profile says that packed is faster"
+    dense = ElasticModel.from_pretrained(
+        tiny_checkpoint, device_profile="laptop-avx2", max_bytes="1GB", runtime="dense"
+    )
+    assert not packed_linears(dense)
+
+
+def test_misuse_is_refused(tiny_checkpoint, tmp_path):
+    model = ElasticModel.from_pretrained(tiny_checkpoint, "60%", runtime="packed")
+    linear = next(iter(packed_linears(model).values()))
+    with pytest.raises(ConfigError, match=r"found an input of torch.bfloat16 on cpu, expected torch.float32"):
+        linear(torch.ones(1, linear.in_features, dtype=torch.bfloat16))
+    with pytest.raises(ConfigError, match="packed weights are for inference"):
+        linear(torch.ones(1, linear.in_features, requires_grad=True))
+    with pytest.raises(ConfigError, match="cannot become torch.float16 on cpu"):
+        linear.half()
+    with pytest.raises(ConfigError, match="cannot become torch.float32 on meta"):
+        linear.to("meta")
+    with pytest.raises(ConfigError, match="packed weights are not saved from a live model"):
+        model.save_pretrained(tmp_path / "out")
+    with pytest.raises(ConfigError, match="it has no weight yet"):
+        PackedLinear(4, 4, None, None)(torch.ones(1, 4))
+    with pytest.raises(ConfigError, match=r"found a weight of \(2, 3\), expected \(4, 4\)"):
+        weight = pack_weight(torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bool), torch.float32)
+        PackedLinear(4, 4, None, None).set_packed(weight)
+    save_sliced(tiny_checkpoint, "60%", tmp_path / "plain")  # the way that is named
+
+
+def test_dtypes_change_as_those_of_a_dense_model(tiny_checkpoint):
+    dense = ElasticModel.from_pretrained(tiny_checkpoint, "60%").to(torch.bfloat16)
+    packed = ElasticModel.from_pretrained(tiny_checkpoint, "60%", runtime="packed").to("cpu", torch.bfloat16)
+    assert {linear.values.dtype for linear in packed_linears(packed).values()} == {torch.bfloat16}
+    with torch.no_grad():
+        assert torch.allclose(packed(IDS).logits, dense(IDS).logits, atol=0.03)
+
+
+def test_autocast_computes_in_the_weights_dtype(tiny_checkpoint):
+    model = ElasticModel.from_pretrained(tiny_checkpoint, "60%", runtime="packed", dtype="bfloat16")
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.isfinite(model(IDS).logits).all()
