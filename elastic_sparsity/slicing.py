@@ -107,7 +107,7 @@ class ElasticModel:
             checkpoint,
             checkpoint.find(level),
             resolve_dtype(dtype, checkpoint.dtype),
-            device_map={"": device} if device is not None else device_map,
+            device_map={"": device} if device is not None and runtime == "dense" else device_map,
             offload_folder=offload_folder,
             merge_adapters=merge_adapters,
             runtime=runtime,

@@ -246,7 +246,7 @@ def test_a_broken_tokenizer_is_named(capsys, tmp_path, tiny_checkpoint):
 
 
 def test_a_full_disk_leaves_nothing(capsys, tmp_path, quick_recipe, monkeypatch):
-    import elastic_sparsity.checkpoint as module
+    import elastic_sparsity.checkpoint_writer as module
 
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")

@@ -200,11 +200,11 @@ def test_a_failed_switch_keeps_weights_tuned_since(tiny_checkpoint, monkeypatch)
         model.model.layers[0].mlp.down_proj.weight.mul_(2)
     before, real, calls = weights_of(model), OpenLevel.shells, []
 
-    def failing(self, name):
+    def failing(self, name, room):
         calls.append(name)
         if len(calls) == 9:
             raise MemoryError
-        return real(self, name)
+        return real(self, name, room)
 
     monkeypatch.setattr(OpenLevel, "shells", failing)
     with pytest.raises(MemoryError):
