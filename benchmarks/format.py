@@ -34,7 +34,7 @@ from elastic_sparsity.tiny import byte_tokenizer
 
 HERE = Path(__file__).parent
 LEVELS = ("0.5", "0.6", "0.7", "2:4")
-LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_hidden_layers": 2}
+LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32}
 
 PROBE = """
 import json, os, re, sys, time
@@ -84,13 +84,14 @@ def make_checkpoint(folder: Path, model_id: str) -> ElasticCheckpoint:
     return optimize(make_recipe(recipe), folder)
 
 
-def random_llama(folder: Path) -> Path:
-    """Two random blocks with LLaMA-7B's layer shapes, as a Hugging Face folder."""
+def random_llama(folder: Path, blocks: int = 2) -> Path:
+    """Random blocks with LLaMA-7B's layer shapes, as a Hugging Face folder."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     with torch.device("cpu"):
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=260, tie_word_embeddings=True, **LLAMA_7B)).to(torch.bfloat16)
+        config = LlamaConfig(vocab_size=260, tie_word_embeddings=True, num_hidden_layers=blocks, **LLAMA_7B)
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
