@@ -20,6 +20,7 @@ ALLOWED = {
     "mixer": {"torch", "errors"},
     "sparsegpt": {"torch", "errors", "importance"},
     "packing": {"torch", "numpy", "errors"},
+    "bitmask": {"torch", "numpy", "errors", "precision"},
     "files": {"safetensors", "errors"},
     "tensor_file": {"torch", "safetensors", "errors"},
     "shells": {"torch", "numpy", "errors", "ladder", "masks", "packing", "precision"},
@@ -34,10 +35,17 @@ ALLOWED = {
     # layer 2: know Hugging Face models
     "arch": {"torch", "errors"},
     "tiny": {"torch", "transformers", "arch"},
-    "models": {"torch", "transformers", "arch", "errors", "precision", "tiny"},
+    "models": {"torch", "transformers", "gguf", "arch", "errors", "precision", "tiny"},
     "data": {"torch", "datasets", "errors"},
     "blocks": {"torch", "errors"},
     "adapters": {"torch", "arch", "errors", "ladder", "masks", "precision"},
+    "semi_structured": {"torch", "arch", "errors"},
+    "gguf_vocab": {"gguf", "errors"},
+    "export_gguf": {"torch", "gguf", "arch", "errors", "gguf_vocab"},
+    "export_onnx": {"torch", "onnx", "openvino", "errors"},
+    "packed_files": {
+        "torch", "safetensors", "transformers", "accelerate", "arch", "bitmask", "errors", "semi_structured",
+    },
     # layer 3: stages
     "calibrate": {"torch", "arch", "blocks", "importance"},
     "calibration_text": {"torch", "safetensors", "config", "data", "errors", "models", "precision"},
@@ -56,6 +64,10 @@ ALLOWED = {
         "torch", "safetensors", "checkpoint", "errors", "files", "manifest", "models", "packing", "shells",
     },
     "peft_export": {"torch", "safetensors", "peft", "arch", "checkpoint", "errors", "files", "hub", "manifest"},
+    "exports": {
+        "torch", "checkpoint", "errors", "export_gguf", "export_onnx", "files", "hub", "ladder", "packed_files",
+        "placement", "slicing",
+    },
     "evaluate": {"torch", "arch", "errors"},
     # layer 4: the flow
     "pipeline": {
@@ -68,12 +80,14 @@ ALLOWED = {
     },
     # layer 5
     "__main__": {"cli"},
+    "cli_export": {"transformers", "exports"},
     "cli": {
-        "transformers", "checkpoint", "config", "errors", "files", "hub", "inspection", "measure", "overlay",
-        "peft_export", "pipeline", "precision", "report", "slicing", "transfer", "verify",
+        "transformers", "cli_export", "checkpoint", "config", "errors", "files", "hub", "inspection", "measure",
+        "overlay", "peft_export", "pipeline", "precision", "report", "slicing", "transfer", "verify",
     },
 }  # fmt: skip
-WATCHED = {"torch", "numpy", "safetensors", "transformers", "peft", "datasets", "lm_eval", "accelerate"}
+WATCHED = {"torch", "numpy", "safetensors", "transformers", "peft", "datasets", "lm_eval", "accelerate", "gguf", "onnx",
+           "openvino"}  # fmt: skip
 
 
 def imported(path):
