@@ -6,6 +6,7 @@ key-value cache is among the inputs: this form scores and embeds text; to genera
 """
 
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,8 +86,9 @@ def write_openvino(model: nn.Module, folder: Path, *, half: bool) -> None:
 
     arguments, shapes = _example()
     try:
-        program = torch.export.export(_Logits(model).eval(), arguments, dynamic_shapes=shapes, strict=False)
-        converted = openvino.convert_model(program)
+        with _quiet():
+            program = torch.export.export(_Logits(model).eval(), arguments, dynamic_shapes=shapes, strict=False)
+            converted = openvino.convert_model(program)
     except (RuntimeError, torch._dynamo.exc.UserError, openvino.frontend.GeneralFailure) as error:
         raise _unsupported(model, "openvino", error) from error
     converted.outputs[0].set_names({OUTPUT})
@@ -111,11 +113,13 @@ def _unsupported(model: Any, form: str, error: Exception) -> UnsupportedModelErr
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without torch's lines about torchvision not being there."""
+    """Without torch's lines about torchvision not being there and its names of axes."""
     logger = logging.getLogger("torch.onnx")
     before = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logger.setLevel(before)
