@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from elastic_sparsity.errors import ShapeError
+from elastic_sparsity.packing import positions_of
 from elastic_sparsity.precision import as_integers
 
 PARTS = ("compressed", "bitmask", "shape", "row_offsets")
@@ -32,7 +33,7 @@ def compress(weight_RC: Tensor) -> dict[str, Tensor]:
     mask = as_integers(weight) != 0
     counts = mask.sum(dim=1)
     return {
-        "compressed": weight[mask],
+        "compressed": weight.view(-1)[positions_of(mask)],
         "bitmask": torch.from_numpy(np.packbits(mask.numpy(), axis=1, bitorder="little")),
         "shape": torch.tensor(weight.shape),
         "row_offsets": counts.cumsum(0) - counts,
@@ -66,6 +67,6 @@ def restore(parts: Mapping[str, Tensor]) -> Tensor:
             f"compressed: {tuple(compressed.shape)} values for {int(counts.sum())} bits, "
             "or row_offsets that do not fit them; the file is damaged."
         )
-    weight = torch.zeros(rows, columns, dtype=compressed.dtype)
-    weight[mask] = compressed
-    return weight
+    weight = torch.zeros(rows * columns, dtype=compressed.dtype)
+    as_integers(weight).scatter_(0, positions_of(mask), as_integers(compressed))
+    return weight.view(rows, columns)

@@ -2,9 +2,9 @@
 
 Names come from the gguf package's tables. What the converter changes on the way, and this module too: Llama and
 Mistral have every head's rows of q and k in pairs (i, i + half) instead of halves; GPT-2's weights are turned to
-(outputs, inputs); GPT-NeoX's heads of q, k, v become q, then k, then v; vectors are float32. Only what was run in
-llama.cpp is here: other architectures, scaled rotary positions, short sliding windows and SentencePiece tokenizers
-are refused.
+(outputs, inputs); GPT-NeoX's heads of q, k, v become q, then k, then v; vectors are float32; Llama 3's scaled rotary
+frequencies become a tensor of factors (which transformers' own GGUF reader ignores). Only what was run in llama.cpp is
+here: other architectures, other scaled positions, short sliding windows and SentencePiece tokenizers are refused.
 """
 
 from pathlib import Path
@@ -76,6 +76,8 @@ def write_gguf(model: Any, tokenizer: Any, folder: Path) -> None:
         chosen = kind if tensor.ndim > 1 else gguf.GGMLQuantizationType.F32
         array = gguf.quants.quantize(tensor.float().contiguous().numpy(), chosen)
         writer.add_tensor(f"{found}.{part}", array, raw_dtype=chosen)
+    if (getattr(model.config, "rope_parameters", None) or {}).get("rope_type") == "llama3":
+        writer.add_tensor("rope_freqs.weight", _rope_factors(model).numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -95,7 +97,6 @@ def check_supported(config: Any) -> str:
     arch, activation = ARCHITECTURES[kind]
     expected: dict[str, tuple[Any, Any]] = {
         "hidden_act": (getattr(config, "hidden_act", None) or config.activation_function, activation),
-        "rope_type": ((getattr(config, "rope_parameters", None) or {}).get("rope_type", "default"), "default"),
         "mlp_bias": (getattr(config, "mlp_bias", False), False),
     }
     if kind not in ("qwen2", "gpt2", "gpt_neox"):
@@ -104,6 +105,9 @@ def check_supported(config: Any) -> str:
     if window and getattr(config, "use_sliding_window", True):
         longest = config.max_position_embeddings
         expected["sliding_window"] = (window, window if window >= longest else f"none, or at least {longest}")
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope != "llama3" or kind not in ("llama", "mistral"):
+        expected["rope_type"] = (rope, "default")
     for field, (found, wanted) in expected.items():
         if found != wanted:
             raise UnsupportedModelError(
@@ -139,6 +143,13 @@ def _add_sizes(writer: Any, config: Any) -> None:
     if config.model_type == "phi3":
         writer.add_rope_scaling_orig_ctx_len(config.original_max_position_embeddings)
         writer.add_sliding_window(0)
+
+
+def _rope_factors(model: Any) -> Tensor:
+    """By what llama.cpp divides each rotary frequency: the unscaled one over the model's own, (head width / 2,)."""
+    scaled = model.get_submodule("model.rotary_emb").inv_freq.float().cpu()
+    steps = torch.arange(scaled.numel(), dtype=torch.float32) / scaled.numel()
+    return model.config.rope_parameters["rope_theta"] ** -steps / scaled
 
 
 def _reorder(tensor: Tensor, name: str, config: Any) -> Tensor:

@@ -26,7 +26,7 @@ class Vocabulary:
     merges: "left right", best first.
     splitter: llama.cpp's name of the pre-tokenizer.
     special: "bos", "eos", "unk", "pad" -> id.
-    adds_bos: whether encoding starts with the first of these.
+    adds_bos, adds_eos: whether encoding a text puts these around it.
     """
 
     tokens: list[str]
@@ -35,6 +35,7 @@ class Vocabulary:
     splitter: str
     special: dict[str, int]
     adds_bos: bool
+    adds_eos: bool
     chat_template: str | None
 
 
@@ -69,6 +70,12 @@ def byte_level_vocabulary(tokenizer: Any, size: int) -> Vocabulary:
         else:
             kinds.append(gguf.TokenType.CONTROL if added[index]["special"] else gguf.TokenType.USER_DEFINED)
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in description["model"]["merges"]]
+    bare, encoded = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (False, True))
+    around = [tokenizer.bos_token_id] * (encoded[0] != bare[0]), [tokenizer.eos_token_id] * (encoded[-1] != bare[-1])
+    if encoded != [*around[0], *bare, *around[1]]:
+        raise UnsupportedModelError(
+            f"format gguf: this tokenizer encodes 'a' as {encoded}, but llama.cpp puts only bos and eos around {bare}."
+        )
     special = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")}
     return Vocabulary(
         tokens=tokens,
@@ -76,7 +83,8 @@ def byte_level_vocabulary(tokenizer: Any, size: int) -> Vocabulary:
         merges=merges,
         splitter=splitter,
         special={name: index for name, index in special.items() if index is not None},
-        adds_bos=tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id,
+        adds_bos=encoded[0] != bare[0],
+        adds_eos=encoded[-1] != bare[-1],
         chat_template=tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None,
     )
 
@@ -86,28 +94,39 @@ def _splitter(description: dict[str, Any]) -> str:
 
     Raises: UnsupportedModelError.
     """
+    model, normalizer = description["model"], description["normalizer"] or {"type": "none"}
     before = description["pre_tokenizer"] or {"type": "none"}
     parts = before["pretokenizers"] if before["type"] == "Sequence" else [before]
     kinds = [part["type"] for part in parts]
-    if description["model"]["type"] == "BPE" and kinds[-1] == "ByteLevel" and not parts[-1]["add_prefix_space"]:
-        has_regex = parts[-1]["use_regex"]
-        if not description["model"]["merges"]:
-            raise UnsupportedModelError(
-                "format gguf: this tokenizer has no merges (every byte is a token), which llama.cpp cannot read."
-            )
-        if kinds == ["ByteLevel"] and has_regex:
-            return "gpt-2"
-        if kinds == ["Digits", "ByteLevel"] and has_regex and parts[0]["individual_digits"]:
-            return "smollm"
-        if kinds == ["Split", "ByteLevel"] and not has_regex:
-            found = _SPLITS.get(parts[0]["pattern"].get("Regex", ""))
-            if found is not None and parts[0]["behavior"] == "Isolated" and not parts[0]["invert"]:
-                return found
-    raise UnsupportedModelError(
-        f"format gguf: this tokenizer ({description['model']['type']}, pre-tokenizer {' + '.join(kinds)}) is none "
-        "whose llama.cpp name is known here: byte-level BPE as in GPT-2, SmolLM, Llama 3 or Qwen; "
-        "write a plain folder with `slice` and try llama.cpp's convert_hf_to_gguf.py on it."
-    )
+    found = _split_name(parts, kinds) if model["type"] == "BPE" else None
+    # llama.cpp normalises nothing, and its own converter lets NFC pass: text is nearly always in that form already.
+    if normalizer["type"] not in ("none", "NFC") or bool(model.get("ignore_merges")) != (found == "llama-bpe"):
+        found = None
+    if model["type"] == "BPE" and not model["merges"]:
+        raise UnsupportedModelError(
+            "format gguf: this tokenizer has no merges (every byte is a token), which llama.cpp cannot read."
+        )
+    if found is None:
+        raise UnsupportedModelError(
+            f"format gguf: this tokenizer ({model['type']}, normalizer {normalizer['type']}, pre-tokenizer "
+            f"{' + '.join(kinds)}, ignore_merges {model.get('ignore_merges')}) is none whose llama.cpp name is known "
+            "here: byte-level BPE as in GPT-2, SmolLM, Llama 3 or Qwen; "
+            "write a plain folder with `slice` and try llama.cpp's convert_hf_to_gguf.py on it."
+        )
+    return found
+
+
+def _split_name(parts: list[dict[str, Any]], kinds: list[str]) -> str | None:
+    if kinds[-1] != "ByteLevel" or parts[-1]["add_prefix_space"]:
+        return None
+    has_regex = parts[-1]["use_regex"]
+    if kinds == ["ByteLevel"] and has_regex:
+        return "gpt-2"
+    if kinds == ["Digits", "ByteLevel"] and has_regex and parts[0]["individual_digits"]:
+        return "smollm"
+    if kinds == ["Split", "ByteLevel"] and not has_regex and parts[0]["behavior"] == "Isolated":
+        return _SPLITS.get(parts[0]["pattern"].get("Regex", "")) if not parts[0]["invert"] else None
+    return None
 
 
 def add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
@@ -120,5 +139,6 @@ def add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
     for name, index in vocabulary.special.items():
         getattr(writer, f"add_{name}_token_id")(index)
     writer.add_add_bos_token(vocabulary.adds_bos)
+    writer.add_add_eos_token(vocabulary.adds_eos)
     if vocabulary.chat_template is not None:
         writer.add_chat_template(vocabulary.chat_template)

@@ -7,11 +7,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_recipe
+from conftest import merging_tokenizer, tiny_recipe
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.sparse import SparseSemiStructuredTensorCUTLASS
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from elastic_sparsity import ElasticModel, cli, export_level, exports, load_packed, optimize, save_sliced
 from elastic_sparsity.arch import architecture_of, weight_OI
@@ -38,21 +37,6 @@ def some_ids(shape):
     mask = torch.ones_like(ids)
     mask[-1, -2:] = 0
     return ids, mask
-
-
-def merging_tokenizer(size=290):
-    """A byte-level BPE tokenizer with a few merges, as GPT-2's splits text."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(["zeros that stay zero in the sparse weights of the fox " * 20], trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|end|>", bos_token="<|end|>", pad_token="<|end|>"
-    )
 
 
 def make_checkpoint(folder, family, tokenizer=None, dtype="float32", **changes):
@@ -196,63 +180,6 @@ def test_a_level_runs_in_onnx_runtime_and_openvino(format, dtype, wide_checkpoin
     assert made.bytes > made.dense_bytes and "no smaller and no faster" in made.gain, "zeros are stored"
 
 
-GGUF_FAMILIES = {
-    "llama": {},
-    "mistral": {},
-    "qwen2": {},
-    "qwen3": {"head_dim": 128},  # transformers' reader does not read it and takes 128
-    "phi3": {},
-    "gpt2": {"max_position_embeddings": 1024, "n_inner": 128},  # the same: 1024, 4 times the width
-    "gpt_neox": {},
-}
-
-
-@pytest.mark.parametrize("family", sorted(GGUF_FAMILIES.keys() - {"gpt_neox"}))
-@torch.no_grad()
-def test_transformers_reads_the_gguf_back(family, tmp_path):
-    model, tokenizer = tiny_model(family, vocab_size=300, **GGUF_FAMILIES[family]), merging_tokenizer()
-    write_format(model, tokenizer, [], "gguf", torch.float32, tmp_path)
-    found = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32)
-    ids, _ = some_ids((2, 20))
-    assert torch.equal(found(ids).logits, model(ids).logits)
-    text = "the sparse fox's 123 zeros"
-    read = AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
-    assert read(text)["input_ids"] == tokenizer(text)["input_ids"] and len(tokenizer(text)["input_ids"]) < len(text)
-
-
-def llama_cpp_log_probabilities(path, ids):
-    """Log-probabilities of the token after `ids`, by id, from llama.cpp itself."""
-    llama_cpp = pytest.importorskip("xllamacpp", reason="pip install xllamacpp to run llama.cpp itself")
-    parameters = llama_cpp.CommonParams()
-    parameters.model.path = str(path)
-    parameters.n_ctx, parameters.n_parallel, parameters.warmup, parameters.verbosity = 256, 1, False, -1
-    parameters.n_gpu_layers, parameters.cpuparams.n_threads = 0, 1
-    parameters.cache_type_k = parameters.cache_type_v = llama_cpp.ggml_type.GGML_TYPE_F32
-    parameters.flash_attn_type = llama_cpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    server = llama_cpp.Server(parameters)
-    request = {"prompt": ids, "max_tokens": 1, "temperature": 1.0, "n_probs": 300, "logprobs": 300, "samplers": []}
-    for seed in range(30):  # no probabilities come with a token that is half a character, or the end
-        answer = server.handle_completions({**request, "seed": seed, "cache_prompt": False})
-        found = answer["choices"][0]["logprobs"]
-        if found:
-            return {row["id"]: row["logprob"] for row in found["content"][0]["top_logprobs"]}
-    raise AssertionError("llama.cpp gave no probabilities in 30 tries")
-
-
-@pytest.mark.parametrize("family", GGUF_FAMILIES)
-@torch.no_grad()
-def test_llama_cpp_computes_the_same(family, tmp_path):
-    model, tokenizer = tiny_model(family, vocab_size=300, **GGUF_FAMILIES[family]), merging_tokenizer()
-    write_format(model, tokenizer, [], "gguf", torch.float32, tmp_path)
-    ids = tokenizer("the sparse fox's 123 zeros that stay")["input_ids"]
-    found = llama_cpp_log_probabilities(tmp_path / "model.gguf", ids)
-    expected = torch.log_softmax(model(torch.tensor([ids])).logits[0, -1], -1)
-    assert len(found) == 300 and expected.std() > 0.1
-    # ggml looks up GELU in a table of half precision.
-    tolerance = 1e-3 if family in ("gpt2", "gpt_neox") else 1e-5
-    assert max(abs(float(expected[index]) - value) for index, value in found.items()) < tolerance
-
-
 @pytest.mark.parametrize("dtype", [None, "float16", "float32"])
 @torch.no_grad()
 def test_a_level_as_gguf(dtype, wide_checkpoint, tmp_path):
@@ -263,64 +190,6 @@ def test_a_level_as_gguf(dtype, wide_checkpoint, tmp_path):
     for name, parameter in expected.named_parameters():
         assert torch.equal(found.get_parameter(name), parameter), name
     assert "no smaller and no faster" in made.gain and made.bytes > made.dense_bytes
-
-
-def test_gguf_refuses_what_llama_cpp_would_compute_otherwise(tmp_path):
-    def refuse(message, family, tokenizer=None, **changes):
-        with pytest.raises(UnsupportedModelError, match=message):
-            model = tiny_model(family, vocab_size=300, **changes)
-            write_format(model, tokenizer or merging_tokenizer(), [], "gguf", torch.float32, tmp_path)
-        assert not list(tmp_path.iterdir())
-
-    for family in ("gemma2", "gemma3_text", "opt"):
-        refuse(
-            f"model type '{family}' is not one of llama, mistral, qwen2, .*write a plain folder with `slice`", family
-        )
-    scaled = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
-    refuse("rope_type 'linear' of this llama is not supported, expected default", "llama", rope_parameters=scaled)
-    refuse("sliding_window 64 of this mistral is not supported, expected none, or at least 256", "mistral",
-           sliding_window=64)  # fmt: skip
-    refuse("hidden_act 'gelu' of this llama is not supported, expected silu", "llama", hidden_act="gelu")
-    refuse("attention_bias True of this qwen3", "qwen3", attention_bias=True)
-    refuse("mlp_bias True of this llama", "llama", mlp_bias=True)
-    refuse("no merges", "llama", byte_tokenizer())
-    spaces = merging_tokenizer()
-    spaces.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    refuse(r"BPE, pre-tokenizer Metaspace\) is none whose llama.cpp name is known", "llama", spaces)
-    spaces.backend_tokenizer.pre_tokenizer = None
-    refuse(r"BPE, pre-tokenizer none\)", "llama", spaces)
-
-
-def test_the_splitter_of_each_known_tokenizer_is_named():
-    from tokenizers import Regex
-
-    from elastic_sparsity.gguf_vocab import byte_level_vocabulary
-
-    words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    words += r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-    last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-
-    def split(text):
-        return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(text), "isolated"), last])
-
-    digits = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    known = {
-        "gpt-2": pre_tokenizers.ByteLevel(add_prefix_space=False),
-        "smollm": pre_tokenizers.Sequence(digits),
-        "llama-bpe": split(words % "{1,3}"),
-        "qwen2": split(words % ""),
-    }
-    for name, pre_tokenizer in known.items():
-        tokenizer = merging_tokenizer()
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizer
-        assert byte_level_vocabulary(tokenizer, 300).splitter == name
-    for other in (split(r"\s+"), pre_tokenizers.ByteLevel(add_prefix_space=True), last):
-        tokenizer = merging_tokenizer()
-        tokenizer.backend_tokenizer.pre_tokenizer = other
-        with pytest.raises(UnsupportedModelError, match="is none whose llama.cpp name is known"):
-            byte_level_vocabulary(tokenizer, 300)
-    with pytest.raises(UnsupportedModelError, match="token id 289 is beyond the model's 280 embeddings"):
-        byte_level_vocabulary(merging_tokenizer(), 280)
 
 
 def test_no_config_says_anything_of_sparsity(wide_checkpoint, tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ ALLOWED = {
     "mixer": {"torch", "errors"},
     "sparsegpt": {"torch", "errors", "importance"},
     "packing": {"torch", "numpy", "errors"},
-    "bitmask": {"torch", "numpy", "errors", "precision"},
+    "bitmask": {"torch", "numpy", "errors", "packing", "precision"},
     "files": {"safetensors", "errors"},
     "tensor_file": {"torch", "safetensors", "errors"},
     "shells": {"torch", "numpy", "errors", "ladder", "masks", "packing", "precision"},
