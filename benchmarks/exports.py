@@ -36,6 +36,7 @@ from transformers.utils import logging
 from elastic_sparsity import ElasticCheckpoint, ElasticModel, load_packed, optimize
 from elastic_sparsity.arch import weight_OI
 from elastic_sparsity.config import make_recipe
+from elastic_sparsity.errors import ShapeError, UnsupportedModelError
 from elastic_sparsity.exports import weight_bytes, write_format
 from elastic_sparsity.files import write_json
 from elastic_sparsity.pipeline import versions
@@ -204,28 +205,33 @@ def main() -> None:
     ]
     if importlib.util.find_spec("xllamacpp"):
         ways.append(("gguf", "gguf", "llama.cpp", torch.bfloat16, open_llama_cpp, True))
-    rows = []
+    rows, rows_left_out = [], {}
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         source = args.checkpoint or make_checkpoint(work)
         checkpoint, tokenizer = ElasticCheckpoint(source), load_tokenizer(source)
         names = list(checkpoint.linears)
-        if checkpoint.ladder.patterns:
+        if "2:4" in checkpoint.ladder.patterns:
             ways.insert(2, ("packed-2of4", "packed-2of4", "load_packed", torch.bfloat16, open_torch, False))
         for export, format, consumer, dtype, opener, own_time in ways:
             level = "2:4" if format == "packed-2of4" else args.level
             folders = {name: work / f"{format}-{name}" for name in ("level", "dense")}
             if not folders["level"].exists():
                 pruned = ElasticModel.from_pretrained(source, level, dtype=dtype)
-                for name, model in (("level", pruned), ("dense", filled(pruned, names))):
-                    folders[name].mkdir()
-                    # No dense model fits a packed format: there, dense is the plain folder.
-                    plain = format == "transformers" or (name == "dense" and format in ("bitmask", "packed-2of4"))
-                    if plain:
-                        model.save_pretrained(folders[name])
-                    else:
-                        write_format(model, tokenizer, names, format, dtype, folders[name])
-                del pruned, model
+                try:
+                    for name, model in (("level", pruned), ("dense", filled(pruned, names))):
+                        folders[name].mkdir()
+                        # No dense model fits a packed format: there, dense is the plain folder.
+                        plain = format == "transformers" or (name == "dense" and format in ("bitmask", "packed-2of4"))
+                        if plain:
+                            model.save_pretrained(folders[name])
+                        else:
+                            write_format(model, tokenizer, names, format, dtype, folders[name])
+                except (UnsupportedModelError, ShapeError) as error:
+                    rows_left_out[export] = str(error)
+                    continue
+                finally:
+                    del pruned
             found = measure(folders, opener, args.repeats, own_time)
             for name, folder in folders.items():
                 found[name]["bytes"] = weight_bytes(folder)
@@ -243,9 +249,12 @@ def main() -> None:
         "repeats": args.repeats,
         "versions": {**versions(), **{name: _version(name) for name in LIBRARIES}},
         "rows": rows,
+        "left_out": rows_left_out,
     }
     title = f"{what}, level {args.level} (packed-2of4: 2:4), {args.threads} thread; ratios to the dense model"
     Console(width=140).print(show(rows, title))
+    for export, reason in rows_left_out.items():
+        print(f"{export}: left out: {reason}")
     write_json(args.output, result)
 
 

@@ -69,7 +69,7 @@ def write_onnx(model: nn.Module, folder: Path) -> None:
                 external_data=True,
                 verbose=False,
             )
-        except torch.onnx.errors.OnnxExporterError as error:
+        except torch.onnx.OnnxExporterError as error:
             raise _unsupported(model, "onnx", error) from error
 
 
@@ -89,7 +89,7 @@ def write_openvino(model: nn.Module, folder: Path, *, half: bool) -> None:
         with _quiet():
             program = torch.export.export(_Logits(model).eval(), arguments, dynamic_shapes=shapes, strict=False)
             converted = openvino.convert_model(program)
-    except (RuntimeError, torch._dynamo.exc.UserError, openvino.frontend.GeneralFailure) as error:
+    except (RuntimeError, openvino.frontend.GeneralFailure) as error:
         raise _unsupported(model, "openvino", error) from error
     converted.outputs[0].set_names({OUTPUT})
     openvino.save_model(converted, folder / "model.xml", compress_to_fp16=half)

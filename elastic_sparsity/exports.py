@@ -24,7 +24,7 @@ _HALVES = ("bfloat16", "float16")
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Format:
     """Attributes:
-    dtypes: that can be written; the first is the default unless the checkpoint's is among them and `keeps_dtype`.
+    dtypes: that can be written; the first is the default unless `keeps_dtype`.
     keeps_dtype: by default, write the checkpoint's own dtype.
     check: raises ConfigError if a library is missing.
     has_config: config.json and tokenizer lie beside the weights.
