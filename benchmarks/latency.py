@@ -1,12 +1,12 @@
 """Milliseconds of packed levels against dense, and how far both are from what the memory allows: two models, this CPU.
 
-    python benchmarks/latency.py                          # SmolLM2-135M, and LLaMA-7B's layer shapes at random (3 blocks)
+    python benchmarks/latency.py                  # SmolLM2-135M, and LLaMA-7B's layer shapes at random (3 blocks)
     python benchmarks/latency.py --smollm2 DIR --llama DIR   # checkpoints made before
 
 Speed depends on shapes and levels only, so the checkpoints made here are not trained. Dense float32 and bfloat16 and
 packed bfloat16 of a level are loaded side by side and take turns; a ratio is the median of ratios within single rounds,
-over the faster dense one (`elastic-sparsity bench` does the same). "limit": the bytes that one token reads over the read
-bandwidth measured here; "of it": that over the time measured.
+over the faster dense one (`elastic-sparsity bench` does the same). "limit": the bytes that one token reads over the
+read bandwidth measured here; "of it": that over the time measured.
 """
 
 import argparse

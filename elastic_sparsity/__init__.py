@@ -4,8 +4,10 @@ from elastic_sparsity.checkpoint import ElasticCheckpoint
 from elastic_sparsity.choosing import Choice, choose_level
 from elastic_sparsity.config import Recipe, read_recipe
 from elastic_sparsity.errors import ElasticSparsityError
+from elastic_sparsity.exports import Export, export_level
 from elastic_sparsity.inspection import LevelInfo, levels
 from elastic_sparsity.overlay import restore_overlay, write_overlay
+from elastic_sparsity.packed_files import load_packed
 from elastic_sparsity.peft_export import export_peft, reapply_masks_
 from elastic_sparsity.pipeline import optimize
 from elastic_sparsity.slicing import ElasticModel, save_sliced, set_level
@@ -17,12 +19,15 @@ __all__ = [
     "ElasticCheckpoint",
     "ElasticModel",
     "ElasticSparsityError",
+    "Export",
     "LevelInfo",
     "Recipe",
     "choose_level",
     "copy_level",
+    "export_level",
     "export_peft",
     "levels",
+    "load_packed",
     "optimize",
     "read_recipe",
     "reapply_masks_",

@@ -16,11 +16,13 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
-from elastic_sparsity.cli_device import register
+from elastic_sparsity.cli_device import register as register_device
+from elastic_sparsity.cli_export import register as register_export
 from elastic_sparsity.config import Recipe, read_recipe
 from elastic_sparsity.errors import ConfigError, ElasticSparsityError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=__doc__)
+register_export(app)
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No bars and no log, only the result.")]
 LevelOption = Annotated[str, typer.Option(help='A level of the ladder: "0.6", "60%" or "2:4".')]
 
@@ -313,4 +315,4 @@ def eval_command(
         write_json(output, {"protocol": protocol, "rows": rows})
 
 
-register(app, _progress)
+register_device(app, _progress)

@@ -14,6 +14,7 @@ import torch
 
 from elastic_sparsity.native import TORCH, InstructionPath, active_path, instruction_paths
 from elastic_sparsity.precision import multiplies_bfloat16
+from elastic_sparsity.semi_structured import semi_structured_problem
 from elastic_sparsity.ways import Way
 
 # What matters to the kernels and to torch -> the names it has in /proc/cpuinfo and in torch.cpu.get_capabilities().
@@ -156,7 +157,7 @@ def _read_gpus() -> Iterator[Gpu]:
             architecture=_gpu_architecture(properties),
             memory_bytes=properties.total_memory,
             multiplies_bfloat16=multiplies_bfloat16("cuda"),
-            semi_structured_problem=_semi_structured_problem(f"cuda:{number}"),
+            semi_structured_problem=semi_structured_problem(f"cuda:{number}"),
         )
 
 
@@ -164,14 +165,6 @@ def _gpu_architecture(properties: Any) -> str:
     if torch.version.hip is not None:
         return str(properties.gcnArchName)
     return f"sm_{properties.major}{properties.minor}"
-
-
-def _semi_structured_problem(device: str) -> str | None:
-    try:
-        from elastic_sparsity.semi_structured import semi_structured_problem  # needs a GPU build, only here
-    except ImportError:
-        return "this installation has no 2:4 runtime"
-    return semi_structured_problem(device)
 
 
 def verdicts(facts: Facts) -> list[Verdict]:

@@ -5,24 +5,49 @@ prompt) expand a tile of rows at a time into a small dense buffer, which torch m
 go through torch, slower than a dense model; `elastic-sparsity doctor` says which.
 """
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elastic_sparsity.adapters import replace_module_
 from elastic_sparsity.errors import ConfigError
 from elastic_sparsity.native import Kernels
-from elastic_sparsity.packed_weight import PackedWeight, unpack_rows
+from elastic_sparsity.packed_weight import PackedWeight, product
 
 DIRECT_TOKENS = 32  # beyond, expanding once and a dense product win (Zen 5, 2026-11-24, benchmarks/latency.py)
-TILE_BYTES = 16 << 20  # of dense rows at a time: larger ones leave the last-level cache, smaller ones feed torch badly
+TILE_BYTES = 8 << 20  # of dense rows at a time: larger ones leave the last-level cache, smaller ones feed torch badly
 
 
 DTYPES = (torch.float32, torch.bfloat16)
 _PARTS = ("mask_OW", "values", "starts")
+
+
+class Workspace:
+    """Memory of one dense tile, used again by all linears of a model: fresh memory costs more than expanding."""
+
+    def __init__(self) -> None:
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+        self._in_use = threading.Lock()
+
+    def __reduce__(self) -> tuple[type["Workspace"], tuple[()]]:
+        return Workspace, ()  # a copied model gets one of its own
+
+    @contextmanager
+    def take(self, num_bytes: int) -> Iterator[Tensor]:
+        """(num_bytes,) uint8 for the time of the context; a second thread in between gets memory of its own."""
+        if not self._in_use.acquire(blocking=False):
+            yield torch.empty(num_bytes, dtype=torch.uint8)
+            return
+        try:
+            if self._bytes.numel() < num_bytes:
+                self._bytes = torch.empty(num_bytes, dtype=torch.uint8)
+            yield self._bytes[:num_bytes]
+        finally:
+            self._in_use.release()
 
 
 class PackedLinear(nn.Module):
@@ -32,6 +57,7 @@ class PackedLinear(nn.Module):
         in_features, out_features: of the dense linear.
         bias: of the dense linear.
         kernels: None = torch code.
+        workspace: shared by the linears of a model.
     """
 
     bias: nn.Parameter | None
@@ -39,9 +65,17 @@ class PackedLinear(nn.Module):
     values: Tensor
     starts: Tensor
 
-    def __init__(self, in_features: int, out_features: int, bias: nn.Parameter | None, kernels: Kernels | None) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: nn.Parameter | None,
+        kernels: Kernels | None,
+        workspace: Workspace,
+    ) -> None:
         super().__init__()
         self.in_features, self.out_features, self._kernels = in_features, out_features, kernels
+        self._workspace = workspace
         self.register_parameter("bias", bias)
         for name in _PARTS:  # buffers, so that what counts a model's memory finds them
             self.register_buffer(name, None, persistent=False)
@@ -91,20 +125,21 @@ class PackedLinear(nn.Module):
         return y.view(*x.shape[:-1], self.out_features)
 
     def _by_tiles(self, weight: PackedWeight, x_TI: Tensor, bias: Tensor | None) -> Tensor:
-        step = max(16, TILE_BYTES // (self.in_features * x_TI.dtype.itemsize))
+        if self._kernels is None:
+            return product(weight, x_TI, bias)
         y = torch.empty(x_TI.shape[0], self.out_features, dtype=x_TI.dtype)
-        buffer = torch.empty(min(step, self.out_features), self.in_features, dtype=x_TI.dtype)
-        for begin in range(0, self.out_features, step):
-            end = min(begin + step, self.out_features)
-            if self._kernels is None:
-                tile = unpack_rows(weight, begin, end)
-            else:
-                tile = buffer[: end - begin]
+        row_bytes = self.in_features * x_TI.dtype.itemsize
+        tiles = -(-self.out_features * row_bytes // TILE_BYTES)
+        step = -(-self.out_features // tiles)
+        with self._workspace.take(step * row_bytes) as room:
+            for begin in range(0, self.out_features, step):
+                end = min(begin + step, self.out_features)
+                tile = room[: (end - begin) * row_bytes].view(x_TI.dtype).view(end - begin, self.in_features)
                 self._kernels.unpack_rows_(weight, begin, tile)
-            part = F.linear(x_TI, tile, None if bias is None else bias[begin:end])
-            if end - begin == self.out_features:
-                return part
-            y[:, begin:end] = part
+                if bias is None:
+                    torch.mm(x_TI, tile.T, out=y[:, begin:end])
+                else:
+                    torch.addmm(bias[begin:end], x_TI, tile.T, out=y[:, begin:end])
         return y
 
     def extra_repr(self) -> str:
@@ -139,9 +174,9 @@ def pack_linears_(
     Args:
         shapes: (O, I) of every linear, by fully qualified name.
     """
-    made = {}
+    made, workspace = {}, Workspace()
     for name, (outputs, inputs) in shapes.items():
         bias: nn.Parameter | None = model.get_submodule(name).bias  # type: ignore[assignment]
-        made[name] = PackedLinear(inputs, outputs, bias, kernels)
+        made[name] = PackedLinear(inputs, outputs, bias, kernels, workspace)
         replace_module_(model, name, made[name])
     return made

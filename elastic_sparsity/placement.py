@@ -8,6 +8,8 @@ from torch import nn
 
 from elastic_sparsity.errors import ConfigError
 from elastic_sparsity.precision import DTYPES
+from elastic_sparsity.semi_structured import semi_structured_problem
+from elastic_sparsity.ways import DENSE, RUNTIMES, SEMI_STRUCTURED
 
 AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
 Places = Mapping[str, Any]  # module name prefix -> device, "cpu" or "disk"
@@ -50,17 +52,21 @@ def check_placement(device: Any, device_map: Any, offload_folder: Any) -> None:
             raise ConfigError(f"device: {place!r} is not on this machine.")
 
 
-RUNTIMES = ("dense", "packed")
-
-
 def check_runtime(runtime: str, device: Any, device_map: Any, dtype: torch.dtype | str | None) -> None:
-    """That a runtime is known and can serve the place and dtype a user names.
+    """That a runtime is known and can serve the place and dtype a user names. (None as dtype says nothing.)
 
     Raises: ConfigError.
     """
     if runtime not in RUNTIMES:
         raise ConfigError(f"runtime: {runtime!r} is not one of {', '.join(RUNTIMES)}.")
-    if runtime == "dense":
+    if runtime == DENSE:
+        return
+    if runtime == SEMI_STRUCTURED:
+        problem = semi_structured_problem("cuda" if device is None else device)
+        if problem is not None:
+            raise ConfigError(f"runtime: {runtime!r} cannot run here: {problem}")
+        if device_map is not None or dtype in (torch.float32, "float32"):
+            raise ConfigError(f'runtime: {runtime!r} takes device="cuda", no device_map, and bfloat16 or float16.')
         return
     if device_map is not None or (device is not None and torch.device(device).type != "cpu"):
         raise ConfigError(f'runtime: {runtime!r} is for the CPU; leave device and device_map out, or use "dense".')

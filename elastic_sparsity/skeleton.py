@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +57,10 @@ def skeleton(checkpoint: ElasticCheckpoint, files: OpenLevel, dtype: torch.dtype
 
 
 def _model_config(checkpoint: ElasticCheckpoint) -> Any:
-    """config.json as transformers' object. AutoConfig would offer to run code from the folder, so it never sees it.
+    """config.json, of the checkpoint's family and depth, as transformers' object.
 
     Raises: CheckpointError: another family, or as many layers as would take transformers long to list.
     """
-    from transformers import AutoConfig  # slow import, only here
-
     path = checkpoint.folder / "config.json"
     raw = json.loads(path.read_text(encoding="utf-8"))
     try:
@@ -72,8 +71,14 @@ def _model_config(checkpoint: ElasticCheckpoint) -> Any:
     for key in ("num_hidden_layers", "n_layer"):
         if raw.get(key, len(blocks)) != len(blocks):
             raise CheckpointError(f"{path}: {key}: config.json has {raw[key]!r:.40} layers, the shells {len(blocks)}.")
-    kept = {key: value for key, value in raw.items() if key not in _IGNORED}
-    return AutoConfig.for_model(**{**kept, "name_or_path": str(checkpoint.folder)})
+    return config_object({**raw, "name_or_path": str(checkpoint.folder)})
+
+
+def config_object(raw: Mapping[str, Any]) -> Any:
+    """A config.json of a known family as transformers' object. AutoConfig would offer to run code that it names."""
+    from transformers import AutoConfig  # slow import, only here
+
+    return AutoConfig.for_model(**{key: value for key, value in raw.items() if key not in _IGNORED})
 
 
 def _check_fit(model: Any, checkpoint: ElasticCheckpoint, files: OpenLevel) -> None:

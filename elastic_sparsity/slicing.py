@@ -24,8 +24,10 @@ from elastic_sparsity.native import kernels
 from elastic_sparsity.packed import PackedLinear, pack_linears_
 from elastic_sparsity.packed_weight import PackedWeight
 from elastic_sparsity.placement import Places, check_placement, check_runtime, find_places, place_of, resolve_dtype
+from elastic_sparsity.semi_structured import to_semi_structured_
 from elastic_sparsity.skeleton import import_model_class, skeleton
 from elastic_sparsity.tensor_file import Room
+from elastic_sparsity.ways import DENSE, PACKED, SEMI_STRUCTURED
 
 STATE = "elastic_state"  # attribute of a model made here
 T = TypeVar("T")
@@ -42,6 +44,7 @@ class ElasticState:
     checkpoint: ElasticCheckpoint
     level: Level
     merge_adapters: bool
+    runtime: str = DENSE
     hub: dict[str, Any] | None = None
 
 
@@ -76,7 +79,8 @@ class ElasticModel:
             offload_folder: for weights that a device map puts on "disk".
             merge_adapters: False leaves the masked base weights alone, to put the exported PEFT adapters on them.
             runtime: "dense" (default), or "packed": sparsified weights stay a bitmask and kept values in memory,
-                smaller and, for few tokens, faster; on the CPU, in float32 or bfloat16, for inference.
+                smaller and, for few tokens, faster; on the CPU, in float32 or bfloat16, for inference. Or
+                "semi_structured": torch's 2:4 products on an NVIDIA GPU from Ampere on (level 2:4, for inference).
             device_profile, max_bytes, max_ms_per_token, min_quality: with level "auto", the best level within these
                 budgets, see `choose_level`; a profile also decides dtype and runtime where they are not given.
             **hub: `revision`, `cache_dir`, `token`, `endpoint`, `local_files_only` for a hub id.
@@ -99,15 +103,19 @@ class ElasticModel:
             )
             logging.getLogger(__name__).info(choice.explanation)
             level, dtype, runtime = choice.level, dtype or choice.dtype, runtime or choice.runtime
-        runtime = runtime or "dense"
+        runtime = runtime or DENSE
         check_runtime(runtime, device, device_map, dtype)
         resolve_dtype(dtype, torch.float32)  # before a download
+        if runtime == SEMI_STRUCTURED and device is None:
+            device = "cuda"
         checkpoint = ElasticCheckpoint(checkpoint_folder(path, level, **hub))
+        resolved = resolve_dtype(dtype, checkpoint.dtype)
+        check_runtime(runtime, device, device_map, resolved)
         model = load_level(
             checkpoint,
             checkpoint.find(level),
-            resolve_dtype(dtype, checkpoint.dtype),
-            device_map={"": device} if device is not None and runtime == "dense" else device_map,
+            resolved,
+            device_map={"": device} if device is not None and runtime != PACKED else device_map,
             offload_folder=offload_folder,
             merge_adapters=merge_adapters,
             runtime=runtime,
@@ -129,15 +137,16 @@ def load_level(
     runtime: str = "dense",
 ) -> Any:
     """The model of one level; merged in float32, masked, then cast. See `ElasticModel.from_pretrained`."""
-    check_runtime(runtime, None, device_map, dtype)
+    if runtime == SEMI_STRUCTURED and level.pattern != (2, 4):
+        raise ConfigError(f"runtime: {runtime!r} takes level 2:4, found {level.name}.")
     with ThreadPoolExecutor(1) as pool:  # while one thread hashes the files, another imports the model's class
         opening = pool.submit(checkpoint.open_level, level)
         import_model_class(checkpoint.folder)
         files = opening.result()
     model, generation = skeleton(checkpoint, files, dtype)
     places = find_places(model, device_map)
-    state: dict[str, Tensor] = {}
-    if runtime == "packed":
+    tensors: dict[str, Tensor] = {}
+    if runtime == PACKED:
         linears = pack_linears_(model, {name: spec.shape for name, spec in checkpoint.linears.items()}, kernels())
         _set_packed_(linears, _packed_level(checkpoint, files, merge_adapters, dtype))
     else:
@@ -146,22 +155,25 @@ def load_level(
             for name, spec in checkpoint.linears.items()
         }
         _write_level_(weights, checkpoint, files, merge_adapters)
-        state = {f"{name}.weight": weight for name, weight in weights.items()}
+        tensors = {f"{name}.weight": weight for name, weight in weights.items()}
     _return_freed_memory()
     for name, tensor in files.shared().items():
         weight = tensor.to(dtype)
         check_finite(weight, name)
-        state[name] = weight.to(place_of(places, name))
-    model.load_state_dict(state, strict=False, assign=True)
+        tensors[name] = weight.to(place_of(places, name))
+    model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
-    model.eval().requires_grad_(runtime == "dense")
+    model.eval().requires_grad_(runtime == DENSE)
     if generation is not None:
         model.generation_config = generation
     if places is not None:
         from accelerate import dispatch_model  # slow import, only here
 
         model = dispatch_model(model, dict(places), offload_dir=offload_folder)
-    setattr(model, STATE, ElasticState(checkpoint=checkpoint, level=level, merge_adapters=merge_adapters))
+    if runtime == SEMI_STRUCTURED:
+        to_semi_structured_(model, list(checkpoint.linears))
+    state = ElasticState(checkpoint=checkpoint, level=level, merge_adapters=merge_adapters, runtime=runtime)
+    setattr(model, STATE, state)
     return model
 
 
@@ -253,6 +265,8 @@ def set_level(model: nn.Module, level: str | float) -> None:
     wanted = state.checkpoint.find(level)
     if wanted == state.level:
         return
+    if state.runtime == SEMI_STRUCTURED:
+        raise ConfigError("set_level: a model of 2:4 products cannot become another level; load that anew.")
     packed = _live_packed(model, state.checkpoint)
     weights = {} if packed else _live_weights(model, state.checkpoint)
     if state.hub is not None and not state.checkpoint.is_complete(wanted):

@@ -12,8 +12,7 @@ from elastic_sparsity.packed_weight import SLACK
 from elastic_sparsity.precision import DTYPES
 from elastic_sparsity.shells import LinearSpec
 
-RUNTIMES = ("dense", "packed", "semi_structured")
-DENSE = "dense"
+RUNTIMES = DENSE, PACKED, SEMI_STRUCTURED = ("dense", "packed", "semi_structured")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +33,7 @@ class Way:
 
     def serves(self, level: Level) -> bool:
         """Whether this way can hold the level's zeros at all."""
-        return self.runtime != "semi_structured" or level.pattern == (2, 4)
+        return self.runtime != SEMI_STRUCTURED or level.pattern == (2, 4)
 
 
 def streamed_bytes(checkpoint: ElasticCheckpoint, level: Level, way: Way) -> int:
@@ -52,7 +51,7 @@ def linear_bytes(spec: LinearSpec, level: Level, way: Way) -> int:
     item = DTYPES[way.dtype].itemsize
     if way.runtime == DENSE:
         return spec.size * item
-    if way.runtime == "semi_structured":  # half of the values, and two bits for the place of each
+    if way.runtime == SEMI_STRUCTURED:  # half of the values, and two bits for the place of each
         return spec.size * item // 2 + spec.size // 8
     if level.pattern is None:
         kept = spec.shape[0] * spec.kept[level.index]

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from elastic_sparsity import optimize
 from elastic_sparsity.config import make_recipe
@@ -24,6 +26,21 @@ def tiny_recipe(**sections):
     for name, fields in sections.items():
         data[name] = {**data.get(name, {}), **fields} if isinstance(fields, dict) else fields
     return make_recipe(data)
+
+
+def merging_tokenizer(size=290, pre_tokenizer=None, text="", ignore_merges=False):
+    """A byte-level BPE tokenizer with a few merges, learned from `text` too; splits text as GPT-2's by default."""
+    tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
+    tokenizer.pre_tokenizer = pre_tokenizer or pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(["zeros that stay zero in the sparse weights of the fox " * 20, text * 20], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|end|>", bos_token="<|end|>", pad_token="<|end|>"
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -52,7 +52,7 @@ def quick_recipe(tmp_path):
 
 def test_verbs_are_these():
     names = {command.name or command.callback.__name__ for command in cli.app.registered_commands}
-    makers = {"demo", "train", "slice", "upgrade", "overlay", "restore", "export-peft"}
+    makers = {"demo", "train", "slice", "upgrade", "overlay", "restore", "export-peft", "export"}
     assert names == makers | {"eval", "inspect", "doctor", "bench"}
 
 

@@ -1,7 +1,6 @@
 """Doctor on machines that are not here, and on this one."""
 
 import json
-import sys
 import types
 
 import pytest
@@ -77,8 +76,7 @@ def test_the_runtimes_are_asked(monkeypatch):
     monkeypatch.setenv(native.VARIABLE, "torch")
     assert read_facts().active_path == "torch"
 
-    sparse = types.SimpleNamespace(semi_structured_problem=lambda device: f"{device} is too old")
-    monkeypatch.setitem(sys.modules, "elastic_sparsity.semi_structured", sparse)
+    monkeypatch.setattr("elastic_sparsity.doctor.semi_structured_problem", lambda device: f"{device} is too old")
     found = types.SimpleNamespace(name="T4", major=7, minor=5, total_memory=16, gcnArchName="gfx90a")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

@@ -1,6 +1,6 @@
-"""The NEON path, compiled for 64-bit Arm and run in an emulator: where those are installed, since this machine is no Arm.
+"""The NEON path, compiled for 64-bit Arm and run in an emulator, where both are installed.
 
-    apt-get install qemu-user g++-aarch64-linux-gnu
+apt-get install qemu-user g++-aarch64-linux-gnu
 """
 
 import shutil

@@ -22,6 +22,7 @@ ALLOWED = {
     "packing": {"torch", "numpy", "errors"},
     "packed_weight": {"torch", "packing", "precision"},
     "native": {"torch", "errors", "packed_weight"},
+    "bitmask": {"torch", "numpy", "errors", "packing", "precision"},
     "files": {"safetensors", "errors"},
     "tensor_file": {"torch", "safetensors", "errors"},
     "shells": {"torch", "numpy", "errors", "ladder", "masks", "packing", "precision"},
@@ -42,17 +43,24 @@ ALLOWED = {
     # layer 2: know Hugging Face models
     "arch": {"torch", "errors"},
     "tiny": {"torch", "transformers", "arch"},
-    "models": {"torch", "transformers", "arch", "errors", "precision", "tiny"},
+    "models": {"torch", "transformers", "gguf", "arch", "errors", "precision", "tiny"},
     "data": {"torch", "datasets", "errors"},
     "blocks": {"torch", "errors"},
     "adapters": {"torch", "arch", "errors", "ladder", "masks", "precision"},
+    "semi_structured": {"torch", "arch", "errors"},
+    "gguf_vocab": {"gguf", "errors"},
+    "export_gguf": {"torch", "gguf", "arch", "errors", "gguf_vocab"},
+    "export_onnx": {"torch", "onnx", "openvino", "errors"},
+    "packed_files": {
+        "torch", "safetensors", "transformers", "accelerate", "arch", "bitmask", "errors", "semi_structured", "skeleton",
+    },
     # layer 3: stages
     "calibrate": {"torch", "arch", "blocks", "importance"},
     "calibration_text": {"torch", "safetensors", "config", "data", "errors", "models", "precision"},
     "distill": {"torch", "adapters", "blocks", "errors", "ladder", "mixer"},
     "end_to_end": {"torch", "adapters", "distill", "errors", "ladder"},
     "baselines": {"torch", "arch", "blocks", "calibrate", "errors", "importance", "ladder", "masks", "sparsegpt"},
-    "placement": {"torch", "accelerate", "errors", "precision"},
+    "placement": {"torch", "accelerate", "errors", "precision", "semi_structured", "ways"},
     "packed": {"torch", "adapters", "errors", "native", "packed_weight"},
     "decoding": {
         "torch", "numpy", "adapters", "errors", "ladder", "native", "packed_weight", "packing", "precision", "shells",
@@ -60,7 +68,7 @@ ALLOWED = {
     "skeleton": {"torch", "transformers", "accelerate", "arch", "checkpoint", "errors"},
     "slicing": {
         "torch", "transformers", "accelerate", "checkpoint", "choosing", "decoding", "errors", "files", "hub", "ladder",
-        "native", "packed", "packed_weight", "placement", "skeleton", "tensor_file",
+        "native", "packed", "packed_weight", "placement", "semi_structured", "skeleton", "tensor_file", "ways",
     },
     "verify": {
         "torch", "safetensors", "arch", "checkpoint", "errors", "hub", "ladder", "shells", "slicing",
@@ -70,6 +78,10 @@ ALLOWED = {
         "shells",
     },
     "peft_export": {"torch", "safetensors", "peft", "arch", "checkpoint", "errors", "files", "hub", "manifest"},
+    "exports": {
+        "torch", "checkpoint", "errors", "export_gguf", "export_onnx", "files", "hub", "ladder", "packed_files",
+        "placement", "slicing",
+    },
     "evaluate": {"torch", "arch", "errors"},
     # layer 4: the flow
     "pipeline": {
@@ -88,12 +100,15 @@ ALLOWED = {
     # layer 5
     "__main__": {"cli"},
     "cli_device": {"bench", "device_profile", "device_report", "doctor", "errors", "precision"},
+    "cli_export": {"transformers", "exports"},
     "cli": {
-        "transformers", "checkpoint", "choosing", "cli_device", "config", "errors", "files", "hub", "inspection",
-        "measure", "overlay", "peft_export", "pipeline", "precision", "report", "slicing", "transfer", "verify",
+        "transformers", "checkpoint", "choosing", "cli_device", "cli_export", "config", "errors", "files", "hub",
+        "inspection", "measure", "overlay", "peft_export", "pipeline", "precision", "report", "slicing", "transfer",
+        "verify",
     },
 }  # fmt: skip
-WATCHED = {"torch", "numpy", "safetensors", "transformers", "peft", "datasets", "lm_eval", "accelerate"}
+WATCHED = {"torch", "numpy", "safetensors", "transformers", "peft", "datasets", "lm_eval", "accelerate", "gguf", "onnx",
+           "openvino"}  # fmt: skip
 
 
 def imported(path):

@@ -1,6 +1,7 @@
 """The packed runtime: a model of packed linears gives the dense slice's logits, switches levels, and refuses misuse."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from test_contract import IDS, train_and_save
 from elastic_sparsity import ElasticModel, native, optimize, save_sliced, set_level
 from elastic_sparsity.checkpoint import ElasticCheckpoint
 from elastic_sparsity.errors import CheckpointError, ConfigError
-from elastic_sparsity.packed import DIRECT_TOKENS, PackedLinear
+from elastic_sparsity.packed import DIRECT_TOKENS, PackedLinear, Workspace
 from elastic_sparsity.packed_weight import pack_weight
 from elastic_sparsity.tiny import TINY_FAMILIES
 
@@ -114,7 +115,8 @@ def test_a_recipe_without_unstructured_levels(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"runtime": "sparse"}, "runtime: 'sparse' is not one of dense, packed"),
+        ({"runtime": "sparse"}, "runtime: 'sparse' is not one of dense, packed, semi_structured"),
+        ({"runtime": "semi_structured", "device": "cpu"}, "'semi_structured' cannot run here: cpu is no NVIDIA GPU"),
         ({"runtime": "packed", "dtype": "float16"}, "runtime: 'packed' has no float16"),
         ({"runtime": "packed", "device_map": {"": "cpu"}}, "runtime: 'packed' is for the CPU"),
         ({"max_bytes": "1GB", "level": "60%"}, "level '60%' leaves nothing to choose"),
@@ -152,10 +154,10 @@ def test_misuse_is_refused(tiny_checkpoint, tmp_path):
     with pytest.raises(ConfigError, match="packed weights are not saved from a live model"):
         model.save_pretrained(tmp_path / "out")
     with pytest.raises(ConfigError, match="it has no weight yet"):
-        PackedLinear(4, 4, None, None)(torch.ones(1, 4))
+        PackedLinear(4, 4, None, None, Workspace())(torch.ones(1, 4))
     with pytest.raises(ConfigError, match=r"found a weight of \(2, 3\), expected \(4, 4\)"):
         weight = pack_weight(torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bool), torch.float32)
-        PackedLinear(4, 4, None, None).set_packed(weight)
+        PackedLinear(4, 4, None, None, Workspace()).set_packed(weight)
     save_sliced(tiny_checkpoint, "60%", tmp_path / "plain")  # the way that is named
 
 
@@ -171,3 +173,21 @@ def test_autocast_computes_in_the_weights_dtype(tiny_checkpoint):
     model = ElasticModel.from_pretrained(tiny_checkpoint, "60%", runtime="packed", dtype="bfloat16")
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.isfinite(model(IDS).logits).all()
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_tiles_give_what_one_does(has_bias, dtype, monkeypatch):
+    """A prompt's product by tiles of any size, also from two threads at once."""
+    weight, mask = torch.randn(50, 96), torch.rand(50, 96) > 0.5
+    bias = torch.nn.Parameter(torch.randn(50).to(dtype), requires_grad=False) if has_bias else None
+    linear = PackedLinear(96, 50, bias, native.kernels(), Workspace())
+    linear.set_packed(pack_weight(weight, mask, dtype))
+    x = torch.randn(2 * DIRECT_TOKENS, 96).to(dtype)
+    expected = torch.nn.functional.linear(x, (weight * mask).to(dtype), bias)
+    for rows in (1, 7, 32, 50):
+        monkeypatch.setattr("elastic_sparsity.packed.TILE_BYTES", rows * 96 * dtype.itemsize)
+        assert torch.allclose(linear(x), expected, rtol=0.01, atol=1e-4 if dtype == torch.float32 else 0.05), rows
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda _: linear(x), range(16)))
+        assert all(torch.equal(y, found[0]) for y in found)
