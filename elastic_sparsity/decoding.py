@@ -14,7 +14,7 @@ from torch import Tensor
 from elastic_sparsity.adapters import merge
 from elastic_sparsity.errors import CheckpointError, ShapeError
 from elastic_sparsity.ladder import Level
-from elastic_sparsity.native import Kernels, kernels
+from elastic_sparsity.native import Kernels
 from elastic_sparsity.packed_weight import PackedWeight, pack_weight
 from elastic_sparsity.packing import low_bits_of
 from elastic_sparsity.precision import as_integers
@@ -48,18 +48,20 @@ class Decoder:
         if self._kernels is None:
             weight, mask = decode_shells(shells, spec, self._level, where)
             merge(weight, pairs, mask, out_OI)
-            check_finite(out, where)
+            check_finite(out, where, None)
             return
         merged, bits = self._merged(shells, spec, pairs, where)
         if out.device.type == "cpu" and out_OI.is_contiguous() and out.dtype != torch.float16:
             finished = out_OI
         else:
-            finished = torch.empty(spec.shape, dtype=torch.float32 if out.dtype == torch.float16 else out.dtype)
+            dtype = torch.float32 if out.dtype == torch.float16 else out.dtype
+            finished = torch.empty(spec.shape, dtype=dtype, device="cpu")
         if not self._kernels.finish_(merged, bits, finished):
             raise _not_finite(where, out.dtype)
         if finished is not out_OI:
             out_OI.copy_(finished)
-            check_finite(out, where)
+        if out.dtype == torch.float16:
+            check_finite(out, where, self._kernels)
 
     def pack(
         self, shells: Sequence[Shell], spec: LinearSpec, pairs: Pairs, dtype: torch.dtype, where: str
@@ -74,7 +76,7 @@ class Decoder:
             weight, mask = decode_shells(shells, spec, self._level, where)
             packed: PackedWeight | None = pack_weight(merge(weight, pairs, mask), mask, dtype)
             assert packed is not None
-            check_finite(packed.values, where)
+            check_finite(packed.values, where, None)
             return packed
         merged, bits = self._merged(shells, spec, pairs, where)
         packed = self._kernels.pack(merged.view(spec.shape), bits, dtype)
@@ -146,21 +148,21 @@ class Decoder:
         words = -(-size // 64)
         held: Tensor | None = getattr(self._scratch, "merged", None)
         if held is None or held.numel() < size:
-            self._scratch.merged = torch.empty(size)
-            self._scratch.masks = torch.empty(2, words, dtype=torch.int64)
+            # dtype and device said: a process's defaults may be others, also just while another model loads
+            self._scratch.merged = torch.empty(size, dtype=torch.float32, device="cpu")
+            self._scratch.masks = torch.empty(2, words, dtype=torch.int64, device="cpu")
         masks: Tensor = self._scratch.masks
         return self._scratch.merged[:size], masks[0, :words], masks[1, :words]
 
 
-def check_finite(weight: Tensor, where: str) -> None:
+def check_finite(weight: Tensor, where: str, kernels: Kernels | None) -> None:
     """Raises: CheckpointError: if a value is NaN or infinite."""
     exponent = _EXPONENTS[weight.dtype]
-    compiled = kernels()
-    if compiled is not None and weight.device.type == "cpu" and weight.is_contiguous():
-        if not compiled.all_finite(weight, exponent):
+    if kernels is not None and weight.device.type == "cpu" and weight.is_contiguous():
+        if not kernels.all_finite(weight, exponent):
             raise _not_finite(where, weight.dtype)
         return
-    for part in weight.view(-1).split(1 << 16):  # what the comparison needs would otherwise stay with the process
+    for part in weight.reshape(-1).split(1 << 16):  # what the comparison needs would otherwise stay with the process
         bits = as_integers(part.cpu()).numpy()
         if np.any((bits & exponent) == exponent):  # all ones: NaN or infinity
             raise _not_finite(where, weight.dtype)

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import torch
 
-from elastic_sparsity.native import TORCH, InstructionPath, active_path, instruction_paths
+from elastic_sparsity.native import TORCH, InstructionPath, active_path, has_threads, instruction_paths
 from elastic_sparsity.precision import multiplies_bfloat16
 from elastic_sparsity.semi_structured import semi_structured_problem
 from elastic_sparsity.ways import Way
@@ -57,6 +57,7 @@ class Facts:
         free_bytes: memory that can be had without swapping.
         instruction_paths: kernels of the packed runtime, best first.
         active_path: the one in use; "torch" = no compiled one.
+        kernel_threads: whether they can use torch's threads.
     """
 
     cpu: str
@@ -69,6 +70,7 @@ class Facts:
     torch: str
     instruction_paths: tuple[InstructionPath, ...]
     active_path: str
+    kernel_threads: bool
     gpus: tuple[Gpu, ...]
 
 
@@ -104,6 +106,7 @@ def read_facts() -> Facts:
         torch=torch.__version__,
         instruction_paths=instruction_paths(),
         active_path=active_path(),
+        kernel_threads=has_threads(),
         gpus=tuple(_read_gpus()),
     )
 
@@ -211,7 +214,8 @@ def _packed_reason(facts: Facts) -> str:
     why = f" ({'; '.join(refused)})" if refused else ""
     if facts.active_path == TORCH:
         return f"in pure torch: saves memory, costs time{why}"
-    return f"{facts.active_path} kernel{why if facts.active_path == 'portable' else ''}"
+    threads = "" if facts.kernel_threads else ", on one thread: torch has another OpenMP than GNU's here"
+    return f"{facts.active_path} kernel{threads}{why if facts.active_path == 'portable' else ''}"
 
 
 def _on_gpus(facts: Facts) -> Iterator[Verdict]:

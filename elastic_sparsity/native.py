@@ -8,7 +8,7 @@ code.
 import ctypes
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -28,10 +28,13 @@ KNOWN_PATHS = {
 }
 TORCH = "torch"
 _NAME = "_kernels.so"
+_VERSION = 1  # of es_version() in kernels/api.cpp
+_REINSTALL = "pip install --force-reinstall --no-cache-dir --no-deps elastic-sparsity"
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _POINTER, _INT32, _INT64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 _CODES = {"p": _POINTER, "i": _INT32, "l": _INT64, "I": ctypes.c_uint32}
 _SIGNATURES = {  # name: arguments, result
+    "es_version": ("", _INT32),
     "es_path_count": ("", _INT32),
     "es_path_name": ("i", ctypes.c_char_p),
     "es_path_usable": ("i", _INT32),
@@ -108,15 +111,24 @@ def _library() -> ctypes.CDLL | None:
     path = library_file()
     if path is None:
         return None
-    library = ctypes.CDLL(str(path))
-    for name, (arguments, result) in _SIGNATURES.items():
-        function = getattr(library, name)
-        function.argtypes, function.restype = [_CODES[code] for code in arguments], result
+    try:
+        library = ctypes.CDLL(str(path))
+        for name, (arguments, result) in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = [_CODES[code] for code in arguments], result
+        version: object = library.es_version()
+    except (OSError, AttributeError) as error:
+        version = error
+    if version != _VERSION:
+        raise ConfigError(
+            f"{path}: found a library of another build or machine ({version}), expected version {_VERSION}; "
+            f"reinstall the package ({_REINSTALL}), or set {VARIABLE}={TORCH}."
+        )
     return library
 
 
 def library_file() -> Path | None:
-    """Where the compiled library is; None if it was not built, or cannot serve this machine."""
+    """Where the compiled library is, None if it was not built, or cannot serve this machine."""
     if sys.byteorder != "little":
         return None
     import elastic_sparsity  # its folders: an editable install has the library in another than the sources
@@ -127,7 +139,7 @@ def library_file() -> Path | None:
 def _why_missing() -> str:
     if sys.byteorder != "little":
         return "a big-endian machine"
-    return "the package was installed without a C++ compiler; install g++ or clang and reinstall it"
+    return f"installed without a supported C++ compiler; install g++ or clang, then {_REINSTALL}"
 
 
 def _usable(library: ctypes.CDLL) -> Mapping[str, bool]:
@@ -159,8 +171,8 @@ class Kernels:
     def __deepcopy__(self, memo: object) -> "Kernels":
         return self  # models are copied, code is not
 
-    def __reduce__(self) -> tuple[object, ...]:
-        return kernels_of, (self.name,)
+    def __reduce__(self) -> tuple[Callable[[], "Kernels | None"], tuple[()]]:
+        return kernels, ()  # the best path of the machine it comes to
 
     def product(self, weight: PackedWeight, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
         """x W^T + bias; sums in float32, in another order than torch's.
@@ -170,11 +182,12 @@ class Kernels:
         Returns: (T, O) in that dtype.
         """
         rows, width = weight.shape
-        y = torch.empty(x_TI.shape[0], rows, dtype=x_TI.dtype)
+        y = torch.empty(x_TI.shape[0], rows, dtype=x_TI.dtype, device="cpu")
+        bias = None if bias_O is None else _pointer(bias_O, x_TI.dtype)
         self._library.es_product(
             self._index, self._fork, torch.get_num_threads(), _DTYPES[weight.values.dtype], rows, width,
             weight.mask_OW.data_ptr(), weight.values.data_ptr(), weight.starts.data_ptr(),
-            x_TI.data_ptr(), x_TI.shape[0], None if bias_O is None else bias_O.data_ptr(), y.data_ptr(),
+            _pointer(x_TI, weight.values.dtype), x_TI.shape[0], bias, y.data_ptr(),
         )  # fmt: skip
         return y
 
@@ -184,7 +197,7 @@ class Kernels:
         self._library.es_expand_rows(
             self._index, self._fork, torch.get_num_threads(), values.dtype.itemsize, begin, begin + out_RI.shape[0],
             weight.shape[1], weight.mask_OW.data_ptr(), values.data_ptr(), weight.starts.data_ptr(),
-            values.data_ptr() + values.numel() * values.dtype.itemsize, out_RI.data_ptr(),
+            values.data_ptr() + values.numel() * values.dtype.itemsize, _pointer(out_RI, values.dtype),
         )  # fmt: skip
 
     def place_core_(self, mask: Tensor, values: Tensor, covered: Tensor, out: Tensor) -> int:
@@ -200,18 +213,20 @@ class Kernels:
         """
         return _placed(
             self._library.es_place_core(
-                self._index, mask.data_ptr(), out.numel(), _DTYPES[values.dtype], values.data_ptr(), values.numel(),
-                covered.data_ptr(), out.data_ptr(),
+                self._index, _pointer(mask, torch.uint8), out.numel(), _DTYPES[values.dtype],
+                _pointer(values, *_DTYPES), values.numel(), _pointer(covered, torch.int64),
+                _pointer(out, torch.float32),
             ),
             values.numel(),
         )  # fmt: skip
 
     def place_bitmap_(self, mask: Tensor, values: Tensor, covered: Tensor, pattern: Tensor | None, out: Tensor) -> int:
         """Values of a later shell with a bitmap; with `pattern` (which gets the bits), only of bits not yet covered."""
+        to_pattern = None if pattern is None else _pointer(pattern, torch.int64)
         return _placed(
             self._library.es_place_bitmap(
-                mask.data_ptr(), out.numel(), _DTYPES[values.dtype], values.data_ptr(), values.numel(),
-                covered.data_ptr(), None if pattern is None else pattern.data_ptr(), out.data_ptr(),
+                _pointer(mask, torch.uint8), out.numel(), _DTYPES[values.dtype], _pointer(values, *_DTYPES),
+                values.numel(), _pointer(covered, torch.int64), to_pattern, _pointer(out, torch.float32),
             ),
             values.numel(),
         )  # fmt: skip
@@ -220,24 +235,24 @@ class Kernels:
         """Values of a shell with Elias-Fano positions (packing.pack_positions), `low_bits` planes of low parts."""
         return _placed(
             self._library.es_place_positions(
-                positions.data_ptr(), values.numel(), out.numel(), low_bits, _DTYPES[values.dtype],
-                values.data_ptr(), covered.data_ptr(), out.data_ptr(),
+                _pointer(positions, torch.uint8), values.numel(), out.numel(), low_bits, _DTYPES[values.dtype],
+                _pointer(values, *_DTYPES), _pointer(covered, torch.int64), _pointer(out, torch.float32),
             ),
             values.numel(),
         )  # fmt: skip
 
     def wrong_rows(self, bits: Tensor, rows: int, width: int, kept: int) -> int:
         """How many rows have another number of bits than `kept`."""
-        return self._library.es_wrong_rows(bits.data_ptr(), rows, width, kept)
+        return self._library.es_wrong_rows(_pointer(bits, torch.int64), rows, width, kept)
 
     def wrong_groups(self, bits: Tensor, count: int, kept: int, size: int) -> int:
         """How many groups of `size` neighbours (at most 64) have more bits than `kept`."""
-        return self._library.es_wrong_groups(bits.data_ptr(), count, kept, size)
+        return self._library.es_wrong_groups(_pointer(bits, torch.int64), count, kept, size)
 
     def all_finite(self, tensor: Tensor, exponent: int) -> bool:
         """Whether no element has all bits of `exponent` set, as NaN and infinity have."""
         size = tensor.dtype.itemsize
-        return bool(self._library.es_all_finite(tensor.data_ptr(), tensor.numel(), size, exponent))
+        return bool(self._library.es_all_finite(_pointer(tensor, tensor.dtype), tensor.numel(), size, exponent))
 
     def finish_(self, merged: Tensor, bits: Tensor, out: Tensor) -> bool:
         """`merged` (n,) float32 rounded into `out` (float32 or bfloat16), +0 where bits are clear.
@@ -246,26 +261,37 @@ class Kernels:
         """
         return bool(
             self._library.es_finish(
-                self._index, bits.data_ptr(), out.numel(), merged.data_ptr(), _DTYPES[out.dtype], out.data_ptr()
+                self._index,
+                _pointer(bits, torch.int64),
+                out.numel(),
+                _pointer(merged, torch.float32),
+                _DTYPES[out.dtype],
+                _pointer(out, *_DTYPES),
             )
         )
 
     def pack(self, merged_OI: Tensor, bits: Tensor, dtype: torch.dtype) -> PackedWeight | None:
         """`merged_OI` (float32) where bits are set, rounded and packed; None if one is NaN or infinite then."""
         rows, width = merged_OI.shape
-        num_kept = self._library.es_count_bits(bits.data_ptr(), bits.numel())
+        num_kept = self._library.es_count_bits(_pointer(bits, torch.int64), bits.numel())
         weight = PackedWeight(
             shape=(rows, width),
-            mask_OW=torch.empty(rows, -(-width // 64), dtype=torch.int64),
-            values=torch.empty(num_kept + SLACK, dtype=dtype),
-            starts=torch.empty(rows + 1, dtype=torch.int64),
+            mask_OW=torch.empty(rows, -(-width // 64), dtype=torch.int64, device="cpu"),
+            values=torch.empty(num_kept + SLACK, dtype=dtype, device="cpu"),
+            starts=torch.empty(rows + 1, dtype=torch.int64, device="cpu"),
         )
         placed = self._library.es_pack_rows(
-            bits.data_ptr(), rows, width, merged_OI.data_ptr(), _DTYPES[dtype],
+            _pointer(bits, torch.int64), rows, width, _pointer(merged_OI, torch.float32), _DTYPES[dtype],
             weight.mask_OW.data_ptr(), weight.starts.data_ptr(), weight.values.data_ptr(),
         )  # fmt: skip
         assert placed in (num_kept, -1), (placed, num_kept)
         return weight if placed >= 0 else None
+
+
+def _pointer(tensor: Tensor, *dtypes: torch.dtype) -> int:
+    """Address of a tensor that compiled code may use: on the CPU, contiguous, of one of the dtypes."""
+    assert tensor.dtype in dtypes and tensor.device.type == "cpu" and tensor.is_contiguous(), (tensor.dtype, dtypes)
+    return tensor.data_ptr()
 
 
 def _placed(result: int, available: int) -> int:

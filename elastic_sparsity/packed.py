@@ -8,6 +8,7 @@ go through torch, slower than a dense model; `elastic-sparsity doctor` says whic
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,8 +21,6 @@ from elastic_sparsity.packed_weight import PackedWeight, product
 
 DIRECT_TOKENS = 32  # beyond, expanding once and a dense product win (Zen 5, 2026-11-24, benchmarks/latency.py)
 TILE_BYTES = 8 << 20  # of dense rows at a time: larger ones leave the last-level cache, smaller ones feed torch badly
-
-
 DTYPES = (torch.float32, torch.bfloat16)
 _PARTS = ("mask_OW", "values", "starts")
 
@@ -30,7 +29,7 @@ class Workspace:
     """Memory of one dense tile, used again by all linears of a model: fresh memory costs more than expanding."""
 
     def __init__(self) -> None:
-        self._bytes = torch.empty(0, dtype=torch.uint8)
+        self._bytes = torch.empty(0, dtype=torch.uint8, device="cpu")
         self._in_use = threading.Lock()
 
     def __reduce__(self) -> tuple[type["Workspace"], tuple[()]]:
@@ -40,11 +39,11 @@ class Workspace:
     def take(self, num_bytes: int) -> Iterator[Tensor]:
         """(num_bytes,) uint8 for the time of the context; a second thread in between gets memory of its own."""
         if not self._in_use.acquire(blocking=False):
-            yield torch.empty(num_bytes, dtype=torch.uint8)
+            yield torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
             return
         try:
             if self._bytes.numel() < num_bytes:
-                self._bytes = torch.empty(num_bytes, dtype=torch.uint8)
+                self._bytes = torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
             yield self._bytes[:num_bytes]
         finally:
             self._in_use.release()
@@ -77,7 +76,8 @@ class PackedLinear(nn.Module):
         self.in_features, self.out_features, self._kernels = in_features, out_features, kernels
         self._workspace = workspace
         self.register_parameter("bias", bias)
-        for name in _PARTS:  # buffers, so that what counts a model's memory finds them
+        self._weight: PackedWeight | None = None  # one reference: a thread sees the old weight or the new one, whole
+        for name in _PARTS:  # the same tensors as buffers, so that what counts a model's memory finds them
             self.register_buffer(name, None, persistent=False)
 
     @property
@@ -86,10 +86,9 @@ class PackedLinear(nn.Module):
 
         Raises: ConfigError: none was set yet.
         """
-        if self.values is None:
+        if self._weight is None:
             raise ConfigError("packed linear: it has no weight yet; make it with ElasticModel.from_pretrained.")
-        shape = (self.out_features, self.in_features)
-        return PackedWeight(shape=shape, mask_OW=self.mask_OW, values=self.values, starts=self.starts)
+        return self._weight
 
     def set_packed(self, weight: PackedWeight) -> None:
         """Replaces the weight.
@@ -100,6 +99,7 @@ class PackedLinear(nn.Module):
             raise ConfigError(
                 f"packed linear: found a weight of {weight.shape}, expected {(self.out_features, self.in_features)}."
             )
+        self._weight = weight
         for name in _PARTS:
             setattr(self, name, getattr(weight, name))
 
@@ -107,27 +107,35 @@ class PackedLinear(nn.Module):
         weight = self.packed
         if torch.is_autocast_enabled("cpu"):
             x = x.to(weight.values.dtype)
-        if x.dtype != weight.values.dtype or x.device.type != "cpu":
+        is_traced = torch.jit.is_tracing()  # a trace sees torch's operations only, and sizes as tensors
+        if not is_traced:
+            self._check(x, weight)
+        rows = x.reshape(-1, self.in_features).contiguous()
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        with torch.autocast("cpu", enabled=False):
+            if self._kernels is None or is_traced:
+                y = product(weight, rows, bias)
+            elif rows.shape[0] <= DIRECT_TOKENS:
+                y = self._kernels.product(weight, rows, bias)
+            else:
+                y = self._by_tiles(self._kernels, weight, rows, bias)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _check(self, x: Tensor, weight: PackedWeight) -> None:
+        if x.dtype != weight.values.dtype or x.device.type != "cpu" or x.shape[-1] != self.in_features:
             raise ConfigError(
-                f"packed linear: found an input of {x.dtype} on {x.device}, expected {weight.values.dtype} on the CPU; "
-                'load the level with the dtype you want, or with runtime="dense" for another device.'
+                f"packed linear: found an input {tuple(x.shape)} of {x.dtype} on {x.device}, expected "
+                f"(..., {self.in_features}) of {weight.values.dtype} on the CPU; load the level with the dtype you "
+                'want, or with runtime="dense" for another device.'
             )
-        if torch.is_grad_enabled() and x.requires_grad:
+        trains_bias = self.bias is not None and self.bias.requires_grad
+        if torch.is_grad_enabled() and (x.requires_grad or trains_bias):
             raise ConfigError(
                 'packed linear: packed weights are for inference; use torch.no_grad(), or load with runtime="dense".'
             )
-        rows = x.reshape(-1, self.in_features).contiguous()
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        if self._kernels is not None and rows.shape[0] <= DIRECT_TOKENS:
-            y = self._kernels.product(weight, rows, bias)
-        else:
-            y = self._by_tiles(weight, rows, bias)
-        return y.view(*x.shape[:-1], self.out_features)
 
-    def _by_tiles(self, weight: PackedWeight, x_TI: Tensor, bias: Tensor | None) -> Tensor:
-        if self._kernels is None:
-            return product(weight, x_TI, bias)
-        y = torch.empty(x_TI.shape[0], self.out_features, dtype=x_TI.dtype)
+    def _by_tiles(self, kernels: Kernels, weight: PackedWeight, x_TI: Tensor, bias: Tensor | None) -> Tensor:
+        y = torch.empty(x_TI.shape[0], self.out_features, dtype=x_TI.dtype, device="cpu")
         row_bytes = self.in_features * x_TI.dtype.itemsize
         tiles = -(-self.out_features * row_bytes // TILE_BYTES)
         step = -(-self.out_features // tiles)
@@ -135,7 +143,7 @@ class PackedLinear(nn.Module):
             for begin in range(0, self.out_features, step):
                 end = min(begin + step, self.out_features)
                 tile = room[: (end - begin) * row_bytes].view(x_TI.dtype).view(end - begin, self.in_features)
-                self._kernels.unpack_rows_(weight, begin, tile)
+                kernels.unpack_rows_(weight, begin, tile)
                 if bias is None:
                     torch.mm(x_TI, tile.T, out=y[:, begin:end])
                 else:
@@ -143,20 +151,24 @@ class PackedLinear(nn.Module):
         return y
 
     def extra_repr(self) -> str:
-        kept = "empty" if self.values is None else f"{self.values.dtype}, {self.packed.num_bytes} bytes"
+        weight = self._weight
+        kept = "empty" if weight is None else f"{weight.values.dtype}, {weight.num_bytes} bytes"
         path = "torch" if self._kernels is None else self._kernels.name
         return f"in_features={self.in_features}, out_features={self.out_features}, packed: {kept}, path={path}"
 
     def _apply(self, fn: Any, recurse: bool = True) -> "PackedLinear":
-        """For `.to()`, `.half()` and the like: values may change between the two dtypes that kernels have."""
-        if self.values is not None:
-            probe = fn(torch.empty(0, dtype=self.values.dtype))
+        """For `.to()`, `.half()` and the like: values may change between the two dtypes that kernels have, no more."""
+        weight = self._weight
+        if weight is not None:
+            probe = fn(torch.empty(0, dtype=weight.values.dtype, device="cpu"))
             if probe.device.type != "cpu" or probe.dtype not in DTYPES:
                 raise ConfigError(
-                    f"packed linear: cannot become {probe.dtype} on {probe.device}; load the level anew "
-                    'with dtype="bfloat16" or "float32", or with runtime="dense".'
+                    f"packed linear: cannot become {probe.dtype} on {probe.device}; the model is partly converted now, "
+                    'load it anew with dtype="bfloat16" or "float32", or with runtime="dense".'
                 )
         super()._apply(fn, recurse)
+        if weight is not None:
+            self.set_packed(replace(weight, values=self.values))
         return self
 
     def _save_to_state_dict(self, _destination: Any, prefix: str, _keep_vars: bool) -> None:

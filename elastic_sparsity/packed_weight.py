@@ -30,6 +30,13 @@ class PackedWeight:
     values: Tensor
     starts: Tensor
 
+    def __post_init__(self) -> None:
+        rows, width = self.shape
+        parts = (self.mask_OW, torch.int64), (self.values, self.values.dtype), (self.starts, torch.int64)
+        for tensor, dtype in parts:  # compiled code takes their addresses
+            assert tensor.dtype == dtype and tensor.device.type == "cpu" and tensor.is_contiguous()
+        assert tuple(self.mask_OW.shape) == (rows, -(-width // 64)) and self.starts.numel() == rows + 1
+
     @property
     def num_bytes(self) -> int:
         return sum(t.numel() * t.dtype.itemsize for t in (self.mask_OW, self.values, self.starts))
@@ -49,10 +56,10 @@ def mask_of_words(words: Tensor, count: int) -> Tensor:
 def pack_weight(weight_OI: Tensor, mask_OI: Tensor, dtype: torch.dtype) -> PackedWeight:
     """What `mask_OI` keeps of a weight, rounded to `dtype`."""
     rows, width = weight_OI.shape
-    padded = torch.zeros(rows, -(-width // 64) * 64, dtype=torch.bool)
+    padded = torch.zeros(rows, -(-width // 64) * 64, dtype=torch.bool, device="cpu")
     padded[:, :width] = mask_OI
     kept = weight_OI.contiguous().view(-1)[positions_of(mask_OI.contiguous().view(-1))].to(dtype)
-    starts = torch.zeros(rows + 1, dtype=torch.int64)
+    starts = torch.zeros(rows + 1, dtype=torch.int64, device="cpu")
     starts[1:] = mask_OI.sum(dim=1).cumsum(0)
     return PackedWeight(
         shape=(rows, width),
@@ -67,7 +74,7 @@ def unpack_rows(weight: PackedWeight, begin: int, end: int) -> Tensor:
     width = weight.shape[1]
     words = weight.mask_OW[begin:end].reshape(-1)
     mask = mask_of_words(words, words.numel() * 64).view(end - begin, -1)[:, :width]
-    dense = torch.zeros(end - begin, width, dtype=weight.values.dtype)
+    dense = torch.zeros(end - begin, width, dtype=weight.values.dtype, device="cpu")
     first, last = int(weight.starts[begin]), int(weight.starts[end])
     positions = positions_of(mask.reshape(-1))
     as_integers(dense).view(-1).scatter_(0, positions, as_integers(weight.values[first:last]))

@@ -2,13 +2,14 @@
 
 import contextlib
 import ctypes
+import functools
 import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,19 @@ from elastic_sparsity.ways import DENSE, PACKED, SEMI_STRUCTURED
 
 STATE = "elastic_state"  # attribute of a model made here
 T = TypeVar("T")
+# transformers switches torch's default dtype while it makes a model, and decoding its number of threads: both are the
+# whole process's, so two models are not loaded at once.
+_LOADING = threading.RLock()
+P = ParamSpec("P")
+
+
+def _one_at_a_time(call: Callable[P, T]) -> Callable[P, T]:
+    @functools.wraps(call)
+    def locked(*args: P.args, **kwargs: P.kwargs) -> T:
+        with _LOADING:
+            return call(*args, **kwargs)
+
+    return locked
 
 
 @dataclass(kw_only=True, slots=True)
@@ -84,7 +98,8 @@ class ElasticModel:
             device_profile, max_bytes, max_ms_per_token, min_quality: with level "auto", the best level within these
                 budgets, see `choose_level`; a profile also decides dtype and runtime where they are not given.
             **hub: `revision`, `cache_dir`, `token`, `endpoint`, `local_files_only` for a hub id.
-        Not beside other threads that use torch: its number of threads is changed for the time of the call.
+        Not beside other threads that use torch: its number of threads is changed for the time of the call. (Several
+        threads may load and switch: they wait for each other.)
 
         Raises: LevelError: outside the ladder, listing the levels. CheckpointError: damaged or missing files.
             ConfigError: unknown dtype, device or argument.
@@ -125,6 +140,7 @@ class ElasticModel:
         return model
 
 
+@_one_at_a_time
 @torch.inference_mode(False)
 def load_level(
     checkpoint: ElasticCheckpoint,
@@ -134,7 +150,7 @@ def load_level(
     device_map: str | Places | None = None,
     offload_folder: str | Path | None = None,
     merge_adapters: bool = True,
-    runtime: str = "dense",
+    runtime: str = DENSE,
 ) -> Any:
     """The model of one level; merged in float32, masked, then cast. See `ElasticModel.from_pretrained`."""
     if runtime == SEMI_STRUCTURED and level.pattern != (2, 4):
@@ -159,7 +175,7 @@ def load_level(
     _return_freed_memory()
     for name, tensor in files.shared().items():
         weight = tensor.to(dtype)
-        check_finite(weight, name)
+        check_finite(weight, name, kernels())
         tensors[name] = weight.to(place_of(places, name))
     model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
@@ -246,6 +262,7 @@ def _return_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+@_one_at_a_time
 @torch.no_grad()
 def set_level(model: nn.Module, level: str | float) -> None:
     """Switches a live model to another level, in place.

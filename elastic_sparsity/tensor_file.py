@@ -25,13 +25,13 @@ class Room:
     """Memory that tensors are read into again and again: a thread's freed memory would stay with the process."""
 
     def __init__(self) -> None:
-        self._bytes = torch.empty(0, dtype=torch.uint8)
+        self._bytes = torch.empty(0, dtype=torch.uint8, device="cpu")
         self._used = 0
 
     def clear(self) -> None:
         """Forgets what was taken; from now on there is room for as much as was wanted since the last time."""
         if self._bytes.numel() < self._used:
-            self._bytes = torch.empty(self._used, dtype=torch.uint8)
+            self._bytes = torch.empty(self._used, dtype=torch.uint8, device="cpu")
         self._used = 0
 
     def take(self, num_bytes: int) -> Tensor:
@@ -39,7 +39,7 @@ class Room:
         begin = -(-self._used // 64) * 64
         self._used = begin + num_bytes
         if self._used > self._bytes.numel():
-            return torch.empty(num_bytes, dtype=torch.uint8)
+            return torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
         return self._bytes[begin : self._used]
 
 
@@ -78,7 +78,7 @@ class TensorFile:
         if dtype not in _DTYPES:
             raise CheckpointError(f"{self.path}: {name}: found {dtype}, expected one of {', '.join(_DTYPES)}.")
         if room is None:
-            flat = torch.empty((end - begin) // _DTYPES[dtype].itemsize, dtype=_DTYPES[dtype])
+            flat = torch.empty((end - begin) // _DTYPES[dtype].itemsize, dtype=_DTYPES[dtype], device="cpu")
         else:
             flat = room.take(end - begin).view(_DTYPES[dtype])
         try:

@@ -12,7 +12,7 @@ def machine(**changes):
     facts = {
         "cpu": "Made Up 1", "architecture": "x86_64", "features": frozenset({"avx2"}), "cores": 4, "threads": 2,
         "memory_bytes": 16 * GB, "free_bytes": 8 * GB, "torch": "2.13.0", "instruction_paths": (),
-        "active_path": "torch",
+        "active_path": "torch", "kernel_threads": True,
         "gpus": (),
     }  # fmt: skip
     return Facts(**{**facts, **changes})

@@ -155,13 +155,13 @@ def test_weights_that_are_not_finite_are_named(path, value, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_check_finite(dtype, bad, monkeypatch):
+def test_check_finite(dtype, bad):
     weight = torch.ones(70_000, dtype=dtype)
-    for path in ("auto", native.TORCH):
-        monkeypatch.setenv(native.VARIABLE, path)
-        check_finite(weight, "w")
+    for path in ALL:
+        check_finite(weight, "w", kernels_of(path))
+        check_finite(weight.view(2, -1).T, "w", kernels_of(path))
         for position in (0, 69_999):
             changed = weight.clone()
             changed[position] = bad
             with pytest.raises(CheckpointError, match="w: weights are NaN"):
-                check_finite(changed, "w")
+                check_finite(changed, "w", kernels_of(path))

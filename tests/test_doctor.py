@@ -22,7 +22,7 @@ from elastic_sparsity.doctor import (
 OLD_CPU = machine(features=frozenset(), **kernels("portable", avx512="no AVX-512", avx2="no AVX2", portable=None))
 SERVER = machine(features=frozenset({"avx2", "avx512_bf16"}), **kernels("avx512", avx512=None, avx2=None))
 ARM = machine(architecture="aarch64", features=frozenset({"neon", "bf16"}), **kernels("neon", neon=None))
-MAC = machine(architecture="arm64", features=None, **kernels("neon", neon=None))
+MAC = machine(architecture="arm64", features=None, kernel_threads=False, **kernels("neon", neon=None))
 NO_COMPILER = machine(**kernels("torch", avx2="no C compiler when it was installed"))
 OLD_GPU = machine(
     gpus=(gpu(architecture="sm_75", multiplies_bfloat16=False, semi_structured_problem="sm_75; needs sm_80 or newer"),)
@@ -42,7 +42,7 @@ TABLE = [
     (ARM, "dense-bfloat16", "cpu", "all", True, "the CPU multiplies it"),
     (ARM, "packed-float32", "cpu", "unstructured", True, "neon kernel"),
     (MAC, "dense-bfloat16", "cpu", "all", None, "does not tell"),
-    (MAC, "packed-float32", "cpu", "unstructured", True, "neon kernel"),
+    (MAC, "packed-float32", "cpu", "unstructured", True, "neon kernel, on one thread"),
     (NO_COMPILER, "packed-float32", "cpu", "N:M", True, "saves memory, costs time (avx2: no C compiler"),
     (OLD_GPU, "semi_structured-float16", "cuda", "2:4", False, "(sm_75): sm_75; needs sm_80 or newer"),
     (OLD_GPU, "dense-bfloat16", "cuda", "all", False, "no bfloat16 products"),

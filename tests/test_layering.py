@@ -52,7 +52,8 @@ ALLOWED = {
     "export_gguf": {"torch", "gguf", "arch", "errors", "gguf_vocab"},
     "export_onnx": {"torch", "onnx", "openvino", "errors"},
     "packed_files": {
-        "torch", "safetensors", "transformers", "accelerate", "arch", "bitmask", "errors", "semi_structured", "skeleton",
+        "torch", "safetensors", "transformers", "accelerate", "arch", "bitmask", "errors", "semi_structured",
+        "skeleton",
     },
     # layer 3: stages
     "calibrate": {"torch", "arch", "blocks", "importance"},

@@ -143,10 +143,22 @@ def test_budgets_choose_level_and_runtime(tiny_checkpoint):
 def test_misuse_is_refused(tiny_checkpoint, tmp_path):
     model = ElasticModel.from_pretrained(tiny_checkpoint, "60%", runtime="packed")
     linear = next(iter(packed_linears(model).values()))
-    with pytest.raises(ConfigError, match=r"found an input of torch.bfloat16 on cpu, expected torch.float32"):
+    with pytest.raises(
+        ConfigError,
+        match=r"found an input \(1, 32\) of torch.bfloat16 on cpu, expected \(\.\.\., 32\) of torch.float32",
+    ):
         linear(torch.ones(1, linear.in_features, dtype=torch.bfloat16))
     with pytest.raises(ConfigError, match="packed weights are for inference"):
         linear(torch.ones(1, linear.in_features, requires_grad=True))
+    with pytest.raises(ConfigError, match=r"found an input \(2, 128\).*expected \(\.\.\., 32\)"):
+        linear(torch.ones(2, 128))
+    linear.bias = torch.nn.Parameter(torch.ones(linear.out_features))
+    with pytest.raises(ConfigError, match="packed weights are for inference"):
+        linear(torch.ones(1, linear.in_features))
+    linear.bias = None
+    indices = linear.mask_OW, linear.starts
+    linear.type(torch.float32)
+    assert linear.mask_OW is indices[0] and linear.starts is indices[1], "only values have a dtype to change"
     with pytest.raises(ConfigError, match="cannot become torch.float16 on cpu"):
         linear.half()
     with pytest.raises(ConfigError, match="cannot become torch.float32 on meta"):
@@ -169,10 +181,74 @@ def test_dtypes_change_as_those_of_a_dense_model(tiny_checkpoint):
         assert torch.allclose(packed(IDS).logits, dense(IDS).logits, atol=0.03)
 
 
-def test_autocast_computes_in_the_weights_dtype(tiny_checkpoint):
-    model = ElasticModel.from_pretrained(tiny_checkpoint, "60%", runtime="packed", dtype="bfloat16")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, DIRECT_TOKENS, DIRECT_TOKENS + 1])
+def test_autocast_computes_in_the_weights_dtype(dtype, tokens, tiny_checkpoint):
+    model = ElasticModel.from_pretrained(tiny_checkpoint, "60%", runtime="packed", dtype=dtype)
+    linear = next(iter(packed_linears(model).values()))
+    x = torch.randn(tokens, linear.in_features)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.isfinite(model(IDS).logits).all()
+        assert linear(x).dtype == dtype
+        assert torch.isfinite(model(IDS[:1]).logits).all()
+
+
+@pytest.mark.parametrize("runtime", ["dense", "packed"])
+def test_defaults_of_the_process_do_not_matter(runtime, tiny_checkpoint, monkeypatch):
+    """Memory that compiled code writes to must not follow torch's default dtype or device."""
+    expected = ElasticModel.from_pretrained(tiny_checkpoint, "2:4", runtime=runtime)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = ElasticModel.from_pretrained(tiny_checkpoint, "60%", dtype=torch.float32, runtime=runtime)
+        set_level(model, "2:4")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, expected(IDS).logits)
+    if runtime == "packed":
+        linear = next(iter(packed_linears(model).values()))
+        x = torch.randn(DIRECT_TOKENS + 1, linear.in_features)
+        outside = linear(x), linear(x[:1])
+        with torch.device("meta"):
+            inside = linear(x), linear(x[:1])
+        assert all(torch.equal(a, b) for a, b in zip(inside, outside, strict=True))
+
+
+def test_two_models_can_be_loaded_at_once(tiny_checkpoint):
+    def load(number):
+        dtype = (torch.float32, torch.bfloat16)[number % 2]
+        return ElasticModel.from_pretrained(tiny_checkpoint, "50%", dtype=dtype, runtime="packed")
+
+    expected = load(0)
+    with ThreadPoolExecutor(4) as pool:
+        models = list(pool.map(load, range(8)))
+    with torch.no_grad():
+        assert all(torch.equal(model(IDS).logits, expected(IDS).logits) for model in models[::2])
+
+
+def test_a_thread_sees_one_level_whole():
+    """Another thread switches between a dense and a sparse weight all the time; every product is of one of them."""
+    weight, x = torch.randn(64, 256), torch.randn(1, 256)
+    masks = torch.rand(64, 256) > 0.1, torch.rand(64, 256) > 0.95
+    packed = [pack_weight(weight, mask, torch.float32) for mask in masks]
+    linear = PackedLinear(256, 64, None, native.kernels(), Workspace())
+    possible = []
+    for one in packed:
+        linear.set_packed(one)
+        possible.append(linear(x))
+    with ThreadPoolExecutor(1) as pool:
+        switching = pool.submit(lambda: [linear.set_packed(packed[number % 2]) for number in range(20_000)])
+        while not switching.done():
+            found = linear(x)
+            assert any(torch.equal(found, one) for one in possible)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning")
+def test_a_trace_computes_the_same(tiny_checkpoint):
+    model = ElasticModel.from_pretrained(tiny_checkpoint, "60%", runtime="packed")
+    linear = next(iter(packed_linears(model).values()))
+    traced = torch.jit.trace(linear, torch.ones(1, linear.in_features))
+    x = torch.randn(1, linear.in_features)
+    assert torch.allclose(traced(x), linear(x), atol=1e-5)
 
 
 @pytest.mark.parametrize("has_bias", [False, True])

@@ -5,6 +5,8 @@ The torch functions of packed_weight.py are the oracle of the compiled ones, and
 
 import copy
 import pickle
+import shutil
+import sys
 
 import pytest
 import torch
@@ -59,8 +61,6 @@ def test_the_portable_path_is_always_there():
 
 
 def test_a_library_is_built_where_there_is_a_compiler():
-    import shutil
-
     if shutil.which("g++") or shutil.which("clang++"):
         assert USABLE, native.instruction_paths()
 
@@ -154,9 +154,9 @@ def test_threads_change_nothing(threads):
     weight, mask = random_sparse(700, 512, 0.5, torch.bfloat16)
     packed, x = pack_weight(weight, mask, torch.bfloat16), torch.ones(3, 512, dtype=torch.bfloat16)
     kernels, before = native.kernels(), torch.get_num_threads()
-    torch.set_num_threads(1)
-    expected = kernels.product(packed, x, None)
     try:
+        torch.set_num_threads(1)
+        expected = kernels.product(packed, x, None)
         torch.set_num_threads(threads)
         assert torch.equal(kernels.product(packed, x, None), expected)
         out = torch.empty(700, 512, dtype=torch.bfloat16)
@@ -164,6 +164,26 @@ def test_threads_change_nothing(threads):
     finally:
         torch.set_num_threads(before)
     assert torch.equal(out, torch.where(mask, weight, 0))
+
+
+@needs_library
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems' torch may bring another OpenMP")
+def test_torchs_threads_are_found():
+    assert native.has_threads()
+
+
+@needs_library
+def test_a_library_of_another_build_is_refused(monkeypatch, tmp_path):
+    damaged = tmp_path / "_kernels.so"
+    damaged.write_bytes(b"no library")
+    loading = native._library.__wrapped__
+    monkeypatch.setattr(native, "library_file", lambda: damaged)
+    with pytest.raises(ConfigError, match="another build or machine .*reinstall the package .*KERNELS=torch"):
+        loading()
+    monkeypatch.undo()
+    monkeypatch.setattr(native, "_VERSION", 99)
+    with pytest.raises(ConfigError, match=r"another build or machine \(1\), expected version 99"):
+        loading()
 
 
 @needs_library
@@ -191,7 +211,7 @@ def test_without_the_library_torch_serves(monkeypatch):
     assert native.kernels() is None and native.active_path() == "torch"
     problems = {path.name: path.problem for path in native.instruction_paths()}
     assert problems.pop("torch") is None
-    assert all("without a C++ compiler" in problem for problem in problems.values())
+    assert all("without a supported C++ compiler" in problem for problem in problems.values())
 
 
 @needs_library

@@ -20,5 +20,5 @@ def test_a_users_day(tmp_path):
             [*start, text], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=300
         )
         assert done.returncode == 0, done.stdout + done.stderr
-    for made in ("my-elastic", "device", "my-2of4", "my-adapters"):
+    for made in ("my-elastic", "fast", "device", "my-2of4", "my-packed", "my-adapters"):
         assert any((tmp_path / made).iterdir())

@@ -119,6 +119,21 @@ inline void finish_row(const Product& p, int64_t row, const float* sums) {
   }
 }
 
+// Calls `Rows<T>::run(product, begin, end)` for the product's number of tokens, 1 to kMaxTokens.
+template <template <int> class Rows>
+void by_tokens(const Product& p, int64_t begin, int64_t end) {
+  switch (p.tokens) {
+    case 1: return Rows<1>::run(p, begin, end);
+    case 2: return Rows<2>::run(p, begin, end);
+    case 3: return Rows<3>::run(p, begin, end);
+    case 4: return Rows<4>::run(p, begin, end);
+    case 5: return Rows<5>::run(p, begin, end);
+    case 6: return Rows<6>::run(p, begin, end);
+    case 7: return Rows<7>::run(p, begin, end);
+    default: return Rows<8>::run(p, begin, end);
+  }
+}
+
 // Products bit by bit, float32 x.
 template <class Bits, class Value>
 void product_generic(const Product& p, int64_t begin, int64_t end) {

@@ -33,7 +33,8 @@ struct Product {
   int64_t y_stride;
 };
 
-// One instruction set. Every function gives what the portable one gives; products up to the order of summation.
+// One instruction set. Every function gives what the portable one gives, products of finite x up to the order of
+// summation (and AVX-512's flush subnormal factors to zero; zero times infinity is NaN only where zeros are multiplied).
 struct Path {
   const char* name;
   bool (*usable)();

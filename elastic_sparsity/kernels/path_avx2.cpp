@@ -8,7 +8,8 @@ namespace es {
 namespace {
 
 bool usable() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("popcnt");
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("popcnt") &&
+         __builtin_cpu_supports("bmi");
 }
 
 // Eight bfloat16 of a row, as float32 where the byte has bits.
@@ -82,19 +83,15 @@ void all_rows(const Product& p, int64_t begin, int64_t end) {
   for (; row < end; ++row) some_rows<Value, Out, 1, T>(p, row);
 }
 
-template <class Value, class Out>
-void product(const Product& p, int64_t begin, int64_t end) {
-  switch (p.tokens) {
-    case 1: return all_rows<Value, Out, 1>(p, begin, end);
-    case 2: return all_rows<Value, Out, 2>(p, begin, end);
-    case 3: return all_rows<Value, Out, 3>(p, begin, end);
-    case 4: return all_rows<Value, Out, 4>(p, begin, end);
-    case 5: return all_rows<Value, Out, 5>(p, begin, end);
-    case 6: return all_rows<Value, Out, 6>(p, begin, end);
-    case 7: return all_rows<Value, Out, 7>(p, begin, end);
-    default: return all_rows<Value, Out, 8>(p, begin, end);
-  }
-}
+template <int T>
+struct Bf16 {
+  static void run(const Product& p, int64_t begin, int64_t end) { all_rows<uint16_t, uint16_t, T>(p, begin, end); }
+};
+
+template <int T>
+struct F32 {
+  static void run(const Product& p, int64_t begin, int64_t end) { all_rows<float, float, T>(p, begin, end); }
+};
 
 template <class In, class Out, class Step>
 const In* expand(const uint64_t* bits, int64_t n, const In* values, const In* end, Out* out, Step step) {
@@ -133,7 +130,7 @@ const uint16_t* widen(const uint64_t* bits, int64_t n, const uint16_t* values, c
 
 extern const Path kAvx2;
 const Path kAvx2 = {
-    "avx2",   usable, false, product<uint16_t, uint16_t>, product<float, float>, expand16, expand32, widen,
+    "avx2",   usable, false, by_tokens<Bf16>, by_tokens<F32>, expand16, expand32, widen,
     round_generic,
 };
 

@@ -9,7 +9,8 @@ namespace {
 bool usable() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bf16");
+         __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bf16") &&
+         __builtin_cpu_supports("popcnt") && __builtin_cpu_supports("bmi");
 }
 
 inline __m512i load(const void* from) { return _mm512_loadu_si512(from); }
@@ -91,40 +92,30 @@ void f32_rows(const Product& p, int64_t row) {
   }
 }
 
-template <int R, int T>
-struct Bf16 {
-  static void run(const Product& p, int64_t row) { bf16_rows<R, T>(p, row); }
-};
-template <int R, int T>
-struct F32 {
-  static void run(const Product& p, int64_t row) { f32_rows<R, T>(p, row); }
-};
-
 // One row at a time is one stream, best where bytes are the limit (half of the weights kept); two share the loads of x,
 // best where instructions are. Measured on Zen 5, as was that four rows only lose.
-template <template <int, int> class Rows, int T>
-void all_rows(const Product& p, int64_t begin, int64_t end) {
-  constexpr int R = 2;
+template <int T, class One, class Two>
+void all_rows(const Product& p, int64_t begin, int64_t end, One one, Two two) {
+  const bool is_dense = p.weight.starts[p.weight.rows] * 20 >= p.weight.rows * p.weight.width * 9;
   int64_t row = begin;
-  if (T == 1 && p.weight.starts[p.weight.rows] * 20 >= p.weight.rows * p.weight.width * 9)
-    for (; row < end; ++row) Rows<1, T>::run(p, row);
-  for (; row + R <= end; row += R) Rows<R, T>::run(p, row);
-  for (; row < end; ++row) Rows<1, T>::run(p, row);
+  if (T > 1 || !is_dense)
+    for (; row + 2 <= end; row += 2) two(p, row);
+  for (; row < end; ++row) one(p, row);
 }
 
-template <template <int, int> class Rows>
-void product(const Product& p, int64_t begin, int64_t end) {
-  switch (p.tokens) {
-    case 1: return all_rows<Rows, 1>(p, begin, end);
-    case 2: return all_rows<Rows, 2>(p, begin, end);
-    case 3: return all_rows<Rows, 3>(p, begin, end);
-    case 4: return all_rows<Rows, 4>(p, begin, end);
-    case 5: return all_rows<Rows, 5>(p, begin, end);
-    case 6: return all_rows<Rows, 6>(p, begin, end);
-    case 7: return all_rows<Rows, 7>(p, begin, end);
-    default: return all_rows<Rows, 8>(p, begin, end);
+template <int T>
+struct Bf16 {
+  static void run(const Product& p, int64_t begin, int64_t end) {
+    all_rows<T>(p, begin, end, bf16_rows<1, T>, bf16_rows<2, T>);
   }
-}
+};
+
+template <int T>
+struct F32 {
+  static void run(const Product& p, int64_t begin, int64_t end) {
+    all_rows<T>(p, begin, end, f32_rows<1, T>, f32_rows<2, T>);
+  }
+};
 
 const uint16_t* expand16(const uint64_t* bits, int64_t n, const uint16_t* values, const uint16_t* end, uint16_t* out) {
   int64_t at = 0;
@@ -194,6 +185,6 @@ bool round_bf16(const uint64_t* bits, int64_t n, const float* in, uint16_t* out)
 }  // namespace
 
 extern const Path kAvx512;
-const Path kAvx512 = {"avx512", usable, true, product<Bf16>, product<F32>, expand16, expand32, widen, round_bf16};
+const Path kAvx512 = {"avx512", usable, true, by_tokens<Bf16>, by_tokens<F32>, expand16, expand32, widen, round_bf16};
 
 }  // namespace es

@@ -63,24 +63,19 @@ void one_row(const Product& p, int64_t row) {
   finish_row<Out>(p, row, found);
 }
 
-template <class Value, class Out, int T>
-void all_rows(const Product& p, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; ++row) one_row<Value, Out, T>(p, row);
-}
-
-template <class Value, class Out>
-void product(const Product& p, int64_t begin, int64_t end) {
-  switch (p.tokens) {
-    case 1: return all_rows<Value, Out, 1>(p, begin, end);
-    case 2: return all_rows<Value, Out, 2>(p, begin, end);
-    case 3: return all_rows<Value, Out, 3>(p, begin, end);
-    case 4: return all_rows<Value, Out, 4>(p, begin, end);
-    case 5: return all_rows<Value, Out, 5>(p, begin, end);
-    case 6: return all_rows<Value, Out, 6>(p, begin, end);
-    case 7: return all_rows<Value, Out, 7>(p, begin, end);
-    default: return all_rows<Value, Out, 8>(p, begin, end);
+template <int T>
+struct Bf16 {
+  static void run(const Product& p, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) one_row<uint16_t, uint16_t, T>(p, row);
   }
-}
+};
+
+template <int T>
+struct F32 {
+  static void run(const Product& p, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) one_row<float, float, T>(p, row);
+  }
+};
 
 const uint16_t* expand16(const uint64_t* bits, int64_t n, const uint16_t* values, const uint16_t* end, uint16_t* out) {
   int64_t at = 0;
@@ -112,7 +107,7 @@ const uint16_t* widen(const uint64_t* bits, int64_t n, const uint16_t* values, c
 
 extern const Path kNeon;
 const Path kNeon = {
-    "neon",        usable, false, product<uint16_t, uint16_t>, product<float, float>, expand16,
+    "neon",        usable, false, by_tokens<Bf16>, by_tokens<F32>, expand16,
     expand_generic<uint32_t, uint32_t>, widen, round_generic,
 };
 
