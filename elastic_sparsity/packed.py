@@ -107,13 +107,13 @@ class PackedLinear(nn.Module):
         weight = self.packed
         if torch.is_autocast_enabled("cpu"):
             x = x.to(weight.values.dtype)
-        is_traced = torch.jit.is_tracing()  # a trace sees torch's operations only, and sizes as tensors
-        if not is_traced:
-            self._check(x, weight)
+        if torch.jit.is_tracing():  # it sees torch's operations only, and would record a constant
+            raise ConfigError('packed linear: cannot be traced; load with runtime="dense" to export.')
+        self._check(x, weight)
         rows = x.reshape(-1, self.in_features).contiguous()
         bias = None if self.bias is None else self.bias.to(x.dtype)
         with torch.autocast("cpu", enabled=False):
-            if self._kernels is None or is_traced:
+            if self._kernels is None:
                 y = product(weight, rows, bias)
             elif rows.shape[0] <= DIRECT_TOKENS:
                 y = self._kernels.product(weight, rows, bias)
