@@ -47,7 +47,7 @@ ids = torch.arange(8)[None]
 def load():
     if way == "dense":
         return AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
-    return ElasticModel.from_pretrained(path, start)
+    return ElasticModel.from_pretrained(path, start, runtime="packed" if way == "packed" else "dense")
 begin = time.perf_counter()
 model = load()
 seconds = {"load": time.perf_counter() - begin}
@@ -128,6 +128,7 @@ def probe(way: str, path: Path, start: str = "", end: str = "") -> dict:
 def time_rows(folder: Path, dense: Path, repeats: int) -> list[dict]:
     ways = [("dense, transformers", "dense", dense, "", "")]
     ways += [(f"load {level}", "elastic", folder, level, "") for level in LEVELS]
+    ways += [(f"load {level}, packed", "packed", folder, level, "") for level in LEVELS]
     ways += [(f"{a} -> {b}", "elastic", folder, a, b) for a in LEVELS for b in LEVELS if a != b]
     found: dict[str, list[dict]] = {name: [] for name, *_ in ways}
     for _ in range(repeats):

@@ -215,7 +215,8 @@ def _packed_reason(facts: Facts) -> str:
     if facts.active_path == TORCH:
         return f"in pure torch: saves memory, costs time{why}"
     threads = "" if facts.kernel_threads else ", on one thread: torch has another OpenMP than GNU's here"
-    return f"{facts.active_path} kernel{threads}{why if facts.active_path == 'portable' else ''}"
+    slow = f": saves memory, costs time{why}" if facts.active_path == "portable" else ""
+    return f"{facts.active_path} kernel{threads}{slow}"
 
 
 def _on_gpus(facts: Facts) -> Iterator[Verdict]:

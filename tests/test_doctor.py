@@ -33,7 +33,14 @@ NEW_GPU = machine(gpus=(gpu(),))
 TABLE = [
     (OLD_CPU, "dense-float32", "cpu", "all", True, "every CPU"),
     (OLD_CPU, "dense-bfloat16", "cpu", "all", False, "emulated ones are slower"),
-    (OLD_CPU, "packed-bfloat16", "cpu", "unstructured", True, "portable kernel (avx512: no AVX-512; avx2: no AVX2)"),
+    (
+        OLD_CPU,
+        "packed-bfloat16",
+        "cpu",
+        "unstructured",
+        True,
+        "portable kernel: saves memory, costs time (avx512: no AVX-512; avx2: no AVX2)",
+    ),
     (OLD_CPU, "packed-bfloat16", "cpu", "N:M", True, "emulated bfloat16, which packed-float32 avoids"),
     (OLD_CPU, "packed-float32", "cpu", "N:M", True, "portable kernel"),
     (OLD_CPU, "semi_structured-bfloat16", "cuda", "2:4", False, "torch sees no GPU"),
