@@ -1,7 +1,8 @@
 """GGUF files are read back by transformers, and run by llama.cpp itself; what it would compute otherwise is refused."""
 
 import json
-import urllib.request
+import subprocess
+import sys
 
 import gguf
 import pytest
@@ -41,29 +42,49 @@ def test_transformers_reads_the_gguf_back(family, tmp_path):
     assert read(text)["input_ids"] == tokenizer(text)["input_ids"] and len(tokenizer(text)["input_ids"]) < len(text)
 
 
-def llama_cpp(path):
-    """llama.cpp itself, serving a file."""
-    library = pytest.importorskip("xllamacpp", reason="pip install xllamacpp to run llama.cpp itself")
-    parameters = library.CommonParams()
-    parameters.model.path = str(path)
-    parameters.n_ctx, parameters.n_parallel, parameters.warmup, parameters.verbosity = 256, 1, False, -1
-    parameters.n_gpu_layers, parameters.port = 0, 0
-    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 1
-    parameters.cache_type_k = parameters.cache_type_v = library.ggml_type.GGML_TYPE_F32
-    parameters.flash_attn_type = library.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    return library.Server(parameters)
+# A process of its own: a server that is dropped before its loop runs never ends.
+LLAMA_CPP = """
+import json, os, sys, urllib.request
+import xllamacpp
+path, kind, request = json.load(sys.stdin)
+parameters = xllamacpp.CommonParams()
+parameters.model.path = path
+parameters.n_ctx, parameters.n_parallel, parameters.warmup, parameters.verbosity = 256, 1, False, -1
+parameters.n_gpu_layers, parameters.port = 0, 0
+parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 1
+parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+server = xllamacpp.Server(parameters)
+if kind == "tokenize":
+    body, headers = json.dumps(request).encode(), {"Content-Type": "application/json"}
+    call = urllib.request.Request(f"{server.listening_address}/tokenize", body, headers)
+    result = json.load(urllib.request.urlopen(call, timeout=30))["tokens"]
+else:
+    for seed in range(30):  # no probabilities come with a token that is half a character, or the end
+        answer = server.handle_completions({**request, "seed": seed, "cache_prompt": False})
+        result = answer["choices"][0]["logprobs"]
+        if result:
+            break
+print("RESULT" + json.dumps(result), flush=True)
+os._exit(0)
+"""
+
+
+def llama_cpp(path, kind, request):
+    """What llama.cpp itself answers."""
+    pytest.importorskip("xllamacpp", reason="pip install xllamacpp to run llama.cpp itself")
+    order = json.dumps([str(path), kind, request])
+    done = subprocess.run([sys.executable, "-c", LLAMA_CPP], input=order, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "RESULT" in done.stdout, done.stderr[-2000:]
+    return json.loads(done.stdout.rpartition("RESULT")[2])
 
 
 def llama_cpp_log_probabilities(path, ids):
     """Log-probabilities of the token after `ids`, by id."""
-    server = llama_cpp(path)
     request = {"prompt": ids, "max_tokens": 1, "temperature": 1.0, "n_probs": 300, "logprobs": 300, "samplers": []}
-    for seed in range(30):  # no probabilities come with a token that is half a character, or the end
-        answer = server.handle_completions({**request, "seed": seed, "cache_prompt": False})
-        found = answer["choices"][0]["logprobs"]
-        if found:
-            return {row["id"]: row["logprob"] for row in found["content"][0]["top_logprobs"]}
-    raise AssertionError("llama.cpp gave no probabilities in 30 tries")
+    found = llama_cpp(path, "complete", request)
+    assert found, "llama.cpp gave no probabilities in 30 tries"
+    return {row["id"]: row["logprob"] for row in found["content"][0]["top_logprobs"]}
 
 
 @pytest.mark.parametrize("family", GGUF_FAMILIES)
@@ -146,11 +167,8 @@ def test_llama_cpp_splits_text_as_each_known_tokenizer(name, tmp_path):
     tokenizer = merging_tokenizer(pre_tokenizer=SPLITTERS[name], text=TEXT, ignore_merges=name == "llama-bpe")
     assert byte_level_vocabulary(tokenizer, 300).splitter == name
     write_gguf(tiny_model("llama", vocab_size=300), tokenizer, tmp_path)
-    server = llama_cpp(tmp_path / "model.gguf")
-    body = json.dumps({"content": TEXT, "add_special": True}).encode()
-    request = urllib.request.Request(f"{server.listening_address}/tokenize", body, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=30) as answer:
-        assert json.load(answer)["tokens"] == tokenizer(TEXT)["input_ids"]
+    found = llama_cpp(tmp_path / "model.gguf", "tokenize", {"content": TEXT, "add_special": True})
+    assert found == tokenizer(TEXT)["input_ids"]
 
 
 def test_tokenizers_without_a_known_splitter_are_refused():
