@@ -9,8 +9,10 @@ import ctypes
 import os
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import torch
@@ -133,7 +135,10 @@ def library_file() -> Path | None:
         return None
     import elastic_sparsity  # its folders: an editable install has the library in another than the sources
 
-    return next((f for folder in elastic_sparsity.__path__ if (f := Path(folder) / _NAME).is_file()), None)
+    files = [Path(folder) / _NAME for folder in elastic_sparsity.__path__]
+    with suppress(PackageNotFoundError):  # sources that lie before an installed package, as in a checkout's tests
+        files.append(Path(str(distribution("elastic-sparsity").locate_file(f"elastic_sparsity/{_NAME}"))))
+    return next((file for file in files if file.is_file()), None)
 
 
 def _why_missing() -> str:
