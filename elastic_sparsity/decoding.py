@@ -49,6 +49,10 @@ class Decoder:
             weight, mask = decode_shells(shells, spec, self._level, where)
             merge(weight, pairs, mask, out_OI)
             check_finite(out, where, None)
+            if (as_integers(out_OI.cpu()).numpy().astype(bool) > mask.numpy()).any():
+                raise CheckpointError(
+                    f"{where}: weights outside the mask are not zero after the merge; report this bug."
+                )
             return
         merged, bits = self._merged(shells, spec, pairs, where)
         if out.device.type == "cpu" and out_OI.is_contiguous() and out.dtype != torch.float16:

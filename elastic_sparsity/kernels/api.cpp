@@ -29,8 +29,6 @@ const Path* const kPaths[] = {
 #endif
     &kPortable, nullptr};
 
-const Path* path_by_index(int32_t index) { return kPaths[index]; }
-
 namespace {
 
 // Runs `work(begin, end)` over [0, count) on torch's own OpenMP threads, whose entry point Python hands in: a second

@@ -52,6 +52,5 @@ struct Path {
 };
 
 extern const Path* const kPaths[];  // best first; null at the end
-const Path* path_by_index(int32_t index);
 
 }  // namespace es
