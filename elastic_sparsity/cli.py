@@ -20,6 +20,7 @@ from elastic_sparsity.cli_device import register as register_device
 from elastic_sparsity.cli_export import register as register_export
 from elastic_sparsity.config import Recipe, read_recipe
 from elastic_sparsity.errors import ConfigError, ElasticSparsityError
+from elastic_sparsity.files import is_file
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=__doc__)
 register_export(app)
@@ -71,7 +72,7 @@ def recipe_path(name: str) -> Path:
 
     Raises: ConfigError: listing the package's recipes.
     """
-    if Path(name).is_file():
+    if is_file(name):
         return Path(name)
     here = Path(__file__).parent
     folder = next(f for f in (here / "recipes", here.parent / "recipes") if f.is_dir())  # installed, or a checkout

@@ -11,9 +11,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from elastic_sparsity.errors import ConfigError
+from elastic_sparsity.errors import ConfigError, brief
 from elastic_sparsity.ladder import Ladder
 
+MAX_RECIPE_BYTES = 1_000_000
 Positive = Annotated[int, Field(gt=0, strict=True)]
 NonNegative = Annotated[int, Field(ge=0, strict=True)]
 Length = Annotated[int, Field(gt=7, strict=True)]
@@ -187,7 +188,7 @@ def _explain(problem: dict[str, Any]) -> str:
         return str(problem["ctx"]["error"])
     if problem["type"] == "missing":
         return f"{field}: missing; every recipe must say it."
-    return f"{field}: {problem['msg']}, found {problem['input']!r}."
+    return f"{field}: {problem['msg']}, found {brief(problem['input'])}."
 
 
 def make_recipe(data: dict[str, Any], where: str = "recipe") -> Recipe:
@@ -209,10 +210,14 @@ def read_recipe(path: str | Path, overrides: dict[str, dict[str, Any]] | None = 
     """
     path = Path(path)
     try:
+        if path.exists() and not path.is_file():  # a pipe would block
+            raise OSError("it is no file")
+        if path.stat().st_size > MAX_RECIPE_BYTES:
+            raise OSError(f"{path.stat().st_size} bytes, at most {MAX_RECIPE_BYTES} are read")
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such recipe.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:  # also more digits, or deeper, than Python reads
         raise ConfigError(f"{path}: not a readable TOML file: {error}.") from None
     for section, fields in (overrides or {}).items():
         current = data.setdefault(section, {})

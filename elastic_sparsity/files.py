@@ -2,16 +2,27 @@
 
 import hashlib
 import json
+import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
 from elastic_sparsity.errors import OutputError
+
+
+def is_file(path: str | Path) -> bool:
+    """Whether a file is there. A name that no file can have is none, where `Path.is_file` raises before Python 3.14."""
+    return os.path.isfile(path)  # noqa: PTH113
+
+
+def is_folder(path: str | Path) -> bool:
+    """Whether a folder is there; False for a name that none can have."""
+    return os.path.isdir(path)  # noqa: PTH112
 
 
 def file_sha256(path: Path) -> str:
@@ -25,16 +36,32 @@ def file_sha256(path: Path) -> str:
 
 def check_output_folder(folder: Path) -> None:
     """Raises: OutputError: unless `folder` can be made, or is an empty folder that can be replaced."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise OutputError(f"{folder}: already holds something; choose another output folder or move it away.")
-    if folder.is_mount():
-        raise OutputError(f"{folder}: is a mount point, which cannot be replaced; name a new folder inside it.")
+    try:
+        if folder.is_symlink():
+            raise OutputError(f"{folder}: is a link, which cannot be replaced; name the folder itself.")
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise OutputError(f"{folder}: already holds something; choose another output folder or move it away.")
+        if folder.is_mount():
+            raise OutputError(f"{folder}: is a mount point, which cannot be replaced; name a new folder inside it.")
+        _try_out(folder)
+    except OutputError:
+        raise
+    except (OSError, ValueError) as error:  # a name that is too long, or no name at all
+        raise OutputError(f"{folder}: cannot be made: {error}.") from error
+
+
+def _try_out(folder: Path) -> None:
+    """Makes a scratch folder beside `folder` and `folder` itself, and removes what it made."""
+    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     scratch = _scratch_beside(folder)
     try:
         scratch.mkdir(parents=True)
         scratch.rmdir()
-    except OSError as error:
-        raise OutputError(f"{folder}: cannot be made: {error}.") from error
+        folder.mkdir(exist_ok=True)
+    finally:
+        for parent in made:
+            with suppress(OSError):
+                parent.rmdir()
 
 
 def _scratch_beside(folder: Path) -> Path:

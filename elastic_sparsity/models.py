@@ -19,6 +19,7 @@ import torch
 
 from elastic_sparsity.arch import architecture_of, check_finite_weights
 from elastic_sparsity.errors import ConfigError, ElasticSparsityError
+from elastic_sparsity.files import is_file, is_folder
 from elastic_sparsity.precision import DTYPES, default_device
 from elastic_sparsity.tiny import byte_tokenizer, tiny_model
 
@@ -97,15 +98,19 @@ def _from_pretrained(source: str | Path, dtype: str) -> tuple[Any, Any]:
     info: Any
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # slow import, only here
 
-    if not Path(source).is_dir() and (str(source).startswith((".", "/")) or str(source).count("/") > 1):
+    if not is_folder(source) and (str(source).startswith((".", "/")) or str(source).count("/") > 1):
         raise ConfigError(f"model.id: {str(source)!r} is no folder.")
     try:
-        architecture_of(AutoConfig.from_pretrained(source).model_type)  # before gigabytes are loaded
+        architecture_of(AutoConfig.from_pretrained(source, trust_remote_code=False).model_type)  # before gigabytes are loaded
         model, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
-            source, dtype=_torch_dtype(dtype), use_safetensors=True, output_loading_info=True
+            source,
+            dtype=_torch_dtype(dtype),
+            use_safetensors=True,
+            trust_remote_code=False,  # the default asks whoever sits there
+            output_loading_info=True,
         )
         _check_complete(source, info)
-        return model, AutoTokenizer.from_pretrained(source)
+        return model, AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except ElasticSparsityError:
         raise
     except Exception as error:  # transformers raises many types for one cause: the model cannot be loaded
@@ -130,7 +135,7 @@ def _from_gguf(path: Path, dtype: str) -> tuple[Any, Any]:
     info: Any
     from transformers import AutoModelForCausalLM, AutoTokenizer  # slow import, only here
 
-    if not path.is_file():
+    if not is_file(path):
         raise ConfigError(f"model.id: {str(path)!r} is no file.")
     try:
         import gguf  # noqa: F401  transformers needs it and says so less clearly

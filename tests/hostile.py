@@ -130,7 +130,7 @@ class Ledger:
                 return VALID, ""
             if code not in (2, damage_code):
                 raise AssertionError(f"exit code {code}: {stderr[-500:]}")
-            return REFUSED, stderr if code == 2 else stdout
+            return REFUSED, stderr if code == 2 else "a table of what is damaged"
 
         return self._judge(f"CLI {arguments[0]}" if arguments else "CLI", attempt, case, inputs, keep)
 

@@ -50,7 +50,7 @@ from elastic_sparsity import levels as list_levels
 from elastic_sparsity.bench import bench
 from elastic_sparsity.data import read_text
 from elastic_sparsity.device_profile import profile_path, read_profile
-from elastic_sparsity.errors import ElasticSparsityError
+from elastic_sparsity.errors import brief
 from elastic_sparsity.files import atomic_folder
 from elastic_sparsity.inspection import layer_types
 from elastic_sparsity.models import load_base
@@ -145,7 +145,7 @@ def test_levels(ledger, tiny_checkpoint):
         for name, call in calls.items():
             if level == "auto" and name in ("bench", "upgrade"):
                 continue
-            ledger.api(name, lambda: call(level), case=f"level {level!r:.60}", inputs=[tiny_checkpoint, device], keep=grown)
+            ledger.api(name, lambda: call(level), case=f"level {brief(level, 60)}", inputs=[tiny_checkpoint, device], keep=grown)
 
 
 def grown(old, new):
@@ -177,7 +177,7 @@ def test_budgets(ledger, tiny_checkpoint):
             if value is None:
                 continue
             options = {name: value} | ({"profile": "phone"} if name == "max_ms_per_token" else {"max_bytes": 1} if name == "profile" else {})
-            ledger.api("choose_level", lambda: choose_level(tiny_checkpoint, **options), case=f"{name}={value!r:.60}")
+            ledger.api("choose_level", lambda: choose_level(tiny_checkpoint, **options), case=f"{name}={brief(value, 60)}")
     for name in ("--max-bytes", "--max-ms-per-token", "--min-quality", "--device-profile"):
         for value in (*SIZES, *NUMBERS, *WORDS):
             if len(value) < 400:
@@ -190,10 +190,10 @@ def test_options(ledger, tiny_checkpoint):
         for name in ("dtype", "device", "device_map", "runtime", "offload_folder", "device_profile", "merge_adapters", "revision", "cache_dir", "nonsense"):
             if value is None or name == "merge_adapters" or (name == "device_map" and value == "auto"):
                 continue
-            ledger.api("from_pretrained", lambda: ElasticModel.from_pretrained(tiny_checkpoint, 0.7, **{name: value}), case=f"{name}={value!r:.60}")
-        ledger.api("export_level", lambda: export_level(tiny_checkpoint, 0.7, ledger.out, value), case=f"format={value!r:.60}")
-        ledger.api("export_level", lambda: export_level(tiny_checkpoint, 0.7, ledger.out, "bitmask", dtype=value), case=f"dtype={value!r:.60}")
-        ledger.api("save_sliced", lambda: save_sliced(tiny_checkpoint, 0.7, ledger.out, value), case=f"dtype={value!r:.60}")
+            ledger.api("from_pretrained", lambda: ElasticModel.from_pretrained(tiny_checkpoint, 0.7, **{name: value}), case=f"{name}={brief(value, 60)}")
+        ledger.api("export_level", lambda: export_level(tiny_checkpoint, 0.7, ledger.out, value), case=f"format={brief(value, 60)}")
+        ledger.api("export_level", lambda: export_level(tiny_checkpoint, 0.7, ledger.out, "bitmask", dtype=value), case=f"dtype={brief(value, 60)}")
+        ledger.api("save_sliced", lambda: save_sliced(tiny_checkpoint, 0.7, ledger.out, value), case=f"dtype={brief(value, 60)}")
 
 
 def test_paths_of_checkpoints(ledger, tiny_checkpoint, tmp_path, text_file):
@@ -333,7 +333,7 @@ def test_numbers_that_training_cannot_survive(ledger):
                 for method in ("wanda", "obs"):
                     changes = {"scores": {"method": method}, "end_to_end": {"trainable": "base"}, "mixer": {"mode": "learned"}}
                     changes[section] = {**changes.get(section, {}), name: value}
-                    ledger.api("optimize", lambda: optimize(tiny_recipe(**changes), ledger.out), case=f"{section}.{name}={value!r:.30}, {method}")
+                    ledger.api("optimize", lambda: optimize(tiny_recipe(**changes), ledger.out), case=f"{section}.{name}={brief(value, 30)}, {method}")
 
 
 def damaged_json(path, random):
