@@ -20,7 +20,7 @@ from elastic_sparsity.cli_device import register as register_device
 from elastic_sparsity.cli_export import register as register_export
 from elastic_sparsity.config import Recipe, read_recipe
 from elastic_sparsity.errors import ConfigError, ElasticSparsityError
-from elastic_sparsity.files import is_file
+from elastic_sparsity.files import check_output_file, is_file
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=__doc__)
 register_export(app)
@@ -299,6 +299,8 @@ def eval_command(
 
     if precision not in ("auto", "float32", "bfloat16"):
         raise ConfigError(f"--precision: {precision!r} is not auto, float32 or bfloat16.")
+    if output is not None:
+        check_output_file(output)
     with _progress(quiet) as progress:
         rows, protocol = evaluate_path(
             path,

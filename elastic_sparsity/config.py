@@ -15,12 +15,14 @@ from elastic_sparsity.errors import ConfigError, brief
 from elastic_sparsity.ladder import Ladder
 
 MAX_RECIPE_BYTES = 1_000_000
-Positive = Annotated[int, Field(gt=0, strict=True)]
-NonNegative = Annotated[int, Field(ge=0, strict=True)]
-Length = Annotated[int, Field(gt=7, strict=True)]
-Rate = Annotated[float, Field(ge=0.0, allow_inf_nan=False, strict=True)]
+Positive = Annotated[int, Field(gt=0, lt=2**31, strict=True)]
+NonNegative = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
+Length = Annotated[int, Field(gt=7, lt=2**31, strict=True)]
+Batch = Annotated[int, Field(gt=0, le=2**16, strict=True)]
+Rank = Annotated[int, Field(ge=0, le=2**13, strict=True)]
+Rate = Annotated[float, Field(ge=0.0, le=1e6, strict=True)]  # more than float32 holds would end in the optimiser
 Share = Annotated[float, Field(ge=0.0, le=1.0, strict=True)]
-Above = Annotated[float, Field(gt=0.0, allow_inf_nan=False, strict=True)]
+Above = Annotated[float, Field(gt=0.0, le=1e6, strict=True)]
 
 
 class _Section(BaseModel):
@@ -78,7 +80,7 @@ class ScoresSection(_Section):
 
 
 class AdapterSection(_Section):
-    ranks: NonNegative | tuple[NonNegative, ...] = 8
+    ranks: Rank | tuple[Rank, ...] = 8
     """Rank of every group, or one a group."""
     inheritance: Literal["shared", "detached", "none"] = "shared"
     """Whether a sparser level's loss also moves the adapters it inherits; "none" = groups are independent."""
@@ -97,7 +99,7 @@ class BlockSection(_Section):
     """Optimiser steps a block; every step trains every group once. 0 = scores and masks only."""
     samples: Positive = 128
     """How many of the calibration samples the block phase (and the baselines) use."""
-    batch_size: Positive = 2
+    batch_size: Batch = 2
     adapter_lr: Rate = 1e-3
     base_lr: Rate = 0.0
     """Of the kept base values; 0 = they do not move in this phase."""
@@ -110,7 +112,7 @@ class EndToEndSection(_Section):
     trainable: Literal["auto", "base", "adapters", "off"] = "auto"
     """auto = base values and adapters if training them fits into memory, else adapters, else off."""
     steps: NonNegative = 400
-    batch_size: Positive = 1
+    batch_size: Batch = 1
     adapter_lr: Rate = 1e-3
     base_lr: Rate = 1e-4
     warmup: Share = 0.05

@@ -25,6 +25,12 @@ def is_folder(path: str | Path) -> bool:
     return os.path.isdir(path)  # noqa: PTH112
 
 
+def strange_file(folder: Path) -> Path | None:
+    """What lies in a folder and is neither file nor folder: a library that opens a pipe would wait for ever."""
+    strange = (x for x in sorted(folder.iterdir()) if not (is_file(x) or is_folder(x)) and os.path.exists(x))  # noqa: PTH110
+    return next(strange, None)
+
+
 def file_sha256(path: Path) -> str:
     """sha256 of a file, in chunks so large that a thread seldom has to wait for Python's lock."""
     digest, chunk = hashlib.sha256(), memoryview(bytearray(1 << 20))
@@ -94,7 +100,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
     Raises: OutputError: if it cannot be written; what was there is then unchanged.
     """
-    scratch = path.with_name(f".{path.name}.partial-{uuid.uuid4().hex[:8]}")
+    scratch = _scratch_beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield scratch
@@ -102,10 +108,34 @@ def atomic_file(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {error}; what was there is unchanged.") from error
     finally:
-        scratch.unlink(missing_ok=True)
+        with suppress(OSError):
+            scratch.unlink(missing_ok=True)
+
+
+def check_output_file(path: Path) -> None:
+    """Raises: OutputError: unless a file can be made at `path`, or be replaced."""
+    try:
+        if path.exists() and not path.is_file():
+            raise OutputError(f"{path}: is no file; name another output file.")
+        made = [parent for parent in path.parents if not parent.exists()]
+        scratch = _scratch_beside(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            scratch.touch()
+        finally:
+            with suppress(OSError):
+                scratch.unlink(missing_ok=True)
+            for parent in made:
+                with suppress(OSError):
+                    parent.rmdir()
+    except OutputError:
+        raise
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{path}: cannot be made: {error}.") from error
 
 
 def write_json(path: Path, data: Any) -> None:
     """UTF-8 JSON under a temporary name, then renamed."""
     with atomic_file(path) as scratch:
-        scratch.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+        scratch.write_text(text, encoding="utf-8", errors="backslashreplace")  # half characters as JSON escapes them

@@ -14,12 +14,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from elastic_sparsity.arch import architecture_of, is_transposed, weight_OI
+from elastic_sparsity.arch import architecture_of, config_object, is_transposed, weight_OI
 from elastic_sparsity.bitmask import PARTS, compress, restore
 from elastic_sparsity.errors import CheckpointError, ShapeError, UnsupportedModelError
 from elastic_sparsity.files import is_file
 from elastic_sparsity.semi_structured import fits_kernel, pack_2of4, unpack_2of4
-from elastic_sparsity.skeleton import config_object
 
 BITMASK_FILE = "bitmask.safetensors"
 PACKED_FILE = "packed-2of4.safetensors"

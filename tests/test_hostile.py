@@ -284,6 +284,7 @@ def test_base_models(ledger, good_model, tmp_path, quick, text_file):
     workshop = Workshop(good_model, tmp_path)
     (tmp_path / "other.safetensors").write_bytes(b"x")
     for number, (words, damage) in enumerate(models(Random(5), 250)):
+        import sys, time; print(time.time(), number, words, file=sys.__stderr__, flush=True)
         folder = workshop.make(damage)
         ledger.api("load_base", lambda: load_base(str(folder)), case=words, inputs=[folder])
         kind = number % 3

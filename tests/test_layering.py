@@ -41,7 +41,7 @@ ALLOWED = {
     "device_report": {"device_profile", "doctor", "report", "ways"},
     "choosing": {"checkpoint", "device_profile", "errors", "hub", "inspection", "ladder", "manifest", "report"},
     # layer 2: know Hugging Face models
-    "arch": {"torch", "errors"},
+    "arch": {"torch", "transformers", "errors"},
     "tiny": {"torch", "transformers", "arch"},
     "models": {"torch", "transformers", "gguf", "arch", "errors", "files", "precision", "tiny"},
     "data": {"torch", "datasets", "errors", "files"},
@@ -53,7 +53,7 @@ ALLOWED = {
     "export_onnx": {"torch", "onnx", "openvino", "errors"},
     "packed_files": {
         "torch", "safetensors", "transformers", "accelerate", "arch", "bitmask", "errors", "files",
-        "semi_structured", "skeleton",
+        "semi_structured",
     },
     # layer 3: stages
     "calibrate": {"torch", "arch", "blocks", "importance"},
@@ -100,7 +100,7 @@ ALLOWED = {
     },
     # layer 5
     "__main__": {"cli"},
-    "cli_device": {"bench", "device_profile", "device_report", "doctor", "errors", "precision"},
+    "cli_device": {"bench", "device_profile", "device_report", "doctor", "errors", "files", "precision"},
     "cli_export": {"transformers", "exports"},
     "cli": {
         "transformers", "checkpoint", "choosing", "cli_device", "cli_export", "config", "errors", "files", "hub",
