@@ -10,7 +10,7 @@ from elastic_sparsity.baselines import prune_one_shot_
 from elastic_sparsity.calibration_text import Progress, calibration_tokens, check_length, evaluation_windows, silent
 from elastic_sparsity.checkpoint import ElasticCheckpoint
 from elastic_sparsity.config import Recipe
-from elastic_sparsity.data import read_text, token_hash, tokenize, windows
+from elastic_sparsity.data import check_vocabulary, read_text, token_hash, tokenize, windows
 from elastic_sparsity.errors import ConfigError
 from elastic_sparsity.evaluate import Quality, evaluate
 from elastic_sparsity.hub import elastic_folder, fetch_levels, is_hub_id
@@ -100,6 +100,7 @@ def evaluate_path(
     folder = elastic_folder(path, **hub)
     if folder is not None:
         checkpoint = ElasticCheckpoint(folder)
+        checkpoint.check_extras()  # the tokenizer among them
         levels = checkpoint.ladder.levels if level is None else (checkpoint.ladder.find(level),)
         if is_hub_id(path):  # the files of the same commit
             fetch_levels(path, [x.name for x in levels], **{**hub, "revision": folder.name})
@@ -118,6 +119,7 @@ def evaluate_path(
     for name, method, size, load in jobs:
         model = load().to(default_device())
         check_length("--window", window, model)
+        check_vocabulary(ids, model.config.vocab_size)
         resolved = resolve_precision(precision, model.device.type)
         found = evaluate(
             {method: model},

@@ -113,7 +113,8 @@ def _from_pretrained(source: str | Path, dtype: str) -> tuple[Any, Any]:
             output_loading_info=True,
         )
         _check_complete(source, info)
-        return model, AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        _tell_if_tied(model)
+        return model, AutoTokenizer.from_pretrained(source, config=config, trust_remote_code=False)
     except ElasticSparsityError:
         raise
     except Exception as error:  # transformers raises many types for one cause: the model cannot be loaded
@@ -131,7 +132,7 @@ def _checked_config(source: str | Path) -> Any:
         _check_folder(Path(source))
     raw, _ = PretrainedConfig.get_config_dict(source)
     architecture_of(raw.get("model_type"))
-    for key in ("num_hidden_layers", "n_layer"):  # transformers makes a list of them
+    for key in ("num_hidden_layers", "n_layer", "num_labels"):  # transformers makes lists of them
         if isinstance(raw.get(key), int | float) and not raw[key] <= MAX_LAYERS:
             raise ConfigError(f"model.id: {str(source)!r}: config.json: {key}: {brief(raw[key])} is beyond any model.")
     if raw.get("quantization_config") is not None:
@@ -158,6 +159,13 @@ def _check_folder(folder: Path) -> None:
         wrong = [x for x in shards if not isinstance(x, str) or Path(x).name != x or not is_file(folder / x)]
         if wrong:
             raise ConfigError(f"model.id: {str(index)!r} names {brief(wrong[0])}, which is no file of its folder.")
+
+
+def _tell_if_tied(model: Any) -> None:
+    """transformers leaves embeddings untied whose file holds both, but not the config, which then makes another model."""
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if model.config.tie_word_embeddings and head.weight is not embeddings.weight:
+        model.config.tie_word_embeddings = False
 
 
 def _check_complete(source: str | Path, info: dict[str, Any]) -> None:

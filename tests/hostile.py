@@ -148,6 +148,7 @@ class Ledger:
                 raise
             self._problem(row, "tracebacks", entry, case, f"{type(error).__name__}: {str(error)[:600]}{_place(error)}")
         seconds = time.monotonic() - started
+        if seconds > 1: print("SLOW", round(seconds, 1), entry, case[:150], file=sys.__stderr__, flush=True)
         self.slowest = max(self.slowest, (seconds, f"{entry}: {case[:120]}"))
         row[outcome or REFUSED] += 1
         if outcome == REFUSED and (len(message) > MAX_CHARS or message.count("\n") > MAX_LINES or not message.strip()):

@@ -71,6 +71,7 @@ def judged(ledger, monkeypatch, request):
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("socket.socket.connect", refuse_to_connect)
+    monkeypatch.setattr("elastic_sparsity.report.plot_results", lambda rows, path, title: path.write_bytes(b"plot"))
     ledger.tests.add(request.node.name.partition("[")[0])
     before = len(ledger.problems)
     yield
@@ -284,13 +285,12 @@ def test_base_models(ledger, good_model, tmp_path, quick, text_file):
     workshop = Workshop(good_model, tmp_path)
     (tmp_path / "other.safetensors").write_bytes(b"x")
     for number, (words, damage) in enumerate(models(Random(5), 250)):
-        import sys, time; print(time.time(), number, words, file=sys.__stderr__, flush=True)
         folder = workshop.make(damage)
         ledger.api("load_base", lambda: load_base(str(folder)), case=words, inputs=[folder])
         kind = number % 3
-        if kind == 0 or number < len(MODELS) // 2:
+        if kind == 0:
             ledger.cli("train", quick, "--model", folder, "--output", ledger.out, "-q", inputs=[folder], case=f"train {words}")
-        if kind == 1:
+        if kind == 1 or "tokenizer" in words:
             ledger.cli("eval", folder, "--text", text_file, "--window", "64", "--max-windows", "1", "-q", inputs=[folder], case=f"eval {words}")
         if kind == 2:
             ledger.cli("eval", "random:llama", "--reference", folder, "--text", text_file, "--window", "64", "--max-windows", "1", "-q", inputs=[folder], case=f"reference {words}")
@@ -325,7 +325,7 @@ def test_numbers_that_training_cannot_survive(ledger):
         "block": {"adapter_lr": (1e30, 1e300), "base_lr": (1e30, 1e300), "batch_size": (10**18,), "densest_weight": (1.0,)},
         "end_to_end": {"adapter_lr": (1e30, 1e300), "base_lr": (1e30, 1e300), "clip_norm": (1e-300, 1e300), "batch_size": (10**18,), "warmup": (1.0,)},
         "scores": {"damping": (1e-300, 1e300)}, "mixer": {"lr": (1e300,), "weights": ((1e308,) * 4, (1e-320,) * 4)},
-        "adapters": {"ranks": (33, 10**6, 10**12, 2**70)}, "ladder": {"patterns": (("2:3",), ("1:32",), ("31:32", "2:7"))},
+        "adapters": {"ranks": (33, 10**6, 10**12, 2**70, (2, 2, 2, -1), (0,))}, "ladder": {"patterns": (("2:3",), ("1:32",), ("31:32", "2:7"))},
         "evaluation": {"max_windows": (1,), "baseline_samples": (10**18,)}, "checkpoint": {"dtype": ("float16",)},
     }  # fmt: skip
     for section, names in fields.items():
