@@ -133,8 +133,9 @@ def _checked_config(source: str | Path) -> Any:
     raw, _ = PretrainedConfig.get_config_dict(source)
     architecture_of(raw.get("model_type"))
     for key in ("num_hidden_layers", "n_layer", "num_labels"):  # transformers makes lists of them
-        if isinstance(raw.get(key), int | float) and not raw[key] <= MAX_LAYERS:
-            raise ConfigError(f"model.id: {str(source)!r}: config.json: {key}: {brief(raw[key])} is beyond any model.")
+        if isinstance(raw.get(key), int | float) and not 0 <= raw[key] <= MAX_LAYERS:
+            where = f"model.id: {str(source)!r}: config.json: {key}"
+            raise ConfigError(f"{where}: {brief(raw[key])} is not between 0 and {MAX_LAYERS}.")
     if raw.get("quantization_config") is not None:
         raise UnsupportedModelError(
             f"model.id: {str(source)!r} is quantised, its weights cannot be sparsified; take the model it was made of."
@@ -202,9 +203,9 @@ def _from_gguf(path: Path, dtype: str) -> tuple[Any, Any]:
     except Exception as error:  # same as above: many types, one cause
         raise ConfigError(f"{path}: not a readable GGUF model: {type(error).__name__}: {error}") from error
     # The weights are plain floats now; leaving these would make the saved model claim to be quantised.
-    for holder, attribute in ((model.config, "quantization_config"), (model, "hf_quantizer")):
-        if hasattr(holder, attribute):
-            delattr(holder, attribute)
+    vars(model.config).pop("quantization_config", None)
+    for attribute in ("hf_quantizer", "is_quantized", "quantization_method"):  # with these it refuses `.float()`
+        vars(model).pop(attribute, None)
     return model, tokenizer
 
 
