@@ -2,6 +2,7 @@
 
 import json
 import os
+import stat
 import tomllib
 
 from hostile import edited
@@ -173,8 +174,19 @@ SIZES = ("0", "-1", "-5MB", "nan", "infMB", "1e400GB", "MB", "", " ", "60 MBB", 
 WORDS = ("", " ", "x", "é", "\ud800", "GGUF", "gguf ", "int8", "float64", "None", "auto ", "[/]", "[red]", "../x", "a" * 300, "\x1b[2J", "transformers,elastic")
 
 
+def make_device(path):
+    """A node like /dev/null of our own: what replaces its output would, as root, replace the machine's."""
+    try:
+        os.mknod(path, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+    except PermissionError:
+        os.mkfifo(path)
+    return path
+
+
 def places(room):
-    """Outputs that cannot be made: (words, path). `room` gets what lies in the way."""
+    """Outputs that cannot be made: words -> path. All lie in `room`, which gets what is in the way: never name a path
+    of the machine here, as a defect may replace it.
+    """
     (room / "file").write_text("precious")
     (room / "full").mkdir()
     (room / "full" / "thesis.tex").write_text("precious")
@@ -183,12 +195,13 @@ def places(room):
     (room / "to file").symlink_to(room / "file")
     (room / "to full").symlink_to(room / "full")
     os.mkfifo(room / "pipe")
+    device = make_device(room / "device")
     return {
         "a file": room / "file", "a full folder": room / "full", "below a file": room / "file" / "out", "deep below a file": room / "file" / "a" / "b",
         "a link to a file": room / "to file", "a link to a full folder": room / "to full", "below a link to a file": room / "to file" / "x",
         "a loop": room / "loop", "below a loop": room / "loop" / "x", "a pipe": room / "pipe", "below a pipe": room / "pipe" / "x",
         "a long name": room / ("n" * 300), "below a long name": room / ("n" * 300) / "x", "a long path": room / "/".join(["d" * 200] * 30),
-        "a NUL": room / "a\0b", "below a NUL": room / "a\0b" / "c", "a lone surrogate": room / "a\ud800b", "a device": "/dev/null", "below a device": "/dev/null/x",
-        "the root": "/", "a mount": "/proc", "below proc": "/proc/elastic/x", "the working folder's parent": room, "a name just too long": room / ("m" * 250),
-        "the empty path": "" , "dots": room / "full" / "..", "sys": "/sys/elastic",
+        "a NUL": room / "a\0b", "below a NUL": room / "a\0b" / "c", "a lone surrogate": room / "a\ud800b", "a device": device, "below a device": device / "x",
+        "the working folder's parent": room, "a name just too long": room / ("m" * 250),
+        "the empty path": "" , "dots": room / "full" / "..",
     }  # fmt: skip

@@ -283,11 +283,15 @@ def text_paths(room):
     os.mkfifo(room / "pipe.jsonl")
     os.mkfifo(room / "pipe")
     (room / "endless.txt").symlink_to("/dev/zero")
+    (room / "device.txt").symlink_to("/dev/zero")
+    (room / "null.txt").symlink_to("/dev/null")
+    (room / "unreadable.txt").symlink_to("/proc/self/mem")
+    (room / "file").write_text("precious")
     return {
         "missing": room / "missing.txt", "a folder": room / "folder.txt", "a dangling link": room / "dangling.txt", "a loop": room / "loop.txt", "a pipe": room / "pipe.txt",
-        "a jsonl pipe": room / "pipe.jsonl", "a pipe without ending": room / "pipe", "endless": room / "endless.txt", "a device": "/dev/zero", "null": "/dev/null",
-        "the room": room, "empty": "", "a dot": ".", "a slash": "/", "a NUL": "a\0b.txt", "a long name": "n" * 300 + ".txt", "a long path": "/".join(["d" * 200] * 30),
+        "a jsonl pipe": room / "pipe.jsonl", "a pipe without ending": room / "pipe", "endless": room / "endless.txt", "a device": room / "device.txt", "null": room / "null.txt",
+        "the room": room, "empty": "", "a dot": ".", "a NUL": "a\0b.txt", "a long name": "n" * 300 + ".txt", "a long path": "/".join(["d" * 200] * 30),
         "a surrogate": "\ud800.txt", "a line break": "a\nb.txt", "a pattern": str(room / "*.txt"), "another pattern": str(room / "{a,b}.txt"), "a url": "http://127.0.0.1:9/x.txt",
-        "a file url": "file:///etc/passwd", "an s3 url": "s3://a/b.txt", "a hub url": "hf://datasets/a/b", "a zip url": "zip://x.txt::/etc/passwd", "a hub id": "no/such-data-set-here",
-        "a tilde": "~/x.txt", "below a file": "/etc/passwd/x.txt", "unreadable": "/proc/self/mem", "markup": "[/red].txt", "a backslash": "\\[x.txt", "a word": "wikitext", "many slashes": "a/b/c/d",
+        "a file url": f"file://{room}/file", "an s3 url": "s3://a/b.txt", "a hub url": "hf://datasets/a/b", "a zip url": f"zip://x.txt::{room}/file", "a hub id": "no/such-data-set-here",
+        "a tilde": "~/x.txt", "below a file": room / "file" / "x.txt", "unreadable": room / "unreadable.txt", "markup": "[/red].txt", "a backslash": "\\[x.txt", "a word": "wikitext", "many slashes": "a/b/c/d",
     }  # fmt: skip

@@ -122,7 +122,7 @@ def test_recipes(ledger, tmp_path):
 
 
 def test_recipe_paths(ledger, tmp_path):
-    for words, path in {**places(tmp_path), **{x: x for x in WORDS}, "endless": "/dev/zero", "urandom": "/dev/urandom"}.items():
+    for words, path in {**places(tmp_path), **{x: x for x in WORDS}, "endless": link(tmp_path / "endless", "/dev/zero"), "random": link(tmp_path / "random", "/dev/urandom")}.items():
         ledger.api("read_recipe", lambda: read_recipe(path), case=words)
         ledger.cli("train", path, "--output", ledger.out, "-q", case=f"recipe {words}")
 
@@ -224,6 +224,11 @@ def test_paths_of_checkpoints(ledger, tiny_checkpoint, tmp_path, text_file):
             ["upgrade", path, "--from", tiny_checkpoint, "--level", "0.7"], ["export", path, "--level", "0.7", "--format", "bitmask", "--output", ledger.out],
         ):  # fmt: skip
             ledger.cli(*arguments, case=f"{arguments[0]} path {words}")
+
+
+def link(path, target):
+    path.symlink_to(target)
+    return path
 
 
 def make(folder):
