@@ -12,7 +12,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from elastic_sparsity.config import Recipe
-from elastic_sparsity.data import check_vocabulary, read_text, sample_from_model, sample_windows, token_hash, tokenize, windows
+from elastic_sparsity.data import (
+    check_vocabulary,
+    read_text,
+    sample_from_model,
+    sample_windows,
+    token_hash,
+    tokenize,
+    windows,
+)
 from elastic_sparsity.errors import ConfigError, DataError
 from elastic_sparsity.files import is_file
 from elastic_sparsity.models import BaseModel, cache_folder

@@ -4,7 +4,6 @@ A message says, in this order: where (file, recipe field or fully qualified modu
 what was expected, and what to do. `assert` is kept for our own bugs.
 """
 
-
 MAX_CHARS, MAX_LINES = 2000, 20  # of a message: it is to be read, and may quote whatever a file holds
 
 

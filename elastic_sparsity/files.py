@@ -58,6 +58,7 @@ def check_output_folder(folder: Path) -> None:
 
 def _try_out(folder: Path) -> None:
     """Makes a scratch folder beside `folder` and `folder` itself, and removes what it made."""
+    str(folder.absolute()).encode()  # safetensors and tokenizers write to no path that is not UTF-8
     made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     scratch = _scratch_beside(folder)
     try:

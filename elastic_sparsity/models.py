@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from elastic_sparsity.arch import architecture_of, check_finite_weights, config_object
 from elastic_sparsity.errors import ConfigError, ElasticSparsityError, UnsupportedModelError, brief
@@ -66,6 +67,8 @@ def load_base(model_id: str, dtype: str = "auto") -> BaseModel:
 
     Raises: ConfigError: if there is no such model. UnsupportedModelError: no table row. NumericsError: NaN weights.
     """
+    if not model_id.isprintable():  # transformers writes it into config.json, as UTF-8
+        raise ConfigError(f"model.id: {model_id!r} holds what cannot be printed; rename the folder.")
     if model_id.startswith("random:"):
         model, tokenizer = tiny_model(model_id.removeprefix("random:")), byte_tokenizer()
     elif model_id in PACKAGED_MODELS:
@@ -112,7 +115,9 @@ def _from_pretrained(source: str | Path, dtype: str) -> tuple[Any, Any]:
             trust_remote_code=False,  # the default asks whoever sits there
             output_loading_info=True,
         )
-        _check_complete(source, info)
+        _check_complete(source, info, model)
+        if is_folder(source):
+            _check_dtypes(Path(source), model)
         _tell_if_tied(model)
         return model, AutoTokenizer.from_pretrained(source, config=config, trust_remote_code=False)
     except ElasticSparsityError:
@@ -163,20 +168,43 @@ def _check_folder(folder: Path) -> None:
 
 
 def _tell_if_tied(model: Any) -> None:
-    """transformers leaves embeddings untied whose file holds both, but not the config, which then makes another model."""
+    """transformers unties embeddings whose file holds both, but the config still makes a tied model; mends that."""
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     if model.config.tie_word_embeddings and head.weight is not embeddings.weight:
         model.config.tie_word_embeddings = False
 
 
-def _check_complete(source: str | Path, info: dict[str, Any]) -> None:
-    """transformers fills missing tensors with random numbers and says so only in its log."""
+def _check_complete(source: str | Path, info: dict[str, Any], model: Any) -> None:
+    """transformers fills missing tensors with random numbers, leaves out others, and says so only in its log."""
     problems = {name: sorted(map(str, info.get(name) or ())) for name in ("missing_keys", "mismatched_keys")}
     if any(problems.values()):
         raise ConfigError(
             f"model.id: {str(source)!r} is incomplete: missing {problems['missing_keys']}, "
             f"wrong shape {problems['mismatched_keys']}; download or convert it again."
         )
+    linears = tuple(f".{path}.weight" for path in architecture_of(model.config.model_type).linears)
+    modules = dict(model.named_modules())
+    left_out = [
+        name
+        for name in sorted(map(str, info.get("unexpected_keys") or ()))
+        if name.endswith(linears) or hasattr(modules.get(name.rpartition(".")[0]), "weight")
+    ]
+    if left_out:
+        raise ConfigError(
+            f"model.id: {str(source)!r} holds {len(left_out)} tensors that its config.json leaves out, first "
+            f"{left_out[0]}: layers, biases or quantised weights would be lost; mend config.json."
+        )
+
+
+def _check_dtypes(folder: Path, model: Any) -> None:
+    """That the files hold the parameters as plain floats; transformers would cast anything, codes of weights too."""
+    names = {name for name, _ in model.named_parameters()}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  it is no dict
+                dtype = file.get_slice(name).get_dtype() if name in names else "F32"
+                if dtype not in ("F64", "F32", "F16", "BF16"):
+                    raise UnsupportedModelError(f"{path}: {name}: stored as {dtype}; expected a model of plain floats.")
 
 
 def _from_gguf(path: Path, dtype: str) -> tuple[Any, Any]:
@@ -196,7 +224,7 @@ def _from_gguf(path: Path, dtype: str) -> tuple[Any, Any]:
         model, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
             folder, gguf_file=name, dtype=torch_dtype, output_loading_info=True
         )
-        _check_complete(path, info)
+        _check_complete(path, info, model)
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
     except ElasticSparsityError:
         raise

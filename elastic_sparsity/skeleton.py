@@ -12,7 +12,6 @@ from elastic_sparsity.checkpoint import ElasticCheckpoint, OpenLevel
 from elastic_sparsity.errors import CheckpointError, ElasticSparsityError, UnsupportedModelError
 
 
-
 def import_model_class(folder: Path) -> None:
     """Has transformers import what it will need, which takes a second once. Nothing is believed yet, nor refused."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig  # slow imports, only here

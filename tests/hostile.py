@@ -56,7 +56,7 @@ def fingerprint(path):
     for item in (path, *sorted(path.rglob("*"))):
         mode = item.lstat().st_mode
         is_file = stat.S_ISREG(mode)
-        content = hashlib.sha256(item.read_bytes()).digest() if is_file else item.is_symlink() and os.readlink(item)
+        content = hashlib.sha256(item.read_bytes()).digest() if is_file else item.is_symlink() and item.readlink()
         found[str(item.relative_to(path))] = (stat.S_IFMT(mode), content)
     return found
 
@@ -126,6 +126,8 @@ class Ledger:
             code, stdout, stderr = run_cli(arguments)
             if "Traceback" in stderr or "Traceback" in stdout:
                 raise AssertionError(f"a traceback on a stream: {stderr[-500:]}")
+            if "\x1b" in stdout + stderr or "\a" in stdout + stderr:
+                raise AssertionError(f"a control character for the terminal: {stderr[-500:]!r}")
             if code == 0:
                 return VALID, ""
             if code not in (2, damage_code):
@@ -148,7 +150,6 @@ class Ledger:
                 raise
             self._problem(row, "tracebacks", entry, case, f"{type(error).__name__}: {str(error)[:600]}{_place(error)}")
         seconds = time.monotonic() - started
-        if seconds > 1: print("SLOW", round(seconds, 1), entry, case[:150], file=sys.__stderr__, flush=True)
         self.slowest = max(self.slowest, (seconds, f"{entry}: {case[:120]}"))
         row[outcome or REFUSED] += 1
         if outcome == REFUSED and (len(message) > MAX_CHARS or message.count("\n") > MAX_LINES or not message.strip()):
@@ -252,10 +253,42 @@ def nodes(tree, path=()):
 GONE = object()
 HUGE = 10**400
 JSON_VALUES = (
-    GONE, GONE, GONE, None, True, False, 0, 1, -1, 2, 3, 16, 33, 10**9, 2**63, HUGE, 0.5, 1e308, -1e-300,
-    float("nan"), float("inf"), "", "x", "0.5", "2:4", "../x", "\0", "é" * 300, "\ud800", [], [0], [[]], {}, {"x": 1},
+    GONE,
+    GONE,
+    GONE,
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    2,
+    3,
+    16,
+    33,
+    10**9,
+    2**63,
+    HUGE,
+    0.5,
+    1e308,
+    -1e-300,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    "0.5",
+    "2:4",
+    "../x",
+    "\0",
+    "é" * 300,
+    "\ud800",
+    [],
+    [0],
+    [[]],
+    {},
+    {"x": 1},
     [0.5] * 300,
-)  # fmt: skip
+)
 
 
 def replaced(tree, random, values=JSON_VALUES):

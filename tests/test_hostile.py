@@ -3,23 +3,19 @@
 Everything is seeded. `hostile.py` says what counts; the last test prints the counts.
 """
 
-import functools
 import itertools
 import json
-import os
 import shutil
-from pathlib import Path
 from random import Random
 
 import huggingface_hub.constants
 import pytest
 from conftest import merging_tokenizer, tiny_recipe
-from hostile import REFUSED, VALID, Ledger, edited, fingerprint, nodes, replaced
+from hostile import REFUSED, Ledger, edited, fingerprint, replaced
 from hostile_inputs import (
     LEVELS,
     NUMBERS,
     QUICK,
-    RECIPE,
     SIZES,
     WORDS,
     levels,
@@ -27,7 +23,7 @@ from hostile_inputs import (
     places,
     recipes,
 )
-from hostile_models import JSON_VALUES, MODELS, Workshop, models, text_paths, texts
+from hostile_models import Workshop, models, text_paths, texts
 
 from elastic_sparsity import (
     ElasticModel,
@@ -51,7 +47,6 @@ from elastic_sparsity.bench import bench
 from elastic_sparsity.data import read_text
 from elastic_sparsity.device_profile import profile_path, read_profile
 from elastic_sparsity.errors import brief
-from elastic_sparsity.files import atomic_folder
 from elastic_sparsity.inspection import layer_types
 from elastic_sparsity.models import load_base
 from elastic_sparsity.tiny import byte_tokenizer, tiny_model
@@ -114,15 +109,29 @@ def test_recipes(ledger, tmp_path):
     for number, (words, data) in enumerate(refused[:130] + refused[130::3]):
         path.write_bytes(data)
         overrides = (["--calibration", "x.txt"], ["--model", "random:opt"], ["--evaluation", "x.txt"], [])[number % 4]
-        model = {"--calibration": {"calibration": {"source": "x.txt"}}, "--model": {"model": {"id": "random:opt"}},
-                 "--evaluation": {"evaluation": {"source": "x.txt"}}}.get(overrides[0], {}) if overrides else {}  # fmt: skip
-        outcome, _ = ledger.api("read_recipe", lambda: read_recipe(path, model), case=f"{words}, {model}", inputs=[path])
+        model = (
+            {
+                "--calibration": {"calibration": {"source": "x.txt"}},
+                "--model": {"model": {"id": "random:opt"}},
+                "--evaluation": {"evaluation": {"source": "x.txt"}},
+            }.get(overrides[0], {})
+            if overrides
+            else {}
+        )
+        outcome, _ = ledger.api(
+            "read_recipe", lambda: read_recipe(path, model), case=f"{words}, {model}", inputs=[path]
+        )
         if outcome == REFUSED:
             ledger.cli("train", path, *overrides, "--output", ledger.out, "-q", inputs=[path], case=words)
 
 
 def test_recipe_paths(ledger, tmp_path):
-    for words, path in {**places(tmp_path), **{x: x for x in WORDS}, "endless": link(tmp_path / "endless", "/dev/zero"), "random": link(tmp_path / "random", "/dev/urandom")}.items():
+    for words, path in {
+        **places(tmp_path),
+        **{x: x for x in WORDS},
+        "endless": link(tmp_path / "endless", "/dev/zero"),
+        "random": link(tmp_path / "random", "/dev/urandom"),
+    }.items():
         ledger.api("read_recipe", lambda: read_recipe(path), case=words)
         ledger.cli("train", path, "--output", ledger.out, "-q", case=f"recipe {words}")
 
@@ -146,7 +155,13 @@ def test_levels(ledger, tiny_checkpoint):
         for name, call in calls.items():
             if level == "auto" and name in ("bench", "upgrade"):
                 continue
-            ledger.api(name, lambda: call(level), case=f"level {brief(level, 60)}", inputs=[tiny_checkpoint, device], keep=grown)
+            ledger.api(
+                name,
+                lambda: call(level),
+                case=f"level {brief(level, 60)}",
+                inputs=[tiny_checkpoint, device],
+                keep=grown,
+            )
 
 
 def grown(old, new):
@@ -166,7 +181,18 @@ def test_levels_at_the_command_line(ledger, tiny_checkpoint, text_file):
             ["export", tiny_checkpoint, f"--level={level}", "--output", ledger.out, "--format", "bitmask"],
             ["export-peft", tiny_checkpoint, f"--level={level}", "--output", ledger.out],
             ["upgrade", device, "--from", tiny_checkpoint, f"--level={level}"],
-            ["eval", tiny_checkpoint, "--text", text_file, f"--level={level}", "--window", "16", "--max-windows", "1", "-q"],
+            [
+                "eval",
+                tiny_checkpoint,
+                "--text",
+                text_file,
+                f"--level={level}",
+                "--window",
+                "16",
+                "--max-windows",
+                "1",
+                "-q",
+            ],
         ):
             ledger.cli(*arguments, inputs=[tiny_checkpoint, device, text_file], keep=grown)
 
@@ -177,29 +203,71 @@ def test_budgets(ledger, tiny_checkpoint):
         for name in ("max_bytes", "max_ms_per_token", "min_quality", "profile"):
             if value is None:
                 continue
-            options = {name: value} | ({"profile": "phone"} if name == "max_ms_per_token" else {"max_bytes": 1} if name == "profile" else {})
-            ledger.api("choose_level", lambda: choose_level(tiny_checkpoint, **options), case=f"{name}={brief(value, 60)}")
+            options = {name: value} | (
+                {"profile": "phone"} if name == "max_ms_per_token" else {"max_bytes": 1} if name == "profile" else {}
+            )
+            ledger.api(
+                "choose_level", lambda: choose_level(tiny_checkpoint, **options), case=f"{name}={brief(value, 60)}"
+            )
     for name in ("--max-bytes", "--max-ms-per-token", "--min-quality", "--device-profile"):
         for value in (*SIZES, *NUMBERS, *WORDS):
             if len(value) < 400:
-                extra = ["--device-profile", "phone"] if name == "--max-ms-per-token" else ["--max-bytes", "1"] if name == "--device-profile" else []
+                extra = (
+                    ["--device-profile", "phone"]
+                    if name == "--max-ms-per-token"
+                    else ["--max-bytes", "1"]
+                    if name == "--device-profile"
+                    else []
+                )
                 ledger.cli("slice", tiny_checkpoint, f"{name}={value}", *extra, "--output", ledger.out)
 
 
 def test_options(ledger, tiny_checkpoint):
     for value in (*LEVELS, *WORDS):
-        for name in ("dtype", "device", "device_map", "runtime", "offload_folder", "device_profile", "merge_adapters", "revision", "cache_dir", "nonsense"):
+        for name in (
+            "dtype",
+            "device",
+            "device_map",
+            "runtime",
+            "offload_folder",
+            "device_profile",
+            "merge_adapters",
+            "revision",
+            "cache_dir",
+            "nonsense",
+        ):
             if value is None or name == "merge_adapters" or (name == "device_map" and value == "auto"):
                 continue
-            ledger.api("from_pretrained", lambda: ElasticModel.from_pretrained(tiny_checkpoint, 0.7, **{name: value}), case=f"{name}={brief(value, 60)}")
-        ledger.api("export_level", lambda: export_level(tiny_checkpoint, 0.7, ledger.out, value), case=f"format={brief(value, 60)}")
-        ledger.api("export_level", lambda: export_level(tiny_checkpoint, 0.7, ledger.out, "bitmask", dtype=value), case=f"dtype={brief(value, 60)}")
-        ledger.api("save_sliced", lambda: save_sliced(tiny_checkpoint, 0.7, ledger.out, value), case=f"dtype={brief(value, 60)}")
+            ledger.api(
+                "from_pretrained",
+                lambda: ElasticModel.from_pretrained(tiny_checkpoint, 0.7, **{name: value}),
+                case=f"{name}={brief(value, 60)}",
+            )
+        ledger.api(
+            "export_level",
+            lambda: export_level(tiny_checkpoint, 0.7, ledger.out, value),
+            case=f"format={brief(value, 60)}",
+        )
+        ledger.api(
+            "export_level",
+            lambda: export_level(tiny_checkpoint, 0.7, ledger.out, "bitmask", dtype=value),
+            case=f"dtype={brief(value, 60)}",
+        )
+        ledger.api(
+            "save_sliced",
+            lambda: save_sliced(tiny_checkpoint, 0.7, ledger.out, value),
+            case=f"dtype={brief(value, 60)}",
+        )
 
 
 def test_paths_of_checkpoints(ledger, tiny_checkpoint, tmp_path, text_file):
     """What should be a checkpoint's folder is something else."""
-    everything = {**places(tmp_path), **{x: x for x in WORDS}, **{f"text {k}": v for k, v in text_paths(make(tmp_path / "texts")).items()}, "text file": text_file}
+    everything = {
+        **places(tmp_path),
+        **{x: x for x in WORDS},
+        **{f"text {k}": v for k, v in text_paths(make(tmp_path / "texts")).items()},
+        "text file": text_file,
+    }
     for words, path in everything.items():
         for name, call in {
             "from_pretrained": lambda: ElasticModel.from_pretrained(path, 0.7),
@@ -215,14 +283,20 @@ def test_paths_of_checkpoints(ledger, tiny_checkpoint, tmp_path, text_file):
             "bench": lambda: bench(path, prompt=2, new_tokens=1, repeats=1, batches=(1,)),
             "read_profile": lambda: read_profile(path),
             "load_base": lambda: load_base(str(path)),
-        }.items():  # fmt: skip
+        }.items():
             ledger.api(name, call, case=f"path {words}")
         for arguments in (
-            ["inspect", path], ["slice", path, "--level", "0.7", "--output", ledger.out], ["eval", path, "--text", text_file, "-q"],
-            ["overlay", path, "--output", ledger.out], ["restore", path, "--output", ledger.out], ["export-peft", path, "--output", ledger.out],
-            ["slice", tiny_checkpoint, "--max-ms-per-token", "1", "--device-profile", path, "--output", ledger.out], ["bench", path, "-q"],
-            ["upgrade", path, "--from", tiny_checkpoint, "--level", "0.7"], ["export", path, "--level", "0.7", "--format", "bitmask", "--output", ledger.out],
-        ):  # fmt: skip
+            ["inspect", path],
+            ["slice", path, "--level", "0.7", "--output", ledger.out],
+            ["eval", path, "--text", text_file, "-q"],
+            ["overlay", path, "--output", ledger.out],
+            ["restore", path, "--output", ledger.out],
+            ["export-peft", path, "--output", ledger.out],
+            ["slice", tiny_checkpoint, "--max-ms-per-token", "1", "--device-profile", path, "--output", ledger.out],
+            ["bench", path, "-q"],
+            ["upgrade", path, "--from", tiny_checkpoint, "--level", "0.7"],
+            ["export", path, "--level", "0.7", "--format", "bitmask", "--output", ledger.out],
+        ):
             ledger.cli(*arguments, case=f"{arguments[0]} path {words}")
 
 
@@ -251,11 +325,94 @@ def test_places_for_outputs(ledger, tiny_checkpoint, tmp_path, text_file, quick,
         }.items():
             ledger.api(name, call, case=f"output {words}", inputs=[room])
         for arguments in (
-            ["train", quick, "-q", "--output", place], ["demo", "-q", "--output", place], ["slice", tiny_checkpoint, "--level", "0.7", "--output", place],
-            ["slice", tiny_checkpoint, "--max-bytes", "9MB", "--output", place], ["export", tiny_checkpoint, "--level", "0.7", "--format", "bitmask", "--output", place],
-            ["export-peft", tiny_checkpoint, "--output", place], ["overlay", overlay / "checkpoint", "--output", place], ["restore", overlay / "overlay", "--output", place],
-        ):  # fmt: skip
+            ["train", quick, "-q", "--output", place],
+            ["demo", "-q", "--output", place],
+            ["slice", tiny_checkpoint, "--level", "0.7", "--output", place],
+            ["slice", tiny_checkpoint, "--max-bytes", "9MB", "--output", place],
+            ["export", tiny_checkpoint, "--level", "0.7", "--format", "bitmask", "--output", place],
+            ["export-peft", tiny_checkpoint, "--output", place],
+            ["overlay", overlay / "checkpoint", "--output", place],
+            ["restore", overlay / "overlay", "--output", place],
+        ):
             ledger.cli(*arguments, inputs=[room], case=f"{arguments[0]} output {words}")
+
+
+ODD_NAMES = (
+    "[/red]",
+    "[bold",
+    "\\\\[x",
+    "a[0]",
+    "\udcff",
+    "é",
+    "a\nb",
+    "\x1b[2J",
+    "\a",
+    " ",
+    "-x",
+    "--level",
+    "%s",
+    "{0}",
+    "~",
+    "a" * 200,
+    "\u202eb",
+)
+
+
+def test_odd_names(ledger, tiny_checkpoint, tmp_path, quick, text_file, monkeypatch):
+    """Names that are nothing to the disk but something to a terminal, to markup, or to UTF-8."""
+    for name in ODD_NAMES:
+        room = tmp_path / name
+        shutil.copytree(tiny_checkpoint, room / "c")
+        for arguments in (
+            ["inspect", room / "c"],
+            ["inspect", room / "c", "--verify"],
+            ["slice", room / "c", "--level", "0.7", f"--output={room / 's'}"],
+            ["slice", room / "c", "--max-bytes", "1GB", f"--output={room / 'e'}"],
+            ["upgrade", room / "e", "--from", room / "c", "--level", "0.7"],
+            ["export", room / "c", "--level", "0.7", "--format", "bitmask", f"--output={room / 'b'}"],
+            ["export-peft", room / "c", f"--output={room / 'p'}"],
+            [
+                "eval",
+                room / "s",
+                "--text",
+                text_file,
+                "--window",
+                "64",
+                "--max-windows",
+                "1",
+                "-q",
+                f"--output={room / 'e.json'}",
+            ],
+            ["eval", room / "c", "--text", room / "none.txt", "--window", "64", "-q"],
+            ["train", quick, "-q", f"--output={room / 't'}"],
+            ["train", quick, "-q", f"--model={room / 's'}", f"--output={room / 'm'}"],
+            ["slice", room / "c", f"--level={name}", f"--output={room / 'x'}"],
+            [
+                "bench",
+                room / "c",
+                "--prompt",
+                "2",
+                "--new-tokens",
+                "1",
+                "--repeats",
+                "1",
+                "--batch",
+                "1",
+                "--level",
+                "0.7",
+                f"--name={name}",
+                f"--output={room / 'd.json'}",
+            ],
+            [
+                "slice",
+                room / "c",
+                "--max-ms-per-token",
+                "1e5",
+                f"--device-profile={room / 'd.json'}",
+                f"--output={room / 'f'}",
+            ],
+        ):
+            ledger.cli(*arguments, case=f"{arguments[0]} beside {name!r}", damage_code=1)
 
 
 def make_overlay(room):
@@ -274,7 +431,9 @@ def test_texts(ledger, tmp_path, quick):
         path.write_bytes(data)
         ledger.api("read_text", lambda: read_text(str(path)), case=name, inputs=[path])
         if len(data) < 10**5:
-            ledger.cli("eval", "random:llama", "--text", path, "--window", "64", "--max-windows", "1", "-q", inputs=[path])
+            ledger.cli(
+                "eval", "random:llama", "--text", path, "--window", "64", "--max-windows", "1", "-q", inputs=[path]
+            )
             option = ("--calibration", "--evaluation")[number % 2]
             ledger.cli("train", quick, option, path, "--output", ledger.out, "-q", inputs=[path])
         path.unlink()
@@ -294,12 +453,45 @@ def test_base_models(ledger, good_model, tmp_path, quick, text_file):
         ledger.api("load_base", lambda: load_base(str(folder)), case=words, inputs=[folder])
         kind = number % 3
         if kind == 0:
-            ledger.cli("train", quick, "--model", folder, "--output", ledger.out, "-q", inputs=[folder], case=f"train {words}")
+            ledger.cli(
+                "train", quick, "--model", folder, "--output", ledger.out, "-q", inputs=[folder], case=f"train {words}"
+            )
         if kind == 1 or "tokenizer" in words:
-            ledger.cli("eval", folder, "--text", text_file, "--window", "64", "--max-windows", "1", "-q", inputs=[folder], case=f"eval {words}")
+            ledger.cli(
+                "eval",
+                folder,
+                "--text",
+                text_file,
+                "--window",
+                "64",
+                "--max-windows",
+                "1",
+                "-q",
+                inputs=[folder],
+                case=f"eval {words}",
+            )
         if kind == 2:
-            ledger.cli("eval", "random:llama", "--reference", folder, "--text", text_file, "--window", "64", "--max-windows", "1", "-q", inputs=[folder], case=f"reference {words}")
-    for value in (*WORDS, *(f"random:{word}" for word in WORDS), *(f"pypi:{word}" for word in WORDS), *(f"{word}.gguf" for word in WORDS)):
+            ledger.cli(
+                "eval",
+                "random:llama",
+                "--reference",
+                folder,
+                "--text",
+                text_file,
+                "--window",
+                "64",
+                "--max-windows",
+                "1",
+                "-q",
+                inputs=[folder],
+                case=f"reference {words}",
+            )
+    for value in (
+        *WORDS,
+        *(f"random:{word}" for word in WORDS),
+        *(f"pypi:{word}" for word in WORDS),
+        *(f"{word}.gguf" for word in WORDS),
+    ):
         ledger.api("load_base", lambda: load_base(value), case=repr(value))
         ledger.cli("train", quick, f"--model={value}", "--output", ledger.out, "-q")
 
@@ -312,7 +504,17 @@ def test_gguf_files(ledger, tmp_path, quick):
         path.write_bytes(edited(good[:head], random) + good[head:] if number > 20 else good[: number * len(good) // 21])
         ledger.api("load_base", lambda: load_base(str(path)), case=f"gguf {number}", inputs=[path])
         if number % 4 == 0:
-            ledger.cli("train", quick, "--model", path, "--output", ledger.out, "-q", inputs=[path], case=f"train gguf {number}")
+            ledger.cli(
+                "train",
+                quick,
+                "--model",
+                path,
+                "--output",
+                ledger.out,
+                "-q",
+                inputs=[path],
+                case=f"train gguf {number}",
+            )
 
 
 def make_gguf(folder):
@@ -327,19 +529,41 @@ def make_gguf(folder):
 def test_numbers_that_training_cannot_survive(ledger):
     fields = {
         "calibration": {"temperature": (1e-300, 1e300), "length": (8, 256), "samples": (6,)},
-        "block": {"adapter_lr": (1e30, 1e300), "base_lr": (1e30, 1e300), "batch_size": (10**18,), "densest_weight": (1.0,)},
-        "end_to_end": {"adapter_lr": (1e30, 1e300), "base_lr": (1e30, 1e300), "clip_norm": (1e-300, 1e300), "batch_size": (10**18,), "warmup": (1.0,)},
-        "scores": {"damping": (1e-300, 1e300)}, "mixer": {"lr": (1e300,), "weights": ((1e308,) * 4, (1e-320,) * 4)},
-        "adapters": {"ranks": (33, 10**6, 10**12, 2**70, (2, 2, 2, -1), (0,))}, "ladder": {"patterns": (("2:3",), ("1:32",), ("31:32", "2:7"))},
-        "evaluation": {"max_windows": (1,), "baseline_samples": (10**18,)}, "checkpoint": {"dtype": ("float16",)},
-    }  # fmt: skip
+        "block": {
+            "adapter_lr": (1e30, 1e300),
+            "base_lr": (1e30, 1e300),
+            "batch_size": (10**18,),
+            "densest_weight": (1.0,),
+        },
+        "end_to_end": {
+            "adapter_lr": (1e30, 1e300),
+            "base_lr": (1e30, 1e300),
+            "clip_norm": (1e-300, 1e300),
+            "batch_size": (10**18,),
+            "warmup": (1.0,),
+        },
+        "scores": {"damping": (1e-300, 1e300)},
+        "mixer": {"lr": (1e300,), "weights": ((1e308,) * 4, (1e-320,) * 4)},
+        "adapters": {"ranks": (33, 10**6, 10**12, 2**70, (2, 2, 2, -1), (0,))},
+        "ladder": {"patterns": (("2:3",), ("1:32",), ("31:32", "2:7"))},
+        "evaluation": {"max_windows": (1,), "baseline_samples": (10**18,)},
+        "checkpoint": {"dtype": ("float16",)},
+    }
     for section, names in fields.items():
         for name, values in names.items():
             for value in values:
                 for method in ("wanda", "obs"):
-                    changes = {"scores": {"method": method}, "end_to_end": {"trainable": "base"}, "mixer": {"mode": "learned"}}
+                    changes = {
+                        "scores": {"method": method},
+                        "end_to_end": {"trainable": "base"},
+                        "mixer": {"mode": "learned"},
+                    }
                     changes[section] = {**changes.get(section, {}), name: value}
-                    ledger.api("optimize", lambda: optimize(tiny_recipe(**changes), ledger.out), case=f"{section}.{name}={brief(value, 30)}, {method}")
+                    ledger.api(
+                        "optimize",
+                        lambda: optimize(tiny_recipe(**changes), ledger.out),
+                        case=f"{section}.{name}={brief(value, 30)}, {method}",
+                    )
 
 
 def damaged_json(path, random):
@@ -355,7 +579,10 @@ def test_checkpoints(ledger, tiny_checkpoint, tmp_path):
     shutil.copytree(tiny_checkpoint, folder)
     names = sorted(path.name for path in tiny_checkpoint.iterdir())
     live = ElasticModel.from_pretrained(tiny_checkpoint, 0.6)
-    level = lambda: random.choice(("0.5", "0.6", "0.7", "2:4", "auto"))
+
+    def level():
+        return random.choice(("0.5", "0.6", "0.7", "2:4", "auto"))
+
     calls = {
         "from_pretrained": lambda: ElasticModel.from_pretrained(folder, level()),
         "levels": lambda: list_levels(folder),
@@ -365,18 +592,26 @@ def test_checkpoints(ledger, tiny_checkpoint, tmp_path):
         "copy_level": lambda: copy_level(folder, level(), ledger.out),
         "choose_level": lambda: choose_level(folder, profile="phone", max_ms_per_token=1e6, min_quality=1e-6),
         "export_peft": lambda: export_peft(folder, ledger.out),
-        "export_level": lambda: export_level(folder, level(), ledger.out, random.choice(("bitmask", "packed-2of4", "gguf"))),
+        "export_level": lambda: export_level(
+            folder, level(), ledger.out, random.choice(("bitmask", "packed-2of4", "gguf"))
+        ),
         "write_overlay": lambda: write_overlay(folder, ledger.out),
         "reapply_masks_": lambda: reapply_masks_(live, folder, level()),
         "bench": lambda: bench(folder, prompt=2, new_tokens=1, repeats=1, batches=(1,), ways=["dense-float32"]),
     }
     commands = (
-        ["inspect", folder], ["inspect", folder, "--json"], ["inspect", folder, "--verify"], ["slice", folder, "--level", "0.7", "--output", ledger.out],
-        ["slice", folder, "--max-bytes", "1GB", "--output", ledger.out], ["export", folder, "--level", "2:4", "--format", "bitmask", "--output", ledger.out],
-        ["export-peft", folder, "--output", ledger.out], ["overlay", folder, "--output", ledger.out], ["upgrade", folder, "--from", tiny_checkpoint, "--level", "0.7"],
+        ["inspect", folder],
+        ["inspect", folder, "--json"],
+        ["inspect", folder, "--verify"],
+        ["slice", folder, "--level", "0.7", "--output", ledger.out],
+        ["slice", folder, "--max-bytes", "1GB", "--output", ledger.out],
+        ["export", folder, "--level", "2:4", "--format", "bitmask", "--output", ledger.out],
+        ["export-peft", folder, "--output", ledger.out],
+        ["overlay", folder, "--output", ledger.out],
+        ["upgrade", folder, "--from", tiny_checkpoint, "--level", "0.7"],
         ["slice", folder, "--max-ms-per-token", "100", "--device-profile", "phone", "--output", ledger.out],
-    )  # fmt: skip
-    for number in range(1500):
+    )
+    for number in range(1100):
         name = random.choice((*names, "elastic_config.json", "config.json"))
         path, original = folder / name, (folder / name).read_bytes()
         if name.endswith(".json") and number % 2:
@@ -388,7 +623,13 @@ def test_checkpoints(ledger, tiny_checkpoint, tmp_path):
             path.write_bytes(edited(original, random))
         if number % 5 == 4:
             command = random.choice(commands)
-            ledger.cli(*command, inputs=[folder], case=f"{' '.join(map(str, command[:3]))} {words}", keep=repaired(tiny_checkpoint), damage_code=1)
+            ledger.cli(
+                *command,
+                inputs=[folder],
+                case=f"{' '.join(map(str, command[:3]))} {words}",
+                keep=repaired(tiny_checkpoint),
+                damage_code=1,
+            )
         else:
             call = random.choice(list(calls))
             ledger.api(call, calls[call], case=words, inputs=[folder])
@@ -445,9 +686,22 @@ def test_damaged_sources_targets_and_overlays(ledger, tiny_checkpoint, tmp_path)
         else:
             words = f"{path.name} edited, number {number}"
             path.write_bytes(edited(path.read_bytes(), random))
-        ledger.api(entry, call, case=words, inputs=[tmp_path / name, tmp_path / "device"], keep=whole if "upgrade" in entry else None)
+        ledger.api(
+            entry,
+            call,
+            case=words,
+            inputs=[tmp_path / name, tmp_path / "device"],
+            keep=whole if "upgrade" in entry else None,
+        )
         if entry == "restore_overlay" and number % 3 == 0:
-            ledger.cli("restore", tmp_path / "overlay", "--output", ledger.out, inputs=[tmp_path / "overlay"], case=f"restore {words}")
+            ledger.cli(
+                "restore",
+                tmp_path / "overlay",
+                "--output",
+                ledger.out,
+                inputs=[tmp_path / "overlay"],
+                case=f"restore {words}",
+            )
         for folder, files in pristine.items():
             for extra in {p.name for p in (tmp_path / folder).iterdir()} - files.keys():
                 (tmp_path / folder / extra).unlink()
@@ -471,33 +725,90 @@ def test_device_profiles(ledger, tiny_checkpoint, tmp_path):
         if number % 4:
             ledger.api("read_profile", lambda: read_profile(path), case=words, inputs=[path])
         elif number % 8:
-            ledger.api("choose_level", lambda: choose_level(tiny_checkpoint, profile=path, max_ms_per_token=1e5), case=words, inputs=[path])
+            ledger.api(
+                "choose_level",
+                lambda: choose_level(tiny_checkpoint, profile=path, max_ms_per_token=1e5),
+                case=words,
+                inputs=[path],
+            )
         else:
-            ledger.cli("slice", tiny_checkpoint, "--max-ms-per-token", "1e5", "--device-profile", path, "--output", ledger.out, inputs=[path], case=words)
+            ledger.cli(
+                "slice",
+                tiny_checkpoint,
+                "--max-ms-per-token",
+                "1e5",
+                "--device-profile",
+                path,
+                "--output",
+                ledger.out,
+                inputs=[path],
+                case=words,
+            )
 
 
 def test_command_lines(ledger, tiny_checkpoint, text_file, quick, tmp_path):
     random = Random(10)
     good = {
-        "train": [quick], "slice": [tiny_checkpoint], "upgrade": [tmp_path], "inspect": [tiny_checkpoint], "export-peft": [tiny_checkpoint],
-        "overlay": [tiny_checkpoint], "restore": [tiny_checkpoint], "eval": [tiny_checkpoint], "export": [tiny_checkpoint], "bench": [tiny_checkpoint],
-        "doctor": [], "demo": [],
-    }  # fmt: skip
+        "train": [quick],
+        "slice": [tiny_checkpoint],
+        "upgrade": [tmp_path],
+        "inspect": [tiny_checkpoint],
+        "export-peft": [tiny_checkpoint],
+        "overlay": [tiny_checkpoint],
+        "restore": [tiny_checkpoint],
+        "eval": [tiny_checkpoint],
+        "export": [tiny_checkpoint],
+        "bench": [tiny_checkpoint],
+        "doctor": [],
+        "demo": [],
+    }
     numbers = {
         "bench": ["--batch", "--prompt", "--new-tokens", "--repeats", "--threads", "--device", "--way", "--level"],
         "eval": ["--window", "--max-windows", "--precision", "--reference", "--level"],
-        "slice": ["--dtype", "--format", "--level"], "export": ["--dtype", "--format", "--level"],
-    }  # fmt: skip
-    rest = {"bench": ["--prompt", "2", "--new-tokens", "1", "--repeats", "1", "--batch", "1"], "eval": ["--text", text_file, "-q"],
-            "slice": ["--output", ledger.out], "export": ["--output", ledger.out]}  # fmt: skip
+        "slice": ["--dtype", "--format", "--level"],
+        "export": ["--dtype", "--format", "--level"],
+    }
+    rest = {
+        "bench": ["--prompt", "2", "--new-tokens", "1", "--repeats", "1", "--batch", "1"],
+        "eval": ["--text", text_file, "-q"],
+        "slice": ["--output", ledger.out],
+        "export": ["--output", ledger.out],
+    }
     for command, options in numbers.items():
         for option in options:
             for value in (*NUMBERS, *WORDS):
                 if (command, option) in (("bench", "--threads"), ("bench", "--repeats")) and value == "1_0":
                     continue
                 ledger.cli(command, *good[command], *rest[command], f"{option}={value}")
-    pool = ["--level", "--output", "--format", "--from", "--text", "-q", "--nonsense", "-x", "--", "--help=1", "--verify", "--json", "--base", "--model", "=",
-            "-", "0.7", "", "[/]", "\ud800", "--output=", "--level=", "-qq", "--no-quiet", "@file", "--version", "extra"]  # fmt: skip
+    pool = [
+        "--level",
+        "--output",
+        "--format",
+        "--from",
+        "--text",
+        "-q",
+        "--nonsense",
+        "-x",
+        "--",
+        "--help=1",
+        "--verify",
+        "--json",
+        "--base",
+        "--model",
+        "=",
+        "-",
+        "0.7",
+        "",
+        "[/]",
+        "\ud800",
+        "--output=",
+        "--level=",
+        "-qq",
+        "--no-quiet",
+        "@file",
+        "--version",
+        "extra",
+    ]
     for _ in range(400):
         command = random.choice([*good, "nonsense", "", "SLICE", "--level"])
         extra = random.choices(pool, k=random.randint(1, 4))
@@ -505,7 +816,18 @@ def test_command_lines(ledger, tiny_checkpoint, text_file, quick, tmp_path):
             extra.append("--nonsense")
         ledger.cli(command, *good.get(command, []), *extra)
     for output in places(make(tmp_path / "places")).values():
-        ledger.cli("eval", "random:llama", "--text", text_file, "--window", "64", "--max-windows", "1", "-q", f"--output={output}")
+        ledger.cli(
+            "eval",
+            "random:llama",
+            "--text",
+            text_file,
+            "--window",
+            "64",
+            "--max-windows",
+            "1",
+            "-q",
+            f"--output={output}",
+        )
 
 
 def test_all_of_it(ledger, capsys):

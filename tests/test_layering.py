@@ -34,7 +34,8 @@ ALLOWED = {
     "hub": {"errors", "files", "manifest"},
     "inspection": {"checkpoint", "hub", "ladder", "shells"},
     "transfer": {"checkpoint", "errors", "files", "hub", "manifest"},
-    "report": {"errors"},
+    "terminal": set(),
+    "report": {"errors", "terminal"},
     "ways": {"checkpoint", "ladder", "packed_weight", "precision", "shells"},
     "doctor": {"torch", "native", "precision", "semi_structured", "ways"},
     "device_profile": {"checkpoint", "errors", "files", "ladder", "ways"},
@@ -43,7 +44,7 @@ ALLOWED = {
     # layer 2: know Hugging Face models
     "arch": {"torch", "transformers", "errors"},
     "tiny": {"torch", "transformers", "arch"},
-    "models": {"torch", "transformers", "gguf", "arch", "errors", "files", "precision", "tiny"},
+    "models": {"torch", "safetensors", "transformers", "gguf", "arch", "errors", "files", "precision", "tiny"},
     "data": {"torch", "datasets", "errors", "files"},
     "blocks": {"torch", "errors"},
     "adapters": {"torch", "arch", "errors", "ladder", "masks", "precision"},
@@ -100,12 +101,12 @@ ALLOWED = {
     },
     # layer 5
     "__main__": {"cli"},
-    "cli_device": {"bench", "device_profile", "device_report", "doctor", "errors", "files", "precision"},
-    "cli_export": {"transformers", "exports"},
+    "cli_device": {"bench", "device_profile", "device_report", "doctor", "errors", "files", "precision", "terminal"},
+    "cli_export": {"transformers", "exports", "terminal"},
     "cli": {
         "transformers", "checkpoint", "choosing", "cli_device", "cli_export", "config", "errors", "files", "hub",
-        "inspection", "measure", "overlay", "peft_export", "pipeline", "precision", "report", "slicing", "transfer",
-        "verify",
+        "inspection", "measure", "overlay", "peft_export", "pipeline", "precision", "report", "slicing", "terminal",
+        "transfer", "verify",
     },
 }  # fmt: skip
 WATCHED = {"torch", "numpy", "safetensors", "transformers", "peft", "datasets", "lm_eval", "accelerate", "gguf", "onnx",
