@@ -1,0 +1,76 @@
+"""Fixtures of the tests with bad inputs: a ledger a file, an offline and empty place to work in, and good inputs."""
+
+import huggingface_hub.constants
+import pytest
+from conftest import tiny_recipe
+from hostile import Ledger
+from hostile_values import QUICK
+
+from elastic_sparsity import (
+    optimize,
+    write_overlay,
+)
+from elastic_sparsity.tiny import byte_tokenizer, tiny_model
+
+
+@pytest.fixture(scope="module")
+def ledger(tmp_path_factory):
+    return Ledger(tmp_path_factory.mktemp("ledger"))
+
+
+@pytest.fixture
+def judged(ledger, monkeypatch, request):
+    """Every test here runs offline in an empty folder, and fails if one of its cases was a problem."""
+    monkeypatch.chdir(ledger.here)
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("socket.socket.connect", refuse_to_connect)
+    monkeypatch.setattr("elastic_sparsity.report.plot_results", lambda rows, path, title: path.write_bytes(b"plot"))
+    ledger.tests.add(request.node.name.partition("[")[0])
+    before = len(ledger.problems)
+    yield
+    ledger.check(before)
+
+
+def refuse_to_connect(*_):
+    raise OSError("no network in tests")
+
+
+@pytest.fixture(scope="module")
+def good_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("good") / "model"
+    tiny_model("llama").save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "good.txt"
+    path.write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    return path
+
+
+@pytest.fixture
+def quick(tmp_path):
+    path = tmp_path / "quick.toml"
+    path.write_text(QUICK)
+    return path
+
+
+def make_overlay(room):
+    """A checkpoint that can have an overlay, and that."""
+    if not room.exists():
+        optimize(tiny_recipe(end_to_end={"trainable": "adapters"}, evaluation={"max_windows": 1}), room / "checkpoint")
+        write_overlay(room / "checkpoint", room / "overlay")
+    return room
+
+
+def make(folder):
+    folder.mkdir()
+    return folder
+
+
+def link(path, target):
+    path.symlink_to(target)
+    return path
