@@ -263,7 +263,7 @@ def test_command_lines(ledger, tiny_checkpoint, text_file, quick, tmp_path):
     for command, options in numbers.items():
         for option in options:
             for value in (*NUMBERS, *WORDS):
-                if (command, option) in (("bench", "--threads"), ("bench", "--repeats")) and value == "1_0":
+                if command == "bench" and value == "1_0":  # Python's 10, which takes a while
                     continue
                 ledger.cli(command, *good[command], *rest[command], f"{option}={value}")
     pool = [
