@@ -100,10 +100,10 @@ def evaluate_path(
     folder = elastic_folder(path, **hub)
     if folder is not None:
         checkpoint = ElasticCheckpoint(folder)
-        checkpoint.check_extras()  # the tokenizer among them
         levels = checkpoint.ladder.levels if level is None else (checkpoint.ladder.find(level),)
         if is_hub_id(path):  # the files of the same commit
             fetch_levels(path, [x.name for x in levels], **{**hub, "revision": folder.name})
+        checkpoint.check_extras()  # the tokenizer among them
         tokenizer = load_tokenizer(folder)
         jobs = [
             (x.name, "elastic", checkpoint.bytes_of(x), partial(load_level, checkpoint, x, checkpoint.dtype))

@@ -45,7 +45,7 @@ AT_LEAST = 3000
 def test_texts(ledger, tmp_path, quick):
     here = make(tmp_path / "texts")
     quick_text = quick.read_text()
-    for number, (name, data) in enumerate(texts(Random(4), 100)):
+    for number, (name, data) in enumerate(texts(Random(4), 60)):
         path = here / name
         path.write_bytes(data)
         ledger.api("read_text", lambda: read_text(str(path)), case=name, inputs=[path])
@@ -67,7 +67,7 @@ def test_texts(ledger, tmp_path, quick):
 def test_base_models(ledger, good_model, tmp_path, quick, text_file):
     workshop = Workshop(good_model, tmp_path)
     (tmp_path / "other.safetensors").write_bytes(b"x")
-    for number, (words, damage) in enumerate(models(Random(5), 250)):
+    for number, (words, damage) in enumerate(models(Random(5), 150)):
         folder = workshop.make(damage)
         ledger.api("load_base", lambda: load_base(str(folder)), case=words, inputs=[folder])
         kind = number % 3
@@ -190,7 +190,7 @@ def test_checkpoints(ledger, tiny_checkpoint, tmp_path):
         ["upgrade", folder, "--from", tiny_checkpoint, "--level", "0.7"],
         ["slice", folder, "--max-ms-per-token", "100", "--device-profile", "phone", "--output", ledger.out],
     )
-    for number in range(1100):
+    for number in range(800):
         name = random.choice((*names, "elastic_config.json", "config.json"))
         path, original = folder / name, (folder / name).read_bytes()
         if name.endswith(".json") and number % 2:
@@ -254,7 +254,7 @@ def test_damaged_sources_targets_and_overlays(ledger, tiny_checkpoint, tmp_path)
     }
     whole = repaired(tiny_checkpoint)
     pristine = {name: {p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name, _ in jobs.values()}
-    for number in range(700):
+    for number in range(500):
         entry, (name, call) = random.choice(list(jobs.items()))
         path = tmp_path / name / random.choice(sorted(pristine[name]))
         if path.suffix == ".json" and number % 2:
