@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -76,6 +77,15 @@ def atomic_file(path: Path) -> Iterator[Path]:
         raise OutputError(f"{path}: cannot be written: {error}; what was there is unchanged.") from error
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def sync_path(path: Path) -> None:
+    """Waits until the disk has a file's bytes, or a folder's names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, data: Any) -> None:
