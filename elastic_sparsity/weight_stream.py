@@ -19,6 +19,8 @@ from elastic_sparsity.arch import architecture_of, decoder_blocks
 from elastic_sparsity.errors import CheckpointError, ConfigError, NumericsError
 from elastic_sparsity.tensor_file import TensorFile
 
+STORED_NAMES = {"lm_head.weight": "embed_out.weight"}  # GPT-NeoX: transformers renames it as it loads
+
 
 class ShardedFolder(Mapping[str, Tensor]):
     """Tensors of a Hugging Face folder by name, each read when asked for.
@@ -80,7 +82,8 @@ class WeightStream:
         body = f"{model.base_model_prefix}."
         self.stored: dict[str, str] = {}
         for name, shape in self.shapes.items():
-            stored = name if name in self.source else name.removeprefix(body)  # a file of the body alone
+            candidates = (name, name.removeprefix(body), STORED_NAMES.get(name, name))  # 2nd: a file of the body alone
+            stored = next((candidate for candidate in candidates if candidate in self.source), name)
             if stored not in self.source or self.source.shape(stored) != shape:
                 found = self.source.shape(stored) if stored in self.source else "nothing"
                 raise ConfigError(
