@@ -25,6 +25,7 @@ ALLOWED = {
     "bitmask": {"torch", "numpy", "errors", "packing", "precision"},
     "files": {"safetensors", "errors"},
     "tensor_file": {"torch", "safetensors", "errors"},
+    "tensor_file_writer": {"torch", "errors"},
     "shells": {"torch", "numpy", "errors", "ladder", "masks", "packing", "precision"},
     "manifest": {"errors", "ladder", "shells"},
     "checkpoint": {
