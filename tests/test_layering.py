@@ -28,6 +28,7 @@ ALLOWED = {
     "workers": {"torch", "accelerate", "errors"},
     "run_folder": {"torch", "safetensors", "errors", "files", "tensor_file"},
     "tensor_file": {"torch", "safetensors", "errors"},
+    "tensor_file_writer": {"torch", "errors"},
     "shells": {"torch", "numpy", "errors", "ladder", "masks", "packing", "precision"},
     "manifest": {"errors", "ladder", "shells"},
     "checkpoint": {
