@@ -102,7 +102,7 @@ ALLOWED = {
     },
     "measure": {
         "baselines", "calibration_text", "checkpoint", "config", "data", "errors", "evaluate", "hub", "ladder",
-        "models", "precision", "slicing",
+        "models", "precision", "slicing", "workers",
     },
     "bench": {
         "torch", "transformers", "calibration_text", "checkpoint", "device_profile", "doctor", "errors", "hub",
@@ -115,7 +115,7 @@ ALLOWED = {
     "cli": {
         "transformers", "checkpoint", "choosing", "cli_device", "cli_export", "config", "errors", "files", "hub",
         "inspection", "measure", "overlay", "peft_export", "pipeline", "precision", "report", "slicing", "transfer",
-        "verify",
+        "verify", "workers",
     },
 }  # fmt: skip
 WATCHED = {"torch", "numpy", "safetensors", "transformers", "peft", "datasets", "lm_eval", "accelerate", "gguf", "onnx",
