@@ -31,7 +31,9 @@ ALLOWED = {
     "checkpoint": {
         "torch", "safetensors", "errors", "files", "ladder", "manifest", "precision", "shells", "tensor_file",
     },
-    "checkpoint_writer": {"torch", "safetensors", "errors", "files", "ladder", "manifest", "precision", "shells"},
+    "checkpoint_writer": {
+        "torch", "errors", "files", "ladder", "manifest", "precision", "shells", "tensor_file_writer",
+    },
     "hub": {"errors", "manifest"},
     "inspection": {"checkpoint", "hub", "ladder", "shells"},
     "transfer": {"checkpoint", "errors", "files", "hub", "manifest"},
@@ -77,7 +79,7 @@ ALLOWED = {
     },
     "overlay": {
         "torch", "safetensors", "checkpoint", "checkpoint_writer", "errors", "files", "manifest", "models", "packing",
-        "shells",
+        "shells", "tensor_file_writer",
     },
     "peft_export": {"torch", "safetensors", "peft", "arch", "checkpoint", "errors", "files", "hub", "manifest"},
     "exports": {
