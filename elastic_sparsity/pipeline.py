@@ -23,7 +23,8 @@ from elastic_sparsity.config import Recipe
 from elastic_sparsity.data import token_hash
 from elastic_sparsity.distill import BlockSettings, block_outputs, train_block_
 from elastic_sparsity.end_to_end import EndToEndSettings, train_end_to_end_
-from elastic_sparsity.files import check_output_folder
+from elastic_sparsity.errors import OutputError
+from elastic_sparsity.files import check_output_folder, write_json
 from elastic_sparsity.importance import InputStatistics, importance_scores
 from elastic_sparsity.ladder import keep_count
 from elastic_sparsity.masks import drop_levels, mask_at, pattern_mask
@@ -33,6 +34,7 @@ from elastic_sparsity.precision import autocast_factory, resolve_precision
 from elastic_sparsity.shells import LinearRecord
 
 log = logging.getLogger(__name__)
+RUN_NAME = "run.json"
 
 
 def optimize(recipe: Recipe, output: str | Path, progress: Progress = silent) -> ElasticCheckpoint:
@@ -63,14 +65,10 @@ def optimize(recipe: Recipe, output: str | Path, progress: Progress = silent) ->
         "resolved": {"precision": precision, "trainable": trainable},
         "data": {"calibration_sha256": token_hash(token_ids.cpu()), "calibration_tokens": token_ids.numel()},
         "versions": installed,
-        "training": {
-            "block_losses": block_losses,
-            "end_to_end_kl": final_kl,
-            "seconds": round(time.monotonic() - started, 1),
-            "peak_bytes": peak_bytes(),
-        },
+        "training": {"block_losses": block_losses, "end_to_end_kl": final_kl},
     }
     save_model_(model, base, recipe, output, record, stored_dtype, mixer_weights)
+    record_run(output, time.monotonic() - started)
     return ElasticCheckpoint(output)
 
 
@@ -259,6 +257,14 @@ def save_model_(
         save_extras=save_extras,
         optional={"mixer": {"weights": mixer_weights}},
     )
+
+
+def record_run(output: Path, seconds: float) -> None:
+    """Adds run.json: what differs between equal runs, so no part of the checkpoint, which is complete without it."""
+    try:
+        write_json(output / RUN_NAME, {"seconds": round(seconds, 1), "peak_bytes": peak_bytes()})
+    except OutputError as error:
+        log.warning("%s", error)
 
 
 def _losses(losses: dict[str, float]) -> str:

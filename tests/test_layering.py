@@ -90,8 +90,8 @@ ALLOWED = {
     # layer 4: the flow
     "pipeline": {
         "torch", "adapters", "arch", "blocks", "calibrate", "calibration_text", "checkpoint", "checkpoint_writer",
-        "config", "data", "distill", "end_to_end", "files", "importance", "ladder", "masks", "mixer", "models",
-        "precision", "shells",
+        "config", "data", "distill", "end_to_end", "errors", "files", "importance", "ladder", "masks", "mixer",
+        "models", "precision", "shells",
     },
     "measure": {
         "baselines", "calibration_text", "checkpoint", "config", "data", "errors", "evaluate", "hub", "ladder",
