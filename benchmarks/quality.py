@@ -38,7 +38,9 @@ def main() -> None:
     parser.add_argument("--name", default="quality")
     args = parser.parse_args()
     checkpoint = ElasticCheckpoint(args.checkpoint)
-    run = json.loads((args.checkpoint / RUN_NAME).read_text(encoding="utf-8"))
+    training = {"end_to_end_kl": checkpoint.config["training"]["end_to_end_kl"]}
+    if (args.checkpoint / RUN_NAME).is_file():  # a copy has none
+        training |= json.loads((args.checkpoint / RUN_NAME).read_text(encoding="utf-8"))
     data = dict(checkpoint.config["recipe"])
     data["evaluation"] = {
         "source": args.evaluation,
@@ -66,7 +68,7 @@ def main() -> None:
         "protocol": protocol,
         "calibration": checkpoint.config["data"],
         "baseline_tokens": args.baseline_samples * recipe.calibration.length,
-        "training": {**run, "end_to_end_kl": checkpoint.config["training"]["end_to_end_kl"]},
+        "training": training,
         "recipe": checkpoint.config["recipe"],
         "rows": rows,
     }

@@ -1,14 +1,20 @@
 """The same recipe makes the same bytes, in whatever process and with whatever order of sets."""
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import torch
+from test_shells import record_of
 from test_transfer import contents
 
 from elastic_sparsity import ElasticCheckpoint, copy_level, upgrade, verify
+from elastic_sparsity.checkpoint_writer import write_checkpoint
+from elastic_sparsity.ladder import Ladder
+from elastic_sparsity.manifest import digest, read_manifest
 
 RUN = "from conftest import tiny_recipe; from elastic_sparsity import optimize; optimize(tiny_recipe(), 'made')"
 
@@ -48,9 +54,23 @@ def test_run_json_is_no_part_of_the_checkpoint(tiny_checkpoint, tmp_path):
     assert not (tmp_path / "device" / "run.json").exists()
 
 
-def test_the_id_comes_from_the_content(tiny_checkpoint):
-    from elastic_sparsity.manifest import digest, read_manifest
+def test_the_id_is_the_digest_with_zeros_for_the_id(tiny_checkpoint, tmp_path):
+    _, config = read_manifest(tiny_checkpoint)
+    found, blank = config["checkpoint_id"], "0" * 32
+    for entry in (entry for entries in config["files"].values() for entry in entries):
+        data = (tiny_checkpoint / entry["file"]).read_bytes()
+        assert data.count(found.encode()) == 1
+        entry["sha256"] = hashlib.sha256(data.replace(found.encode(), blank.encode())).hexdigest()
+    assert digest({**config, "checkpoint_id": blank})[:32] == found
 
-    manifest, raw = read_manifest(tiny_checkpoint)
-    assert len(manifest.checkpoint_id) == 32
-    assert manifest.digest == digest(raw)
+
+def test_another_value_gives_another_id(tmp_path):
+    ladder, ids = Ladder(sparsities=(0.5,)), set()
+    for value in (1.0, 2.0):
+        records = {"w": record_of(torch.full((4, 8), value), torch.arange(32.0).view(4, 8), ladder)}
+        write_checkpoint(
+            tmp_path / str(value), records, {}, ladder=ladder, ranks=[1], inheritance="shared", dtype="float32",
+            record={}, save_extras=lambda folder: None,
+        )  # fmt: skip
+        ids.add(ElasticCheckpoint(tmp_path / str(value)).manifest.checkpoint_id)
+    assert len(ids) == 2
