@@ -23,6 +23,7 @@ from elastic_sparsity.config import Recipe
 from elastic_sparsity.data import token_hash
 from elastic_sparsity.distill import Share
 from elastic_sparsity.end_to_end import EndToEndSettings, Snapshots, train_end_to_end_
+from elastic_sparsity.errors import OutputError
 from elastic_sparsity.files import check_output_folder, write_json
 from elastic_sparsity.manifest import CONFIG_NAME
 from elastic_sparsity.models import BaseModel, load_base, stream_base
@@ -32,6 +33,7 @@ from elastic_sparsity.shells import LinearRecord
 from elastic_sparsity.workers import Workers
 
 log = logging.getLogger(__name__)
+RUN_NAME = "run.json"
 
 
 def optimize(
@@ -60,8 +62,7 @@ def optimize(
         training = {"block_losses": block_losses, "end_to_end_kl": final_kl}
         if workers.is_main:
             save_run(job, output, {**identity, "training": training}, stored_dtype, mixer_weights)
-            seconds = round(time.monotonic() - started, 1)
-            write_json(output / "run.json", {"seconds": seconds, "peak_bytes": peak_bytes(), "workers": workers.count})
+            record_run(output, time.monotonic() - started, workers.count)
         workers.wait()
     return ElasticCheckpoint(output)
 
@@ -235,6 +236,14 @@ def save_run(job: Job, output: Path, record: dict[str, Any], stored_dtype: torch
         save_extras=save_extras,
         optional={"mixer": {"weights": mixer_weights}},
     )
+
+
+def record_run(output: Path, seconds: float, workers: int) -> None:
+    """Adds run.json: what differs between equal runs, so no part of the checkpoint, which is complete without it."""
+    try:
+        write_json(output / RUN_NAME, {"seconds": round(seconds, 1), "peak_bytes": peak_bytes(), "workers": workers})
+    except OutputError as error:
+        log.warning("%s", error)
 
 
 def versions(packages: Sequence[str] = ("elastic-sparsity", "torch", "transformers", "safetensors")) -> dict[str, str]:

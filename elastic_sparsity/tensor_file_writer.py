@@ -47,7 +47,7 @@ class TensorFileWriter:
 
     def __init__(self, path: Path, specs: Mapping[str, PlannedTensor], metadata: Mapping[str, str]) -> None:
         self.path = path
-        self._specs = dict(specs)
+        self.specs = dict(specs)
         self._missing = set(specs)
         self._offsets = _offsets(path, specs)
         header = self._header(metadata)
@@ -75,11 +75,11 @@ class TensorFileWriter:
 
         Raises: ShapeError: not a planned tensor, another dtype or shape than planned, or written before. OSError.
         """
-        if name not in self._specs:
-            raise ShapeError(f"{self.path}: {name}: is not one of its {len(self._specs)} tensors.")
+        if name not in self.specs:
+            raise ShapeError(f"{self.path}: {name}: is not one of its {len(self.specs)} tensors.")
         if name not in self._missing:
             raise ShapeError(f"{self.path}: {name}: is written a second time.")
-        dtype, shape = self._specs[name]
+        dtype, shape = self.specs[name]
         if (tensor.dtype, tuple(tensor.shape)) != (dtype, shape):
             found = f"{tensor.dtype} {tuple(tensor.shape)}"
             raise ShapeError(f"{self.path}: {name}: found {found}, expected {dtype} {shape}.")
@@ -113,7 +113,7 @@ class TensorFileWriter:
     def _header(self, metadata: Mapping[str, str]) -> bytes:
         entries: dict[str, object] = {"__metadata__": dict(metadata)}
         for name, offsets in self._offsets.items():
-            dtype, shape = self._specs[name]
+            dtype, shape = self.specs[name]
             entries[name] = {"dtype": DTYPE_NAMES[dtype], "shape": shape, "data_offsets": offsets}
         text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)

@@ -24,6 +24,7 @@ ALLOWED = {
     "native": {"torch", "errors", "packed_weight"},
     "bitmask": {"torch", "numpy", "errors", "packing", "precision"},
     "files": {"safetensors", "errors"},
+    "tensor_file_writer": {"torch", "errors"},
     "activations": {"torch", "numpy", "errors", "files"},
     "workers": {"torch", "accelerate", "errors"},
     "run_folder": {"torch", "safetensors", "errors", "files", "tensor_file"},
@@ -34,7 +35,9 @@ ALLOWED = {
     "checkpoint": {
         "torch", "safetensors", "errors", "files", "ladder", "manifest", "precision", "shells", "tensor_file",
     },
-    "checkpoint_writer": {"torch", "safetensors", "errors", "files", "ladder", "manifest", "precision", "shells"},
+    "checkpoint_writer": {
+        "torch", "errors", "files", "ladder", "manifest", "precision", "shells", "tensor_file_writer",
+    },
     "hub": {"errors", "manifest"},
     "inspection": {"checkpoint", "hub", "ladder", "shells"},
     "transfer": {"checkpoint", "errors", "files", "hub", "manifest"},
@@ -86,7 +89,7 @@ ALLOWED = {
     },
     "overlay": {
         "torch", "safetensors", "checkpoint", "checkpoint_writer", "errors", "files", "manifest", "models", "packing",
-        "shells",
+        "shells", "tensor_file_writer",
     },
     "peft_export": {"torch", "safetensors", "peft", "arch", "checkpoint", "errors", "files", "hub", "manifest"},
     "exports": {
@@ -97,8 +100,8 @@ ALLOWED = {
     # layer 4: the flow
     "pipeline": {
         "torch", "activations", "adapters", "arch", "block_phase", "block_state", "calibration_text", "checkpoint",
-        "checkpoint_writer", "config", "data", "distill", "end_to_end", "files", "manifest", "models", "precision",
-        "run_folder", "shells", "workers",
+        "checkpoint_writer", "config", "data", "distill", "end_to_end", "errors", "files", "manifest", "models",
+        "precision", "run_folder", "shells", "workers",
     },
     "measure": {
         "baselines", "calibration_text", "checkpoint", "config", "data", "errors", "evaluate", "hub", "ladder",
