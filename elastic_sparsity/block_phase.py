@@ -60,6 +60,11 @@ class Job:
     progress: Callable[[str, int, int], None]
 
     @property
+    def sharded(self) -> bool:
+        """Whether the end-to-end phase shares the model out among several workers."""
+        return self.recipe.end_to_end.shard and self.workers.count > 1 and self.trainable != "off"
+
+    @property
     def blocks(self) -> nn.ModuleList:
         model = self.base.model
         return model.get_submodule(architecture_of(model.config.model_type).blocks)
@@ -76,7 +81,7 @@ class Job:
         """A finished linear's state, by its name in the model."""
         start = f"{architecture_of(self.base.model.config.model_type).blocks}."
         number, _, path = name.removeprefix(start).partition(".")
-        file = self.folder.open_block(int(number))
+        file = self.folder.open_trained(number) if self.sharded else self.folder.open_block(int(number))
         return {x.removeprefix(f"{path}."): file.read(x) for x in file.specs if x.startswith(f"{path}.")}
 
     def block(self, index: int) -> AbstractContextManager[nn.Module]:
@@ -149,18 +154,26 @@ def restore_blocks_(job: Job, count: int) -> list[dict[str, Any]]:
     """
     notes = []
     for index in range(count):
-        tensors, note = job.folder.load_block(index)
+        if job.base.stream is None:
+            note = restore_block_(job, index)
+        else:
+            tensors, note = job.folder.load_block(index)
+            job.generator.set_state(tensors["generator"])
         notes.append(note)
-        job.generator.set_state(tensors.pop("generator"))
-        if job.base.stream is not None:
-            continue
-        for path in job.linears:
-            state = {name.removeprefix(f"{path}."): t for name, t in tensors.items() if name.startswith(f"{path}.")}
-            restore_linear_(job.blocks[index], path, state, partial(_elastic, job, generator=torch.Generator()))
     if count:
         log.info("blocks 1 to %d of %d were finished before", count, len(job.blocks))
         job.progress("blocks", count, len(job.blocks))
     return notes
+
+
+def restore_block_(job: Job, index: int) -> dict[str, Any]:
+    """Puts a finished block's elastic linears where its dense ones are. Returns: its note."""
+    tensors, note = job.folder.load_block(index)
+    job.generator.set_state(tensors.pop("generator"))
+    for path in job.linears:
+        state = {name.removeprefix(f"{path}."): t for name, t in tensors.items() if name.startswith(f"{path}.")}
+        restore_linear_(job.blocks[index], path, state, partial(_elastic, job, generator=torch.Generator()))
+    return note
 
 
 def _kept_streams(store: ActivationStore, note: dict[str, Any]) -> tuple[Activations, list[Activations]]:

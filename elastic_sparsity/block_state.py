@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from elastic_sparsity.adapters import ElasticLinear, replace_module_
-from elastic_sparsity.arch import is_transposed, weight_OI
+from elastic_sparsity.arch import weight_OI
 from elastic_sparsity.ladder import Ladder, rank_slices
 from elastic_sparsity.shells import LinearRecord
 
@@ -66,7 +66,7 @@ class SavedRecords(Mapping[str, LinearRecord]):
         names: of all linears, in order.
         state: a linear's name to its state.
         weight: a linear's name to its base weight as the model stores it.
-        linear: a linear's name to its module, maybe without memory.
+        transposed: a linear's name to whether its module stores it as (inputs, outputs).
     """
 
     def __init__(
@@ -74,15 +74,15 @@ class SavedRecords(Mapping[str, LinearRecord]):
         names: Sequence[str],
         state: Callable[[str], Mapping[str, Tensor]],
         weight: Callable[[str], Tensor],
-        linear: Callable[[str], nn.Module],
+        transposed: Callable[[str], bool],
         ladder: Ladder,
         ranks: Sequence[int],
     ) -> None:
-        self.names, self.state, self.weight, self.linear = list(names), state, weight, linear
+        self.names, self.state, self.weight, self.transposed = list(names), state, weight, transposed
         self.ladder, self.slices = ladder, rank_slices(ranks)
 
     def __getitem__(self, name: str) -> LinearRecord:
-        state, transposed = self.state(name), is_transposed(self.linear(name))
+        state, transposed = self.state(name), self.transposed(name)
         base = state.get("weight")  # (O, I), as the elastic linear holds it
         if base is None:
             base = self.weight(name).T if transposed else self.weight(name)

@@ -118,6 +118,9 @@ class EndToEndSection(_Section):
     gradient_checkpointing: bool = False
     """Run each block again in the backward pass instead of keeping its activations: a third slower, less memory."""
 
+    shard: bool = False
+    """With several workers: share out parameters, gradients and optimiser states (FSDP) instead of copying them."""
+
 
 class MemorySection(_Section):
     """Where a run keeps its data. Changes no result; an interrupted run may go on with other values."""
@@ -163,10 +166,11 @@ class Recipe(_Section):
             )
         if self.scores.patterns == "within" and not self.ladder.sparsities:
             raise ConfigError("scores.patterns: 'within' needs an unstructured level in ladder.sparsities.")
-        if self.memory.weights == "stream" and self.end_to_end.trainable in ("base", "adapters"):
+        wanted = self.end_to_end
+        if self.memory.weights == "stream" and wanted.trainable in ("base", "adapters") and not wanted.shard:
             raise ConfigError(
                 "memory.weights: 'stream' keeps one block in memory, end_to_end needs all of them; set "
-                "end_to_end.trainable = 'off'."
+                "end_to_end.trainable = 'off', or end_to_end.shard = true with several workers."
             )
         if self.block.samples > self.calibration.samples:
             raise ConfigError(

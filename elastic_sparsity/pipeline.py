@@ -13,9 +13,16 @@ from torch import Tensor
 
 from elastic_sparsity.activations import DEVICE, DISK, HOST
 from elastic_sparsity.adapters import elastic_linears
-from elastic_sparsity.arch import architecture_of, check_finite_weights, decoder_blocks, head_function, weight_OI
-from elastic_sparsity.block_phase import Job, peak_bytes, run_block_phase_
-from elastic_sparsity.block_state import LazyTensors, SavedRecords, record_of
+from elastic_sparsity.arch import (
+    architecture_of,
+    check_finite_weights,
+    decoder_blocks,
+    head_function,
+    is_transposed,
+    weight_OI,
+)
+from elastic_sparsity.block_phase import Job, peak_bytes, restore_block_, run_block_phase_
+from elastic_sparsity.block_state import LazyTensors, SavedRecords, linear_state, record_of
 from elastic_sparsity.calibration_text import Progress, calibration_tokens, evaluation_windows, silent
 from elastic_sparsity.checkpoint import ElasticCheckpoint
 from elastic_sparsity.checkpoint_writer import write_checkpoint
@@ -29,6 +36,7 @@ from elastic_sparsity.manifest import CONFIG_NAME
 from elastic_sparsity.models import BaseModel, load_base, stream_base
 from elastic_sparsity.precision import default_device, resolve_precision
 from elastic_sparsity.run_folder import RunFolder, is_unfinished, run_folder
+from elastic_sparsity.sharding import shard_block_, whole_tensors
 from elastic_sparsity.shells import LinearRecord
 from elastic_sparsity.workers import Workers
 
@@ -50,7 +58,8 @@ def optimize(
         another run was interrupted there.
     """
     output, started, workers = Path(output), time.monotonic(), Workers()
-    if restart or not is_unfinished(output):  # else what is there may be its own, from just before it was killed
+    # What is there may be the unfinished run's own, from just before it was killed.
+    if workers.is_main and (restart or not is_unfinished(output)):
         check_output_folder(output)
     with run_folder(output, restart=restart, writes=workers.is_main) as folder:
         job, stored_dtype, identity = prepare(recipe, folder, workers, progress if workers.is_main else silent)
@@ -62,7 +71,7 @@ def optimize(
         training = {"block_losses": block_losses, "end_to_end_kl": final_kl}
         if workers.is_main:
             save_run(job, output, {**identity, "training": training}, stored_dtype, mixer_weights)
-            record_run(output, time.monotonic() - started, workers.count)
+            record_run(output, time.monotonic() - started, workers)
         workers.wait()
     return ElasticCheckpoint(output)
 
@@ -136,7 +145,7 @@ def free_bytes(device_type: str) -> int:
 def resolve_trainable(recipe: Recipe, base: BaseModel) -> str:
     """What the end-to-end phase trains: "base", "adapters" or "off"; decides "auto" by the memory there is."""
     wanted, model = recipe.end_to_end, base.model
-    if base.stream is not None and wanted.trainable == "auto" and wanted.steps:
+    if base.stream is not None and wanted.trainable == "auto" and wanted.steps and not wanted.shard:
         log.warning("end-to-end phase is off: the base model is read block by block and never whole in memory")
         return "off"
     if wanted.trainable == "off" or not wanted.steps:
@@ -167,18 +176,21 @@ def run_end_to_end_(job: Job) -> dict[str, float]:
         return {}
     model, wanted, workers = job.base.model, job.recipe.end_to_end, job.workers
     settings = EndToEndSettings(
-        **wanted.model_dump(exclude={"trainable", "base_lr"}),
+        **wanted.model_dump(exclude={"trainable", "base_lr", "shard"}),
         base_lr=wanted.base_lr if job.trainable == "base" else 0.0,
     )
     with job.autocast():
         head = head_function(model)
+    if job.sharded:
+        share_out_(job)
     share = Share(
         places=workers.places(wanted.batch_size, "end_to_end.batch_size"),
         num_samples=job.token_ids_ST.shape[0],
         mean=workers.mean,
-        mean_gradients_=workers.mean_gradients_,
+        mean_gradients_=(lambda parameters: None) if job.sharded else workers.mean_gradients_,
     )
-    return train_end_to_end_(
+    snapshots = Snapshots(start=job.folder.load_snapshot(), save=job.folder.save_snapshot)
+    found = train_end_to_end_(
         model,
         head,
         job.recipe.build_ladder(),
@@ -188,8 +200,38 @@ def run_end_to_end_(job: Job) -> dict[str, float]:
         job.autocast,
         lambda done, total: job.progress("end to end", done, total),
         share,
-        Snapshots(start=job.folder.load_snapshot(), save=job.folder.save_snapshot),
+        None if job.sharded else snapshots,
     )
+    if job.sharded:
+        collect(job)
+    return found
+
+
+def share_out_(job: Job) -> None:
+    """Leaves every worker its part of each block; a block that is not in memory is read just before."""
+    for index, block in enumerate(job.blocks):
+        if job.base.stream is not None:
+            job.base.stream.load_block_(index, block)
+            restore_block_(job, index)
+        shard_block_(block, job.workers.count, job.workers.device.type)
+
+
+def collect(job: Job) -> None:
+    """Gathers the trained blocks, one at a time; the first worker keeps them in the run's folder."""
+    rest: dict[str, Tensor] = {}
+    prefix = architecture_of(job.base.model.config.model_type).blocks
+    for index, block in enumerate(job.blocks):
+        linears = dict(elastic_linears(block))
+        tensors = {f"{path}.{part}": t for path, e in linears.items() for part, t in linear_state(e, False).items()}
+        for name, whole in whole_tensors(block):
+            path, _, part = name.rpartition(".")
+            if path in linears and part != "bias":
+                tensors[name] = whole
+            else:
+                rest[f"{prefix}.{index}.{name}"] = whole
+        job.folder.save_trained(str(index), tensors)
+    job.folder.save_trained("rest", rest)
+    job.workers.wait()
 
 
 def save_run(job: Job, output: Path, record: dict[str, Any], stored_dtype: torch.dtype, mixer_weights: Tensor) -> None:
@@ -202,14 +244,24 @@ def save_run(job: Job, output: Path, record: dict[str, Any], stored_dtype: torch
     prefix = architecture_of(model.config.model_type).blocks
     names = [f"{prefix}.{index}.{path}" for index in range(len(job.blocks)) for path in job.linears]
     records: Mapping[str, LinearRecord]
-    if stream is None:
+    shared: Mapping[str, Tensor]
+    if job.sharded:
+        records = SavedRecords(
+            names, job.linear_state, lambda name: torch.empty(0), lambda name: model.get_submodule(name).transposed, recipe.build_ladder(),
+            recipe.group_ranks(),
+        )  # fmt: skip
+        file = job.folder.open_trained("rest")
+        outside = {n: p.detach() for n, p in model.named_parameters() if not n.startswith(f"{prefix}.")}
+        shared = {**outside, **{name: file.read(name) for name in file.specs}}
+    elif stream is None:
         check_finite_weights(model)
         records = {name: record_of(linear) for name, linear in elastic_linears(model)}
         parts = {f"{name}.{part}" for name in records for part in ("weight", "lora_A", "lora_B")}
-        shared: Mapping[str, Tensor] = {n: p.detach() for n, p in model.named_parameters() if n not in parts}
+        shared = {n: p.detach() for n, p in model.named_parameters() if n not in parts}
     else:
         records = SavedRecords(
-            names, job.linear_state, lambda name: stream.read(f"{name}.weight"), model.get_submodule,
+            names, job.linear_state, lambda name: stream.read(f"{name}.weight"),
+            lambda name: is_transposed(model.get_submodule(name)),
             recipe.build_ladder(), recipe.group_ranks(),
         )  # fmt: skip
         weights = {f"{name}.weight" for name in names}
@@ -238,10 +290,11 @@ def save_run(job: Job, output: Path, record: dict[str, Any], stored_dtype: torch
     )
 
 
-def record_run(output: Path, seconds: float, workers: int) -> None:
+def record_run(output: Path, seconds: float, workers: Workers) -> None:
     """Adds run.json: what differs between equal runs, so no part of the checkpoint, which is complete without it."""
+    run = {"seconds": round(seconds, 1), "peak_bytes": peak_bytes()}
     try:
-        write_json(output / RUN_NAME, {"seconds": round(seconds, 1), "peak_bytes": peak_bytes(), "workers": workers})
+        write_json(output / RUN_NAME, {**run, "workers": workers.count, "traffic_bytes": workers.traffic})
     except OutputError as error:
         log.warning("%s", error)
 

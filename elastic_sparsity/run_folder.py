@@ -90,6 +90,14 @@ class RunFolder:
         """A finished block, to read single tensors of."""
         return TensorFile(self._block(index))
 
+    def save_trained(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keeps a block, by number, or the rest of a model after an end-to-end phase whose model is in parts."""
+        self._save(self.path / f"trained-{name}.safetensors", tensors, {})
+
+    def open_trained(self, name: str) -> TensorFile:
+        """What `save_trained` kept."""
+        return TensorFile(self.path / f"trained-{name}.safetensors")
+
     def save_snapshot(self, tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> None:
         """Replaces the end-to-end phase's snapshot."""
         self._save(self.path / "end-to-end.safetensors", tensors, note)

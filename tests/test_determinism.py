@@ -38,7 +38,7 @@ def test_two_processes_make_equal_files(tmp_path):
     made = [run(tmp_path / seed, seed) for seed in ("1", "2")]
     first, second = map(contents, made)
     for found in (first, second):
-        assert json.loads(found.pop("run.json")).keys() == {"seconds", "peak_bytes"}
+        assert json.loads(found.pop("run.json")).keys() == {"seconds", "peak_bytes", "workers", "traffic_bytes"}
     assert first.keys() == second.keys() and len(first) > 8
     assert [name for name in first if first[name] != second[name]] == []
 

@@ -24,7 +24,6 @@ ALLOWED = {
     "native": {"torch", "errors", "packed_weight"},
     "bitmask": {"torch", "numpy", "errors", "packing", "precision"},
     "files": {"safetensors", "errors"},
-    "tensor_file_writer": {"torch", "errors"},
     "activations": {"torch", "numpy", "errors", "files"},
     "workers": {"torch", "accelerate", "errors"},
     "run_folder": {"torch", "safetensors", "errors", "files", "tensor_file"},
@@ -55,6 +54,7 @@ ALLOWED = {
     "data": {"torch", "datasets", "errors"},
     "blocks": {"torch", "activations", "errors"},
     "adapters": {"torch", "arch", "errors", "ladder", "masks", "precision"},
+    "sharding": {"torch", "adapters"},
     "block_state": {"torch", "adapters", "arch", "ladder", "shells"},
     "semi_structured": {"torch", "arch", "errors"},
     "gguf_vocab": {"gguf", "errors"},
@@ -101,7 +101,7 @@ ALLOWED = {
     "pipeline": {
         "torch", "activations", "adapters", "arch", "block_phase", "block_state", "calibration_text", "checkpoint",
         "checkpoint_writer", "config", "data", "distill", "end_to_end", "errors", "files", "manifest", "models",
-        "precision", "run_folder", "shells", "workers",
+        "precision", "run_folder", "sharding", "shells", "workers",
     },
     "measure": {
         "baselines", "calibration_text", "checkpoint", "config", "data", "errors", "evaluate", "hub", "ladder",

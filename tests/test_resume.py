@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -46,26 +48,32 @@ def test_killed_at_random_moments(tmp_path):
     seconds = time.monotonic() - began
     expected = contents(tmp_path / "whole")
     assert contents(tmp_path / "warm") == expected
-    killed = {"early": 0, "with blocks": 0, "at the end": 0}
-    for _ in range(NUM_KILLS):
-        output = tmp_path / "killed"
-        process = start(output)
-        # Imports take a third of the time; nothing is written before.
-        time.sleep(seconds * (0.3 + 0.7 * float(torch.rand((), generator=generator))))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        has_blocks = any((tmp_path / "killed.run").glob("block-*.safetensors"))
-        killed["at the end" if output.exists() else "with blocks" if has_blocks else "early"] += 1
-        # A folder without run folder is whole: only its table and plot may be missing.
-        if not output.exists() or (tmp_path / "killed.run").exists():
-            again = start(output)
-            assert again.wait() == 0, again.stdout.read().decode()
-            assert contents(output) == expected
-        left = [path.name for path in tmp_path.iterdir() if path.name not in ("warm", "whole", "killed")]
-        assert not left
-        shutil.rmtree(output)
-    print(f"killed {NUM_KILLS} runs of {seconds:.1f} s: {killed}")
+    moments = [0.3 + 0.7 * float(torch.rand((), generator=generator)) for _ in range(NUM_KILLS)]  # imports come first
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [(tmp_path / f"killed-{i}", seconds * moment, expected) for i, moment in enumerate(moments)]
+        killed = Counter(pool.map(lambda job: kill_and_go_on(*job), jobs))
+    print(f"killed {NUM_KILLS} runs of {seconds:.1f} s: {dict(killed)}")
     assert killed["with blocks"] or NUM_KILLS < 10
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["warm", "whole"]
+
+
+def kill_and_go_on(output, seconds, expected):
+    """Returns: how far the run was when it was killed."""
+    process = start(output)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    run = output.with_name(f"{output.name}.run")
+    has_blocks = any(run.glob("block-*.safetensors"))
+    far = "at the end" if output.exists() else "with blocks" if has_blocks else "early"
+    # An output without run folder is whole: only its table and plot may be missing.
+    if not output.exists() or run.exists():
+        again = start(output)
+        said = again.communicate()[0].decode()
+        assert again.returncode == 0, said
+        assert contents(output) == expected
+    shutil.rmtree(output)
+    return far
 
 
 class Crash(Exception):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from elastic_sparsity.distill import Share, draw_samples, own_samples
 from elastic_sparsity.errors import ConfigError
 from elastic_sparsity.tensor_file import TensorFile
+from elastic_sparsity.tiny import byte_tokenizer, tiny_model
 from elastic_sparsity.workers import Workers
 
 RUN = """
@@ -57,8 +58,9 @@ def run(folder, sections, processes, tmp_path):
     [
         {"block": {"steps": 4, "samples": 6, "base_lr": 1e-3}, "end_to_end": {"trainable": "base", "steps": 6}},
         {"mixer": {"mode": "learned"}, "scores": {"method": "obs"}, "memory": {"activations": "disk"}},
+        {"end_to_end": {"trainable": "base", "steps": 6, "shard": True, "gradient_checkpointing": True}},
     ],
-    ids=["base values, own streams", "obs scores, learned mix, activations on disk"],
+    ids=["base values, own streams", "obs scores, learned mix, activations on disk", "sharded"],
 )
 def test_two_processes_equal_one(sections, tmp_path):
     for processes in (1, 2):
@@ -79,6 +81,27 @@ def test_two_processes_equal_one(sections, tmp_path):
             else:
                 torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-4)
     assert json.loads((tmp_path / "2" / "run.json").read_text())["workers"] == 2
+
+
+def test_a_sharded_model_is_never_whole(tmp_path):
+    """Blocks go from disk to shards; the values are those of one process that has the whole model."""
+    tiny_model("gpt2").save_pretrained(tmp_path / "m")
+    byte_tokenizer().save_pretrained(tmp_path / "m")
+    (tmp_path / "t.txt").write_text("The fox that jumps over a lazy dog keeps its zeros. " * 40)
+    sections = {
+        "model": {"id": str(tmp_path / "m")},
+        "calibration": {"source": str(tmp_path / "t.txt")},
+        "evaluation": {"source": str(tmp_path / "t.txt"), "window": 16},
+        "end_to_end": {"trainable": "base", "steps": 6},
+    }
+    assert not run(tmp_path / "1", sections, 1, tmp_path).returncode
+    sections |= {"end_to_end": {**sections["end_to_end"], "shard": True}, "memory": {"weights": "stream"}}
+    done = run(tmp_path / "2", sections, 2, tmp_path)
+    assert not done.returncode, done.stderr[-3000:]
+    for path in (tmp_path / "1").glob("*.safetensors"):
+        first, second = TensorFile(path), TensorFile(tmp_path / "2" / path.name)
+        for name in first.specs:
+            torch.testing.assert_close(second.read(name), first.read(name), rtol=1e-3, atol=1e-4)
 
 
 def test_a_batch_that_cannot_be_shared(tmp_path):
