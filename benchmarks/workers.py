@@ -38,7 +38,9 @@ import json, sys, torch
 torch.set_num_threads(1)
 from elastic_sparsity import optimize
 from elastic_sparsity.config import make_recipe
+from elastic_sparsity.workers import Workers
 optimize(make_recipe(json.loads(sys.argv[1])), sys.argv[2])
+Workers().close()
 """
 
 

@@ -113,14 +113,10 @@ def run_block_phase_(job: Job) -> tuple[list[dict[str, float]], Tensor]:
         with job.block(index) as block:
             found, dense, streams = _train_block(job, index, block, runner, store, share, dense, streams)
         notes.append(found)
-        if found["streams"] is not None and workers.is_main:
-            store.keep_only([found["streams"]["dense"], *found["streams"]["groups"]])
         losses = " ".join(f"{name}={value:.4g}" for name, value in found["losses"].items())
         seconds = time.monotonic() - started
         log.info("block %d/%d  %s  %.1f s  peak %.1f GB", index + 1, len(blocks), losses, seconds, peak_bytes() / 1e9)
         job.progress("blocks", index + 1, len(blocks))
-    if workers.is_main:
-        store.keep_only([])
     return _summary(notes)
 
 
@@ -240,7 +236,10 @@ def _train_block(
     state = {f"{path}.{part}": tensor for path, e in zip(linears, elastic, strict=True)
              for part, tensor in linear_state(e, moved).items()}  # fmt: skip
     job.folder.save_block(index, {**state, "generator": job.generator.get_state()}, note)
-    job.workers.wait()
+    if job.workers.is_main:
+        kept = note["streams"]
+        store.keep_only([kept["dense"], *kept["groups"]] if kept else [])
+    job.workers.wait()  # nobody writes the next block's files before the old ones are gone
     return note, target, outputs
 
 

@@ -125,6 +125,7 @@ def _run(recipe: Recipe, output: Path, quiet: bool, restart: bool) -> None:
         checkpoint = optimize(recipe, output, progress, restart=restart)
         has_text = recipe.evaluation.source is not None or recipe.calibration.source == "self"
         rows = measure(recipe, checkpoint, progress) if has_text else []
+    workers.close()
     if not workers.is_main:
         return
     console = Console()

@@ -247,8 +247,8 @@ def save_run(job: Job, output: Path, record: dict[str, Any], stored_dtype: torch
     shared: Mapping[str, Tensor]
     if job.sharded:
         records = SavedRecords(
-            names, job.linear_state, lambda name: torch.empty(0), lambda name: model.get_submodule(name).transposed, recipe.build_ladder(),
-            recipe.group_ranks(),
+            names, job.linear_state, lambda name: torch.empty(0), lambda name: model.get_submodule(name).transposed,
+            recipe.build_ladder(), recipe.group_ranks(),
         )  # fmt: skip
         file = job.folder.open_trained("rest")
         outside = {n: p.detach() for n, p in model.named_parameters() if not n.startswith(f"{prefix}.")}

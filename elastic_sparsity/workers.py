@@ -84,3 +84,9 @@ class Workers:
         """The first worker goes through alone, the others after it: they find its downloads done."""
         with self._state.main_process_first():
             yield
+
+    def close(self) -> None:
+        """Leaves the group, after everyone came here: one who is gone early looks like a crash to the others."""
+        if self.count > 1:
+            self.wait()
+            self._state.destroy_process_group()
