@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from elastic_sparsity.adapters import ElasticLinear, elastic_linears, replace_module_
 from elastic_sparsity.arch import architecture_of, check_finite_weights, decoder_blocks, head_function, weight_OI
+from elastic_sparsity.attention import training_attention
 from elastic_sparsity.blocks import BlockRunner
 from elastic_sparsity.calibrate import block_statistics
 from elastic_sparsity.calibration_text import Progress, calibration_tokens, evaluation_windows, silent
@@ -55,8 +56,11 @@ def optimize(recipe: Recipe, output: str | Path, progress: Progress = silent) ->
     trainable = resolve_trainable(recipe, model)
 
     # Sparsity induction (arXiv 2602.21652) belongs here: it changes the base weights before anything is scored.
-    block_losses, mixer_weights = run_block_phase_(model, token_ids, recipe, trainable, precision, generator, progress)
-    final_kl = run_end_to_end_(model, token_ids, recipe, trainable, precision, generator, progress)
+    with training_attention(model):
+        block_losses, mixer_weights = run_block_phase_(
+            model, token_ids, recipe, trainable, precision, generator, progress
+        )
+        final_kl = run_end_to_end_(model, token_ids, recipe, trainable, precision, generator, progress)
     record = {
         "base_model": base.identity,
         "recipe": recipe.model_dump(mode="json"),

@@ -46,6 +46,7 @@ ALLOWED = {
     "models": {"torch", "transformers", "gguf", "arch", "errors", "precision", "tiny"},
     "data": {"torch", "datasets", "errors"},
     "blocks": {"torch", "errors"},
+    "attention": {"torch", "transformers"},
     "adapters": {"torch", "arch", "errors", "ladder", "masks", "precision"},
     "semi_structured": {"torch", "arch", "errors"},
     "gguf_vocab": {"gguf", "errors"},
@@ -88,7 +89,7 @@ ALLOWED = {
     "pipeline": {
         "torch", "adapters", "arch", "blocks", "calibrate", "calibration_text", "checkpoint", "checkpoint_writer",
         "config", "data", "distill", "end_to_end", "files", "importance", "ladder", "masks", "mixer", "models",
-        "precision", "shells",
+        "precision", "shells", "attention",
     },
     "measure": {
         "baselines", "calibration_text", "checkpoint", "config", "data", "errors", "evaluate", "hub", "ladder",
