@@ -21,6 +21,7 @@ from elastic_sparsity.arch import (
     is_transposed,
     weight_OI,
 )
+from elastic_sparsity.attention import training_attention
 from elastic_sparsity.block_phase import Job, peak_bytes, restore_block_, run_block_phase_
 from elastic_sparsity.block_state import LazyTensors, SavedRecords, linear_state, record_of
 from elastic_sparsity.calibration_text import Progress, calibration_tokens, evaluation_windows, silent
@@ -66,8 +67,9 @@ def optimize(
         if (output / CONFIG_NAME).exists():
             return ElasticCheckpoint(output)
         # Sparsity induction (arXiv 2602.21652) belongs here: it changes the base weights before anything is scored.
-        block_losses, mixer_weights = run_block_phase_(job)
-        final_kl = run_end_to_end_(job)
+        with training_attention(job.base.model):
+            block_losses, mixer_weights = run_block_phase_(job)
+            final_kl = run_end_to_end_(job)
         training = {"block_losses": block_losses, "end_to_end_kl": final_kl}
         if workers.is_main:
             save_run(job, output, {**identity, "training": training}, stored_dtype, mixer_weights)

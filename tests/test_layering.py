@@ -53,6 +53,7 @@ ALLOWED = {
     "models": {"torch", "transformers", "gguf", "arch", "errors", "precision", "tiny", "weight_stream"},
     "data": {"torch", "datasets", "errors"},
     "blocks": {"torch", "activations", "errors"},
+    "attention": {"torch", "transformers"},
     "adapters": {"torch", "arch", "errors", "ladder", "masks", "precision"},
     "sharding": {"torch", "adapters"},
     "block_state": {"torch", "adapters", "arch", "ladder", "shells"},
@@ -99,7 +100,8 @@ ALLOWED = {
     "evaluate": {"torch", "arch", "errors"},
     # layer 4: the flow
     "pipeline": {
-        "torch", "activations", "adapters", "arch", "block_phase", "block_state", "calibration_text", "checkpoint",
+        "torch", "activations", "adapters", "arch", "attention", "block_phase", "block_state", "calibration_text",
+        "checkpoint",
         "checkpoint_writer", "config", "data", "distill", "end_to_end", "errors", "files", "manifest", "models",
         "precision", "run_folder", "sharding", "shells", "workers",
     },
