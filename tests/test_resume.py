@@ -18,7 +18,7 @@ from elastic_sparsity import optimize
 from elastic_sparsity.errors import ConfigError, OutputError
 from elastic_sparsity.run_folder import run_folder
 
-NUM_KILLS = int(os.environ.get("ELASTIC_SPARSITY_KILLS", "20"))
+NUM_KILLS = int(os.environ.get("ELASTIC_SPARSITY_KILLS", "6"))
 SMOKE = ["-m", "elastic_sparsity", "train", "smoke", "--quiet"]
 
 
