@@ -20,6 +20,7 @@ from elastic_sparsity.cli_device import register as register_device
 from elastic_sparsity.cli_export import register as register_export
 from elastic_sparsity.config import Recipe, read_recipe
 from elastic_sparsity.errors import ConfigError, ElasticSparsityError
+from elastic_sparsity.files import check_output_file, is_file
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=__doc__)
 register_export(app)
@@ -72,7 +73,7 @@ def recipe_path(name: str) -> Path:
 
     Raises: ConfigError: listing the package's recipes.
     """
-    if Path(name).is_file():
+    if is_file(name):
         return Path(name)
     here = Path(__file__).parent
     folder = next(f for f in (here / "recipes", here.parent / "recipes") if f.is_dir())  # installed, or a checkout
@@ -306,6 +307,8 @@ def eval_command(
 
     if precision not in ("auto", "float32", "bfloat16"):
         raise ConfigError(f"--precision: {precision!r} is not auto, float32 or bfloat16.")
+    if output is not None:
+        check_output_file(output)
     with _progress(quiet) as progress:
         rows, protocol = evaluate_path(
             path,

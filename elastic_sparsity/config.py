@@ -11,15 +11,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from elastic_sparsity.errors import ConfigError
+from elastic_sparsity.errors import ConfigError, brief
 from elastic_sparsity.ladder import Ladder
 
-Positive = Annotated[int, Field(gt=0, strict=True)]
-NonNegative = Annotated[int, Field(ge=0, strict=True)]
-Length = Annotated[int, Field(gt=7, strict=True)]
-Rate = Annotated[float, Field(ge=0.0, allow_inf_nan=False, strict=True)]
+MAX_RECIPE_BYTES = 1_000_000
+Positive = Annotated[int, Field(gt=0, lt=2**31, strict=True)]
+NonNegative = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
+Length = Annotated[int, Field(gt=7, lt=2**31, strict=True)]
+Batch = Annotated[int, Field(gt=0, le=2**16, strict=True)]
+Rank = Annotated[int, Field(ge=0, le=2**13, strict=True)]
+Rate = Annotated[float, Field(ge=0.0, le=1e6, strict=True)]  # more than float32 holds would end in the optimiser
 Share = Annotated[float, Field(ge=0.0, le=1.0, strict=True)]
-Above = Annotated[float, Field(gt=0.0, allow_inf_nan=False, strict=True)]
+Above = Annotated[float, Field(gt=0.0, le=1e6, strict=True)]
 
 
 class _Section(BaseModel):
@@ -77,7 +80,7 @@ class ScoresSection(_Section):
 
 
 class AdapterSection(_Section):
-    ranks: NonNegative | tuple[NonNegative, ...] = 8
+    ranks: Rank | tuple[Rank, ...] = 8
     """Rank of every group, or one a group."""
     inheritance: Literal["shared", "detached", "none"] = "shared"
     """Whether a sparser level's loss also moves the adapters it inherits; "none" = groups are independent."""
@@ -96,7 +99,7 @@ class BlockSection(_Section):
     """Optimiser steps a block; every step trains every group once. 0 = scores and masks only."""
     samples: Positive = 128
     """How many of the calibration samples the block phase (and the baselines) use."""
-    batch_size: Positive = 2
+    batch_size: Batch = 2
     adapter_lr: Rate = 1e-3
     base_lr: Rate = 0.0
     """Of the kept base values; 0 = they do not move in this phase."""
@@ -109,7 +112,7 @@ class EndToEndSection(_Section):
     trainable: Literal["auto", "base", "adapters", "off"] = "auto"
     """auto = base values and adapters if training them fits into memory, else adapters, else off."""
     steps: NonNegative = 400
-    batch_size: Positive = 1
+    batch_size: Batch = 1
     adapter_lr: Rate = 1e-3
     base_lr: Rate = 1e-4
     warmup: Share = 0.05
@@ -208,7 +211,7 @@ def _explain(problem: dict[str, Any]) -> str:
         return str(problem["ctx"]["error"])
     if problem["type"] == "missing":
         return f"{field}: missing; every recipe must say it."
-    return f"{field}: {problem['msg']}, found {problem['input']!r}."
+    return f"{field}: {problem['msg']}, found {brief(problem['input'])}."
 
 
 def make_recipe(data: dict[str, Any], where: str = "recipe") -> Recipe:
@@ -230,10 +233,14 @@ def read_recipe(path: str | Path, overrides: dict[str, dict[str, Any]] | None = 
     """
     path = Path(path)
     try:
+        if path.exists() and not path.is_file():  # a pipe would block
+            raise OSError("it is no file")
+        if path.stat().st_size > MAX_RECIPE_BYTES:
+            raise OSError(f"{path.stat().st_size} bytes, at most {MAX_RECIPE_BYTES} are read")
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such recipe.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:  # also more digits, or deeper, than Python reads
         raise ConfigError(f"{path}: not a readable TOML file: {error}.") from None
     for section, fields in (overrides or {}).items():
         current = data.setdefault(section, {})

@@ -4,6 +4,7 @@ Knows transformers, not sparsity. Never runs remote code, never unpickles.
 """
 
 import hashlib
+import json
 import logging
 import os
 import shutil
@@ -17,12 +18,14 @@ from typing import Any
 
 import torch
 
-from elastic_sparsity.arch import architecture_of, check_finite_weights
-from elastic_sparsity.errors import ConfigError, ElasticSparsityError
+from elastic_sparsity.arch import architecture_of, check_finite_weights, config_object
+from elastic_sparsity.errors import ConfigError, ElasticSparsityError, UnsupportedModelError, brief
+from elastic_sparsity.files import is_file, is_folder, strange_file
 from elastic_sparsity.precision import DTYPES, default_device
 from elastic_sparsity.tiny import byte_tokenizer, tiny_model
 from elastic_sparsity.weight_stream import WeightStream, empty_model
 
+MAX_LAYERS = 10_000
 log = logging.getLogger(__name__)
 
 
@@ -136,17 +139,22 @@ def _torch_dtype(dtype: str) -> Any:
 def _from_pretrained(source: str | Path, dtype: str) -> tuple[Any, Any]:
     model: Any
     info: Any
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # slow import, only here
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # slow import, only here
 
-    if not Path(source).is_dir() and (str(source).startswith((".", "/")) or str(source).count("/") > 1):
+    if not is_folder(source) and (str(source).startswith((".", "/")) or str(source).count("/") > 1):
         raise ConfigError(f"model.id: {str(source)!r} is no folder.")
     try:
-        architecture_of(AutoConfig.from_pretrained(source).model_type)  # before gigabytes are loaded
+        config = _checked_config(source)  # before gigabytes are loaded
         model, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
-            source, dtype=_torch_dtype(dtype), use_safetensors=True, output_loading_info=True
+            source,
+            config=config,
+            dtype=_torch_dtype(dtype),
+            use_safetensors=True,
+            trust_remote_code=False,  # the default asks whoever sits there
+            output_loading_info=True,
         )
         _check_complete(source, info)
-        return model, AutoTokenizer.from_pretrained(source)
+        return model, AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except ElasticSparsityError:
         raise
     except Exception as error:  # transformers raises many types for one cause: the model cannot be loaded
@@ -154,6 +162,43 @@ def _from_pretrained(source: str | Path, dtype: str) -> tuple[Any, Any]:
             f"model.id: {str(source)!r} cannot be loaded: {type(error).__name__}: {str(error).partition(chr(10))[0]} "
             "Expected a Hugging Face folder with safetensors weights, a hub id, or a .gguf file."
         ) from error
+
+
+def _checked_config(source: str | Path) -> Any:
+    """config.json as transformers' object, if it is one of an ordinary model of the table, in reasonable sizes."""
+    from transformers import AutoModelForCausalLM, PretrainedConfig  # slow imports, only here
+
+    if is_folder(source):
+        _check_folder(Path(source))
+    raw, _ = PretrainedConfig.get_config_dict(source)
+    architecture_of(raw.get("model_type"))
+    for key in ("num_hidden_layers", "n_layer"):  # transformers makes a list of them
+        if isinstance(raw.get(key), int | float) and not raw[key] <= MAX_LAYERS:
+            raise ConfigError(f"model.id: {str(source)!r}: config.json: {key}: {brief(raw[key])} is beyond any model.")
+    if raw.get("quantization_config") is not None:
+        raise UnsupportedModelError(
+            f"model.id: {str(source)!r} is quantised, its weights cannot be sparsified; take the model it was made of."
+        )
+    config = config_object(raw)
+    with torch.device("meta"):  # takes no memory, whatever sizes config.json claims
+        model = AutoModelForCausalLM.from_config(config)
+    buffers = sum(buffer.numel() for buffer in model.buffers())
+    if buffers > max(2**26, model.num_parameters()):
+        raise ConfigError(f"model.id: {str(source)!r}: config.json asks for {buffers} values besides the weights.")
+    return config
+
+
+def _check_folder(folder: Path) -> None:
+    """That what transformers will open are files, in this folder."""
+    found = strange_file(folder)
+    if found is not None:
+        raise ConfigError(f"model.id: {str(found)!r} is no file.")
+    index = folder / "model.safetensors.index.json"
+    if is_file(index):
+        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        wrong = [x for x in shards if not isinstance(x, str) or Path(x).name != x or not is_file(folder / x)]
+        if wrong:
+            raise ConfigError(f"model.id: {str(index)!r} names {brief(wrong[0])}, which is no file of its folder.")
 
 
 def _check_complete(source: str | Path, info: dict[str, Any]) -> None:
@@ -171,7 +216,7 @@ def _from_gguf(path: Path, dtype: str) -> tuple[Any, Any]:
     info: Any
     from transformers import AutoModelForCausalLM, AutoTokenizer  # slow import, only here
 
-    if not path.is_file():
+    if not is_file(path):
         raise ConfigError(f"model.id: {str(path)!r} is no file.")
     try:
         import gguf  # noqa: F401  transformers needs it and says so less clearly

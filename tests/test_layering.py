@@ -37,7 +37,7 @@ ALLOWED = {
     "checkpoint_writer": {
         "torch", "errors", "files", "ladder", "manifest", "precision", "shells", "tensor_file_writer",
     },
-    "hub": {"errors", "manifest"},
+    "hub": {"errors", "files", "manifest"},
     "inspection": {"checkpoint", "hub", "ladder", "shells"},
     "transfer": {"checkpoint", "errors", "files", "hub", "manifest"},
     "report": {"errors"},
@@ -47,11 +47,13 @@ ALLOWED = {
     "device_report": {"device_profile", "doctor", "report", "ways"},
     "choosing": {"checkpoint", "device_profile", "errors", "hub", "inspection", "ladder", "manifest", "report"},
     # layer 2: know Hugging Face models
-    "arch": {"torch", "errors"},
+    "arch": {"torch", "transformers", "errors"},
     "tiny": {"torch", "transformers", "arch"},
     "weight_stream": {"torch", "transformers", "accelerate", "arch", "errors", "tensor_file"},
-    "models": {"torch", "transformers", "gguf", "arch", "errors", "precision", "tiny", "weight_stream"},
-    "data": {"torch", "datasets", "errors"},
+    "models": {
+        "torch", "transformers", "gguf", "arch", "errors", "files", "precision", "tiny", "weight_stream",
+    },
+    "data": {"torch", "datasets", "errors", "files"},
     "blocks": {"torch", "activations", "errors"},
     "attention": {"torch", "transformers"},
     "adapters": {"torch", "arch", "errors", "ladder", "masks", "precision"},
@@ -62,12 +64,12 @@ ALLOWED = {
     "export_gguf": {"torch", "gguf", "arch", "errors", "gguf_vocab"},
     "export_onnx": {"torch", "onnx", "openvino", "errors"},
     "packed_files": {
-        "torch", "safetensors", "transformers", "accelerate", "arch", "bitmask", "errors", "semi_structured",
-        "skeleton",
+        "torch", "safetensors", "transformers", "accelerate", "arch", "bitmask", "errors", "files",
+        "semi_structured",
     },
     # layer 3: stages
     "calibrate": {"torch", "activations", "arch", "blocks", "importance"},
-    "calibration_text": {"torch", "safetensors", "config", "data", "errors", "models", "precision"},
+    "calibration_text": {"torch", "safetensors", "config", "data", "errors", "files", "models", "precision"},
     "distill": {"torch", "activations", "adapters", "blocks", "errors", "ladder", "mixer"},
     "end_to_end": {"torch", "adapters", "arch", "distill", "errors", "ladder"},
     "block_phase": {
@@ -115,7 +117,7 @@ ALLOWED = {
     },
     # layer 5
     "__main__": {"cli"},
-    "cli_device": {"bench", "device_profile", "device_report", "doctor", "errors", "precision"},
+    "cli_device": {"bench", "device_profile", "device_report", "doctor", "errors", "files", "precision"},
     "cli_export": {"transformers", "exports"},
     "cli": {
         "transformers", "checkpoint", "choosing", "cli_device", "cli_export", "config", "errors", "files", "hub",
