@@ -1,12 +1,14 @@
 """A base model read block by block gives the bits of one that is whole in memory, in every family and placement."""
 
+import json
+
 import pytest
 import torch
 from conftest import tiny_recipe
 
 from elastic_sparsity import optimize
 from elastic_sparsity.arch import decoder_blocks
-from elastic_sparsity.errors import ConfigError, NumericsError
+from elastic_sparsity.errors import ConfigError, NumericsError, UnsupportedModelError
 from elastic_sparsity.models import load_base, stream_base
 from elastic_sparsity.tensor_file import TensorFile
 from elastic_sparsity.tiny import TINY_FAMILIES, byte_tokenizer, tiny_model
@@ -103,7 +105,7 @@ def test_models_that_cannot_be_streamed(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read"):
         stream_base(model, "auto", torch.device("cpu"))
     victim.unlink()
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="which is no file of its folder"):
         stream_base(model, "auto", torch.device("cpu"))
     broken = tiny_model("llama")
     decoder_blocks(broken)[1].mlp.up_proj.weight.data[0, 0] = float("nan")
@@ -111,6 +113,28 @@ def test_models_that_cannot_be_streamed(tmp_path):
     byte_tokenizer().save_pretrained(tmp_path / "nan")
     with pytest.raises(NumericsError, match=r"layers\.1\.mlp\.up_proj\.weight"):
         stream_base(str(tmp_path / "nan"), "auto", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("load", [load_base, lambda model: stream_base(model, "auto", torch.device("cpu"))])
+def test_a_streamed_model_passes_the_checks_of_a_whole_one(load, tmp_path):
+    model = saved(tmp_path / "m", "llama")
+    path = tmp_path / "m" / "config.json"
+    config = json.loads(path.read_text())
+    for changes, error in (
+        ({"quantization_config": {"quant_method": "awq"}}, UnsupportedModelError),
+        ({"model_type": "mamba"}, UnsupportedModelError),
+        ({"num_hidden_layers": 10**7}, ConfigError),
+        ({"max_position_embeddings": "many"}, ConfigError),
+    ):
+        path.write_text(json.dumps({**config, **changes}))
+        with pytest.raises(error):
+            load(model)
+    ran = tmp_path / "ran"
+    code = {"auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}
+    (tmp_path / "m" / "code.py").write_text(f"open({str(ran)!r}, 'w')")
+    path.write_text(json.dumps({**config, **code}))
+    load(model)  # of a known family: its own class is taken
+    assert not ran.exists()
 
 
 def test_a_recipe_that_contradicts_itself(tmp_path):
