@@ -4,6 +4,7 @@ import importlib.metadata
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from elastic_sparsity.arch import (
 )
 from elastic_sparsity.attention import training_attention
 from elastic_sparsity.block_phase import Job, peak_bytes, restore_block_, run_block_phase_
-from elastic_sparsity.block_state import LazyTensors, SavedRecords, linear_state, record_of
+from elastic_sparsity.block_state import Lazy, linear_state, record_of, saved_record
 from elastic_sparsity.calibration_text import Progress, calibration_tokens, evaluation_windows, silent
 from elastic_sparsity.checkpoint import ElasticCheckpoint
 from elastic_sparsity.checkpoint_writer import write_checkpoint
@@ -31,8 +32,8 @@ from elastic_sparsity.config import Recipe
 from elastic_sparsity.data import token_hash
 from elastic_sparsity.distill import Share
 from elastic_sparsity.end_to_end import EndToEndSettings, Snapshots, train_end_to_end_
-from elastic_sparsity.errors import OutputError
-from elastic_sparsity.files import check_output_folder, write_json
+from elastic_sparsity.errors import ConfigError, OutputError
+from elastic_sparsity.files import check_output_folder, is_folder, write_json
 from elastic_sparsity.manifest import CONFIG_NAME
 from elastic_sparsity.models import BaseModel, load_base, stream_base
 from elastic_sparsity.precision import default_device, resolve_precision
@@ -101,7 +102,7 @@ def prepare(
     }
     with workers.main_first():
         began = {**identity, "precision": precision, "device": model.device.type}
-        choices = folder.claim(began, {"trainable": resolve_trainable(recipe, base)})
+        choices = folder.claim(began, {"trainable": resolve_trainable(recipe, base, workers.count)})
     job = Job(
         recipe=recipe,
         base=base,
@@ -114,13 +115,20 @@ def prepare(
         generator=torch.Generator().manual_seed(recipe.seed),
         progress=progress,
     )
+    if base.stream is not None and job.trainable != "off" and not job.sharded:
+        raise ConfigError(
+            "memory.weights: 'stream' with an end-to-end phase needs several processes that share the model, found "
+            f"{workers.count}; start it with accelerate launch or torchrun, or set end_to_end.trainable = 'off'."
+        )
     return job, stored_dtype, {**identity, "resolved": {"precision": precision, "trainable": job.trainable}}
 
 
 def open_base(recipe: Recipe) -> BaseModel:
     """The base model, whole in memory or block by block, as the recipe says or memory allows."""
-    wanted, may_stream = recipe.memory.weights, recipe.end_to_end.trainable in ("auto", "off")
-    if wanted == "auto" and may_stream and Path(recipe.model.id).is_dir():
+    wanted = recipe.memory.weights
+    # What needs the whole model: training it end to end, and writing the calibration text with it.
+    may_stream = recipe.end_to_end.trainable in ("auto", "off") and recipe.calibration.source != "self"
+    if wanted == "auto" and may_stream and is_folder(recipe.model.id):
         size = sum(path.stat().st_size for path in Path(recipe.model.id).glob("*.safetensors"))
         wanted = "stream" if size > 0.4 * free_bytes(default_device()) else "resident"
     if wanted == "stream":
@@ -144,16 +152,16 @@ def free_bytes(device_type: str) -> int:
     return torch.cuda.mem_get_info()[0] if device_type == "cuda" else psutil.virtual_memory().available
 
 
-def resolve_trainable(recipe: Recipe, base: BaseModel) -> str:
+def resolve_trainable(recipe: Recipe, base: BaseModel, num_workers: int) -> str:
     """What the end-to-end phase trains: "base", "adapters" or "off"; decides "auto" by the memory there is."""
     wanted, model = recipe.end_to_end, base.model
-    if base.stream is not None and wanted.trainable == "auto" and wanted.steps and not wanted.shard:
-        log.warning("end-to-end phase is off: the base model is read block by block and never whole in memory")
-        return "off"
     if wanted.trainable == "off" or not wanted.steps:
         return "off"
     if wanted.trainable != "auto":
         return wanted.trainable
+    if base.stream is not None and not (wanted.shard and num_workers > 1):
+        log.warning("end-to-end phase is off: the base model is read block by block and never whole in memory")
+        return "off"
     paths = architecture_of(model.config.model_type).linears
     shapes = [weight_OI(block.get_submodule(path)).shape for block in decoder_blocks(model) for path in paths]
     base_weights = sum(o * i for o, i in shapes)
@@ -191,7 +199,9 @@ def run_end_to_end_(job: Job) -> dict[str, float]:
         mean=workers.mean,
         mean_gradients_=(lambda parameters: None) if job.sharded else workers.mean_gradients_,
     )
-    snapshots = Snapshots(start=job.folder.load_snapshot(), save=job.folder.save_snapshot)
+    snapshots = None  # of a model in parts nothing is kept before it is trained
+    if not job.sharded:
+        snapshots = Snapshots(start=job.folder.load_snapshot(), save=job.folder.save_snapshot)
     found = train_end_to_end_(
         model,
         head,
@@ -202,7 +212,7 @@ def run_end_to_end_(job: Job) -> dict[str, float]:
         job.autocast,
         lambda done, total: job.progress("end to end", done, total),
         share,
-        None if job.sharded else snapshots,
+        snapshots,
     )
     if job.sharded:
         collect(job)
@@ -221,7 +231,6 @@ def share_out_(job: Job) -> None:
 def collect(job: Job) -> None:
     """Gathers the trained blocks, one at a time; the first worker keeps them in the run's folder."""
     rest: dict[str, Tensor] = {}
-    prefix = architecture_of(job.base.model.config.model_type).blocks
     for index, block in enumerate(job.blocks):
         linears = dict(elastic_linears(block))
         tensors = {f"{path}.{part}": t for path, e in linears.items() for part, t in linear_state(e, False).items()}
@@ -230,7 +239,7 @@ def collect(job: Job) -> None:
             if path in linears and part != "bias":
                 tensors[name] = whole
             else:
-                rest[f"{prefix}.{index}.{name}"] = whole
+                rest[f"{job.prefix}.{index}.{name}"] = whole
         job.folder.save_trained(str(index), tensors)
     job.folder.save_trained("rest", rest)
     job.workers.wait()
@@ -243,17 +252,19 @@ def save_run(job: Job, output: Path, record: dict[str, Any], stored_dtype: torch
     """
     base, recipe = job.base, job.recipe
     model, stream = base.model, base.stream
-    prefix = architecture_of(model.config.model_type).blocks
-    names = [f"{prefix}.{index}.{path}" for index in range(len(job.blocks)) for path in job.linears]
+    names = [f"{job.prefix}.{index}.{path}" for index in range(len(job.blocks)) for path in job.linears]
+
+    def record_of_file(name: str, transposed: bool) -> LinearRecord:
+        # A sharded model's state holds all weights, so that its stream, if it has one, is not asked.
+        stored = partial(model.get_parameter if stream is None else stream.read, f"{name}.weight")
+        return saved_record(job.linear_state(name), stored, transposed, recipe.group_ranks())
+
     records: Mapping[str, LinearRecord]
     shared: Mapping[str, Tensor]
     if job.sharded:
-        records = SavedRecords(
-            names, job.linear_state, lambda name: torch.empty(0), lambda name: model.get_submodule(name).transposed,
-            recipe.build_ladder(), recipe.group_ranks(),
-        )  # fmt: skip
+        records = Lazy(names, lambda name: record_of_file(name, model.get_submodule(name).transposed))
         file = job.folder.open_trained("rest")
-        outside = {n: p.detach() for n, p in model.named_parameters() if not n.startswith(f"{prefix}.")}
+        outside = {n: p.detach() for n, p in model.named_parameters() if not n.startswith(f"{job.prefix}.")}
         shared = {**outside, **{name: file.read(name) for name in file.specs}}
     elif stream is None:
         check_finite_weights(model)
@@ -261,13 +272,9 @@ def save_run(job: Job, output: Path, record: dict[str, Any], stored_dtype: torch
         parts = {f"{name}.{part}" for name in records for part in ("weight", "lora_A", "lora_B")}
         shared = {n: p.detach() for n, p in model.named_parameters() if n not in parts}
     else:
-        records = SavedRecords(
-            names, job.linear_state, lambda name: stream.read(f"{name}.weight"),
-            lambda name: is_transposed(model.get_submodule(name)),
-            recipe.build_ladder(), recipe.group_ranks(),
-        )  # fmt: skip
+        records = Lazy(names, lambda name: record_of_file(name, is_transposed(model.get_submodule(name))))
         weights = {f"{name}.weight" for name in names}
-        shared = LazyTensors([name for name in stream.shapes if name not in weights], stream.read)
+        shared = Lazy([name for name in stream.shapes if name not in weights], stream.read)
     dtype: str = recipe.checkpoint.dtype
     if dtype == "auto":
         dtype = str(stored_dtype).removeprefix("torch.")

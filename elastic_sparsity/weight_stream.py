@@ -166,12 +166,6 @@ class WeightStream:
             for handle in handles:
                 handle.remove()
 
-    def load_all_(self) -> None:
-        """Loads every block that is still without memory: from here on the model is whole."""
-        for index, block in enumerate(self.model.get_submodule(self.prefix.removesuffix("."))):
-            if any(p.is_meta for p in block.parameters()):
-                self.load_block_(index, block)
-
 
 def empty_model(config: Any, folder: Path, dtype: torch.dtype | None) -> Any:
     """The causal LM of a checked config in eval mode, without memory for weights.

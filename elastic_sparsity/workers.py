@@ -55,7 +55,7 @@ class Workers:
             return
         from accelerate.utils import reduce
 
-        flat = torch.cat([part.detach().flatten() for part in parts])
+        flat = torch.cat([part.detach().flatten() for part in parts]).to(self.device)  # NCCL knows no host memory
         self.traffic += flat.numel() * flat.dtype.itemsize
         summed: Tensor = reduce(flat, "sum")  # type: ignore[assignment]
         for part, values in zip(parts, summed.split([part.numel() for part in parts]), strict=True):

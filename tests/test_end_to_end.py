@@ -138,6 +138,6 @@ def test_auto_trains_what_fits(monkeypatch):
     def free(count):
         memory = type("Memory", (), {"available": count})
         monkeypatch.setattr("elastic_sparsity.pipeline.psutil.virtual_memory", lambda: memory)
-        return resolve_trainable(recipe, BaseModel(model, None, {}))
+        return resolve_trainable(recipe, BaseModel(model, None, {}), 1)
 
     assert [free(10**9), free(700_000), free(10_000)] == ["base", "adapters", "off"]

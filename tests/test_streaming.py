@@ -10,6 +10,7 @@ from elastic_sparsity import optimize
 from elastic_sparsity.arch import decoder_blocks
 from elastic_sparsity.errors import ConfigError, NumericsError, UnsupportedModelError
 from elastic_sparsity.models import load_base, stream_base
+from elastic_sparsity.pipeline import open_base
 from elastic_sparsity.tensor_file import TensorFile
 from elastic_sparsity.tiny import TINY_FAMILIES, byte_tokenizer, tiny_model
 
@@ -84,7 +85,8 @@ def test_only_one_block_is_in_memory(tmp_path):
         handle.remove()
     assert seen == [[True, False], [False, True]] or seen == [[False, False], [False, False]]
     assert torch.equal(streamed, load_base(str(tmp_path / "m")).model(torch.arange(8)[None]).logits)
-    base.stream.load_all_()
+    for index, block in enumerate(blocks):
+        base.stream.load_block_(index, block)
     assert loaded() == [True, True]
 
 
@@ -140,6 +142,25 @@ def test_a_streamed_model_passes_the_checks_of_a_whole_one(load, tmp_path):
 def test_a_recipe_that_contradicts_itself(tmp_path):
     with pytest.raises(ConfigError, match="one block in memory"):
         recipe_for("x", tmp_path / "t.txt", memory={"weights": "stream"}, end_to_end={"trainable": "base"})
+
+
+def test_sharing_a_model_needs_several_workers(tmp_path):
+    shared = {"trainable": "base", "shard": True}
+    model = saved(tmp_path / "m", "llama")
+    recipe = recipe_for(model, tmp_path / "t.txt", memory={"weights": "stream"}, end_to_end=shared)
+    with pytest.raises(ConfigError, match="needs several processes"):
+        optimize(recipe, tmp_path / "c")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "t.txt"]
+
+
+def test_auto_streams_only_what_can_be_streamed(tmp_path, monkeypatch):
+    """A large model is read block by block unless something needs all of it."""
+    monkeypatch.setattr("elastic_sparsity.pipeline.free_bytes", lambda kind: 1)
+    model = saved(tmp_path / "m", "llama")
+    text = recipe_for(model, tmp_path / "t.txt")
+    assert open_base(text).stream is not None
+    assert open_base(tiny_recipe(model={"id": model}, end_to_end=NO_END)).stream is None  # its text from itself
+    assert open_base(recipe_for(model, tmp_path / "t.txt", end_to_end={"trainable": "base"})).stream is None
 
 
 def test_self_sampled_text_needs_the_whole_model(tmp_path):
