@@ -47,13 +47,14 @@ def merge(
 
 
 class _MaskedLinear(torch.autograd.Function):
-    """x W_kT with W_k = (weight + B A) * mask; keeps only the effective weight in x's dtype for the backward pass."""
+    """x W_kT with W_k = (weight + B A) * mask (bool); for the backward pass it keeps W_k in x's dtype and the mask."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, mask: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             merged = torch.addmm(weight.float(), lora_B, lora_A) if lora_A.shape[0] else weight
-            effective = merged.to(x.dtype) * mask
+            effective = merged.to(x.dtype, copy=merged is weight)
+            as_integers(effective).mul_(mask)  # as in `merge`: a cast of the mask would cost more than the product
             ctx.save_for_backward(x, lora_A, lora_B, mask, effective)
             return F.linear(x, effective)
 
@@ -67,7 +68,9 @@ class _MaskedLinear(torch.autograd.Function):
                 grad_x = grad_output @ effective
             if any(ctx.needs_input_grad[1:4]):
                 rows = grad_output.reshape(-1, grad_output.shape[-1])
-                grad = (rows.T @ x.reshape(-1, x.shape[-1])).mul_(mask).float()
+                product = rows.T @ x.reshape(-1, x.shape[-1])
+                as_integers(product).mul_(mask)
+                grad = product.float()
                 grad_W = grad if ctx.needs_input_grad[1] else None
                 grad_A = lora_B.T @ grad if ctx.needs_input_grad[2] else None
                 grad_B = grad @ lora_A.T if ctx.needs_input_grad[3] else None
@@ -143,8 +146,12 @@ class ElasticLinear(nn.Module):
         return self.lora_A[self.slices[group]], self.lora_B[:, self.slices[group]]
 
     def _active_pair(self, level: Level) -> tuple[Tensor, Tensor]:
-        pairs = []
-        for group in self.active_groups(level):
+        groups, pairs = self.active_groups(level), []
+        if self.inheritance != "detached" and groups == list(range(groups[0], groups[-1] + 1)):
+            # Neighbours in the stack, the usual case: a view, whose gradient is one tensor and not one a group.
+            part = slice(self.slices[groups[0]].start, self.slices[groups[-1]].stop)
+            return self.lora_A[part], self.lora_B[:, part]
+        for group in groups:
             a, b = self.group_pair(group)
             frozen = self.inheritance == "detached" and group != level.group
             pairs.append((a.detach(), b.detach()) if frozen else (a, b))
@@ -165,7 +172,7 @@ class ElasticLinear(nn.Module):
         if self.level is None:
             return F.linear(x, self.dense.to(x.dtype), bias)
         a, b = self._active_pair(self.level)
-        y: Tensor = _MaskedLinear.apply(x, self.weight, a, b, self.mask(self.level).to(x.dtype))
+        y: Tensor = _MaskedLinear.apply(x, self.weight, a, b, self.mask(self.level))
         return y if bias is None else y + bias
 
 

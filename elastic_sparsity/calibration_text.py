@@ -42,6 +42,11 @@ def calibration_tokens(recipe: Recipe, base: BaseModel, progress: Progress = sil
     """(S, T) calibration samples, and for "self" the held-out samples that evaluation uses when it has no text."""
     wanted = recipe.calibration
     check_length("calibration.length", wanted.length, base.model)
+    if wanted.source == "self" and base.stream is not None:
+        raise ConfigError(
+            'calibration.source: "self" writes its text with the whole model, but its weights are read block by block; '
+            "name a text, or set memory.weights = 'resident'."
+        )
     if wanted.source == "self":
         held_out = recipe.evaluation.max_windows or 32
         ids = _self_sampled(recipe, base, wanted.samples, recipe.seed, progress)

@@ -118,6 +118,21 @@ class EndToEndSection(_Section):
     warmup: Share = 0.05
     clip_norm: Rate = 1.0
     """0 = no clipping."""
+    gradient_checkpointing: bool = False
+    """Run each block again in the backward pass instead of keeping its activations: a third slower, less memory."""
+
+    shard: bool = False
+    """With several workers: share out parameters, gradients and optimiser states (FSDP) instead of copying them."""
+
+
+class MemorySection(_Section):
+    """Where a run keeps its data. Changes no result; an interrupted run may go on with other values."""
+
+    weights: Literal["auto", "resident", "stream"] = "auto"
+    """Base model whole in memory, or read from its safetensors files block by block; the end-to-end
+    phase is then off, or shared among several workers (`end_to_end.shard`)."""
+    activations: Literal["auto", "device", "host", "disk"] = "auto"
+    """Hidden states between blocks."""
 
 
 class CheckpointSection(_Section):
@@ -138,6 +153,7 @@ class Recipe(_Section):
     block: BlockSection = BlockSection()
     end_to_end: EndToEndSection = EndToEndSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    memory: MemorySection = MemorySection()
     seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = 0
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of matrix products; auto = bfloat16 where the device has it natively, else float32. Masters stay float32."""
@@ -154,6 +170,12 @@ class Recipe(_Section):
             )
         if self.scores.patterns == "within" and not self.ladder.sparsities:
             raise ConfigError("scores.patterns: 'within' needs an unstructured level in ladder.sparsities.")
+        wanted = self.end_to_end
+        if self.memory.weights == "stream" and wanted.trainable in ("base", "adapters") and not wanted.shard:
+            raise ConfigError(
+                "memory.weights: 'stream' keeps one block in memory, end_to_end needs all of them; set "
+                "end_to_end.trainable = 'off', or end_to_end.shard = true with several workers."
+            )
         if self.block.samples > self.calibration.samples:
             raise ConfigError(
                 f"block.samples: {self.block.samples} is more than calibration.samples ({self.calibration.samples})."

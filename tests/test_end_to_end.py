@@ -11,6 +11,7 @@ from elastic_sparsity import ElasticCheckpoint, ElasticModel, optimize
 from elastic_sparsity.adapters import elastic_linears
 from elastic_sparsity.errors import CheckpointError, NumericsError
 from elastic_sparsity.measure import measure
+from elastic_sparsity.models import BaseModel
 from elastic_sparsity.pipeline import resolve_trainable
 from elastic_sparsity.tiny import byte_tokenizer, tiny_model
 
@@ -137,6 +138,6 @@ def test_auto_trains_what_fits(monkeypatch):
     def free(count):
         memory = type("Memory", (), {"available": count})
         monkeypatch.setattr("elastic_sparsity.pipeline.psutil.virtual_memory", lambda: memory)
-        return resolve_trainable(recipe, model)
+        return resolve_trainable(recipe, BaseModel(model, None, {}), 1)
 
     assert [free(10**9), free(700_000), free(10_000)] == ["base", "adapters", "off"]

@@ -24,13 +24,19 @@ ALLOWED = {
     "native": {"torch", "errors", "packed_weight"},
     "bitmask": {"torch", "numpy", "errors", "packing", "precision"},
     "files": {"safetensors", "errors"},
+    "activations": {"torch", "numpy", "errors", "files"},
+    "workers": {"torch", "accelerate", "errors"},
+    "run_folder": {"torch", "errors", "files", "tensor_file", "tensor_file_writer"},
     "tensor_file": {"torch", "safetensors", "errors"},
+    "tensor_file_writer": {"torch", "errors"},
     "shells": {"torch", "numpy", "errors", "ladder", "masks", "packing", "precision"},
     "manifest": {"errors", "ladder", "shells"},
     "checkpoint": {
         "torch", "safetensors", "errors", "files", "ladder", "manifest", "precision", "shells", "tensor_file",
     },
-    "checkpoint_writer": {"torch", "safetensors", "errors", "files", "ladder", "manifest", "precision", "shells"},
+    "checkpoint_writer": {
+        "torch", "errors", "files", "ladder", "manifest", "precision", "shells", "tensor_file_writer",
+    },
     "hub": {"errors", "files", "manifest"},
     "inspection": {"checkpoint", "hub", "ladder", "shells"},
     "transfer": {"checkpoint", "errors", "files", "hub", "manifest"},
@@ -44,10 +50,16 @@ ALLOWED = {
     # layer 2: know Hugging Face models
     "arch": {"torch", "transformers", "errors"},
     "tiny": {"torch", "transformers", "arch"},
-    "models": {"torch", "safetensors", "transformers", "gguf", "arch", "errors", "files", "precision", "tiny"},
+    "weight_stream": {"torch", "transformers", "accelerate", "arch", "errors", "tensor_file"},
+    "models": {
+        "torch", "safetensors", "transformers", "gguf", "arch", "errors", "files", "precision", "tiny", "weight_stream",
+    },
     "data": {"torch", "datasets", "errors", "files"},
-    "blocks": {"torch", "errors"},
+    "blocks": {"torch", "activations", "errors"},
+    "attention": {"torch", "transformers"},
     "adapters": {"torch", "arch", "errors", "ladder", "masks", "precision"},
+    "sharding": {"torch", "adapters"},
+    "block_state": {"torch", "adapters", "arch", "ladder", "shells"},
     "semi_structured": {"torch", "arch", "errors"},
     "gguf_vocab": {"gguf", "errors"},
     "export_gguf": {"torch", "gguf", "arch", "errors", "gguf_vocab"},
@@ -57,10 +69,14 @@ ALLOWED = {
         "semi_structured",
     },
     # layer 3: stages
-    "calibrate": {"torch", "arch", "blocks", "importance"},
+    "calibrate": {"torch", "activations", "arch", "blocks", "importance"},
     "calibration_text": {"torch", "safetensors", "config", "data", "errors", "files", "models", "precision"},
-    "distill": {"torch", "adapters", "blocks", "errors", "ladder", "mixer"},
-    "end_to_end": {"torch", "adapters", "distill", "errors", "ladder"},
+    "distill": {"torch", "activations", "adapters", "blocks", "errors", "ladder", "mixer"},
+    "end_to_end": {"torch", "adapters", "arch", "distill", "errors", "ladder"},
+    "block_phase": {
+        "torch", "activations", "adapters", "arch", "block_state", "blocks", "calibrate", "config", "distill", "errors",
+        "importance", "ladder", "masks", "mixer", "models", "precision", "run_folder", "workers",
+    },
     "baselines": {"torch", "arch", "blocks", "calibrate", "errors", "importance", "ladder", "masks", "sparsegpt"},
     "placement": {"torch", "accelerate", "errors", "precision", "semi_structured", "ways"},
     "packed": {"torch", "adapters", "errors", "native", "packed_weight"},
@@ -77,7 +93,7 @@ ALLOWED = {
     },
     "overlay": {
         "torch", "safetensors", "checkpoint", "checkpoint_writer", "errors", "files", "manifest", "models", "packing",
-        "shells",
+        "shells", "tensor_file_writer",
     },
     "peft_export": {"torch", "safetensors", "peft", "arch", "checkpoint", "errors", "files", "hub", "manifest"},
     "exports": {
@@ -87,13 +103,14 @@ ALLOWED = {
     "evaluate": {"torch", "arch", "errors"},
     # layer 4: the flow
     "pipeline": {
-        "torch", "adapters", "arch", "blocks", "calibrate", "calibration_text", "checkpoint", "checkpoint_writer",
-        "config", "data", "distill", "end_to_end", "files", "importance", "ladder", "masks", "mixer", "models",
-        "precision", "shells",
+        "torch", "activations", "adapters", "arch", "attention", "block_phase", "block_state", "calibration_text",
+        "checkpoint",
+        "checkpoint_writer", "config", "data", "distill", "end_to_end", "errors", "files", "manifest", "models",
+        "precision", "run_folder", "sharding", "shells", "workers",
     },
     "measure": {
         "baselines", "calibration_text", "checkpoint", "config", "data", "errors", "evaluate", "hub", "ladder",
-        "models", "precision", "slicing",
+        "models", "precision", "slicing", "workers",
     },
     "bench": {
         "torch", "transformers", "calibration_text", "checkpoint", "device_profile", "doctor", "errors", "hub",
@@ -106,7 +123,7 @@ ALLOWED = {
     "cli": {
         "transformers", "checkpoint", "choosing", "cli_device", "cli_export", "config", "errors", "files", "hub",
         "inspection", "measure", "overlay", "peft_export", "pipeline", "precision", "report", "slicing", "terminal",
-        "transfer", "verify",
+        "transfer", "verify", "workers",
     },
 }  # fmt: skip
 WATCHED = {"torch", "numpy", "safetensors", "transformers", "peft", "datasets", "lm_eval", "accelerate", "gguf", "onnx",
