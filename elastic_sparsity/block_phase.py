@@ -101,7 +101,7 @@ def run_block_phase_(job: Job) -> tuple[list[dict[str, float]], Tensor]:
     """
     blocks, workers, recipe = job.blocks, job.workers, job.recipe
     runner, store, share = _runner(job)
-    done = job.folder.finished_blocks()
+    done = min(job.folder.finished_blocks(), len(blocks))
     workers.wait()  # nobody writes before everyone has counted
     notes = restore_blocks_(job, done)
     if done == len(blocks):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,8 +71,7 @@ def load_base(model_id: str, dtype: str = "auto") -> BaseModel:
 
     Raises: ConfigError: if there is no such model. UnsupportedModelError: no table row. NumericsError: NaN weights.
     """
-    if not model_id.isprintable():  # transformers writes it into config.json, as UTF-8
-        raise ConfigError(f"model.id: {model_id!r} holds what cannot be printed; rename the folder.")
+    _check_id(model_id)
     if model_id.startswith("random:"):
         model, tokenizer = tiny_model(model_id.removeprefix("random:")), byte_tokenizer()
     elif model_id in PACKAGED_MODELS:
@@ -95,19 +95,26 @@ def stream_base(model_id: str, dtype: str, device: torch.device) -> BaseModel:
     """
     from transformers import AutoTokenizer  # slow import, only here
 
+    _check_id(model_id)
     folder = weights_folder(model_id)
     try:
         config = _checked_config(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
     except ElasticSparsityError:
         raise
     except Exception as error:  # transformers raises many types for one cause
         raise ConfigError(f"model.id: {str(folder)!r} cannot be loaded: {type(error).__name__}: {error}") from error
     model = empty_model(config, folder, None if dtype == "auto" else DTYPES[dtype])
     stream = WeightStream(model, folder, model.dtype, device)
+    _check_left_out(folder, stream.unused, model)
     sha256 = stream.checked_hash()
     stream.load_rest_()
     return BaseModel(model, tokenizer, {"id": model_id, "sha256": sha256}, stream)
+
+
+def _check_id(model_id: str) -> None:
+    if not model_id.isprintable():  # transformers writes it into config.json, as UTF-8
+        raise ConfigError(f"model.id: {model_id!r} holds what cannot be printed; rename the folder.")
 
 
 def weights_folder(model_id: str) -> Path:
@@ -226,11 +233,16 @@ def _check_complete(source: str | Path, info: dict[str, Any], model: Any) -> Non
             f"model.id: {str(source)!r} is incomplete: missing {problems['missing_keys']}, "
             f"wrong shape {problems['mismatched_keys']}; download or convert it again."
         )
+    _check_left_out(source, map(str, info.get("unexpected_keys") or ()), model)
+
+
+def _check_left_out(source: str | Path, names: Iterable[str], model: Any) -> None:
+    """That tensors of the files without a place in the model are no weights: older files hold buffers too."""
     linears = tuple(f".{path}.weight" for path in architecture_of(model.config.model_type).linears)
     modules = dict(model.named_modules())
     left_out = [
         name
-        for name in sorted(map(str, info.get("unexpected_keys") or ()))
+        for name in sorted(names)
         if name.endswith(linears) or hasattr(modules.get(name.rpartition(".")[0]), "weight")
     ]
     if left_out:
