@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import uuid
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -33,11 +34,26 @@ def strange_file(folder: Path) -> Path | None:
 
 def file_sha256(path: Path) -> str:
     """sha256 of a file, in chunks so large that a thread seldom has to wait for Python's lock."""
-    digest, chunk = hashlib.sha256(), memoryview(bytearray(1 << 20))
+    digest = hashlib.sha256()
+    for chunk in _chunks(path):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def file_crc32(path: Path) -> int:
+    """CRC-32 of a file: three times as fast as sha256, enough against accidents."""
+    found = 0
+    for chunk in _chunks(path):
+        found = zlib.crc32(chunk, found)
+    return found
+
+
+def _chunks(path: Path) -> Iterator[memoryview]:
+    """The file's bytes; each chunk is valid until the next is asked for."""
+    chunk = memoryview(bytearray(1 << 20))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(chunk):
-            digest.update(chunk[:count])
-    return digest.hexdigest()
+            yield chunk[:count]
 
 
 def check_output_folder(folder: Path) -> None:

@@ -201,7 +201,7 @@ def _lock(folder: Path, output: Path) -> FileLock:
         if folder.is_symlink():
             raise OutputError(f"{folder}: an unfinished run is kept there, but it is a link; move it away.")
         folder.mkdir(parents=True, exist_ok=True)
-        strange = [x.name for x in folder.iterdir() if not _OWN.fullmatch(x.name) or (x.exists() and not x.is_file())]
+        strange = [x.name for x in folder.iterdir() if not _OWN.fullmatch(x.name) or _is_special(x)]
         if strange:
             raise OutputError(
                 f"{folder}: an unfinished run is kept there, but it holds {brief(min(strange))}, which no run made; "
@@ -216,6 +216,10 @@ def _lock(folder: Path, output: Path) -> FileLock:
             shutil.rmtree(folder, ignore_errors=True)
         raise OutputError(f"{folder}: cannot be made: {error}.") from error
     return lock
+
+
+def _is_special(path: Path) -> bool:
+    return path.is_symlink() or (path.exists() and not path.is_file())
 
 
 def is_unfinished(output: Path) -> bool:
