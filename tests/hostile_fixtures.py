@@ -1,20 +1,16 @@
-"""Fixtures of the tests with bad inputs: a ledger a file, an offline and empty place to work in, and good inputs."""
+"""Fixtures of the tests with bad inputs: one ledger, an offline and empty place to work in, and good inputs."""
 
 import huggingface_hub.constants
 import pytest
-from conftest import tiny_recipe
 from hostile import Ledger
 from hostile_values import QUICK
 
-from elastic_sparsity import (
-    optimize,
-    write_overlay,
-)
 from elastic_sparsity.tiny import byte_tokenizer, tiny_model
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def ledger(tmp_path_factory):
+    """One for all files; tests/test_hostile_total.py prints it."""
     return Ledger(tmp_path_factory.mktemp("ledger"))
 
 
@@ -26,7 +22,7 @@ def judged(ledger, monkeypatch, request):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("socket.socket.connect", refuse_to_connect)
     monkeypatch.setattr("elastic_sparsity.report.plot_results", lambda rows, path, title: path.write_bytes(b"plot"))
-    ledger.tests.add(request.node.name.partition("[")[0])
+    ledger.files.add(request.node.path.name)
     before = len(ledger.problems)
     yield
     ledger.check(before)
@@ -53,24 +49,16 @@ def text_file(tmp_path):
 
 @pytest.fixture
 def quick(tmp_path):
+    """A recipe that samples its text from the model."""
     path = tmp_path / "quick.toml"
     path.write_text(QUICK)
     return path
 
 
-def make_overlay(room):
-    """A checkpoint that can have an overlay, and that."""
-    if not room.exists():
-        optimize(tiny_recipe(end_to_end={"trainable": "adapters"}, evaluation={"max_windows": 1}), room / "checkpoint")
-        write_overlay(room / "checkpoint", room / "overlay")
-    return room
-
-
-def make(folder):
-    folder.mkdir()
-    return folder
-
-
-def link(path, target):
-    path.symlink_to(target)
+@pytest.fixture
+def streamed(tmp_path, text_file):
+    """A recipe whose model is read block by block."""
+    path = tmp_path / "streamed.toml"
+    text = QUICK.replace('source = "self"', f'source = "{text_file}"').replace('weights = "auto"', 'weights = "stream"')
+    path.write_text(text.replace('trainable = "base"', 'trainable = "off"'))
     return path

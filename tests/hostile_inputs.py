@@ -1,12 +1,15 @@
-"""Bad inputs, seeded: recipes, texts, levels, numbers and places. Base models are in hostile_models.py."""
+"""Bad inputs, seeded: recipes, levels and places. Texts and base models have files of their own."""
 
 import json
 import os
 import stat
 import tomllib
 
+from conftest import tiny_recipe
 from hostile import edited
 from hostile_values import LADDERS, LEVELS, RECIPE, TOML_VALUES
+
+from elastic_sparsity import optimize, write_overlay
 
 
 def whole_files():
@@ -156,3 +159,21 @@ def places(room):
         "the empty path": "",
         "dots": room / "full" / "..",
     }
+
+
+def make(folder):
+    folder.mkdir()
+    return folder
+
+
+def link(path, target):
+    path.symlink_to(target)
+    return path
+
+
+def make_overlay(room):
+    """A checkpoint that can have an overlay, and that."""
+    if not room.exists():
+        optimize(tiny_recipe(end_to_end={"trainable": "adapters"}, evaluation={"max_windows": 1}), room / "checkpoint")
+        write_overlay(room / "checkpoint", room / "overlay")
+    return room
