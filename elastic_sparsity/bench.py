@@ -103,10 +103,10 @@ def _check_settings(
     if 1 not in batches or min(batches) < 1:
         raise ConfigError(f"bench: batches {list(batches)} must be above 0 and contain 1, as predictions rest on it.")
     for field_name, value in (("prompt", prompt), ("new tokens", new_tokens), ("repeats", repeats)):
-        if not 0 < value <= 10**6:
-            raise ConfigError(f"bench: {field_name}: {brief(value)} is not above 0, or beyond a million.")
-    if threads is not None and not 0 < threads <= 4096:
-        raise ConfigError(f"bench: threads: {brief(threads)} is not above 0, or beyond 4096.")
+        if not 1 <= value <= 10**6:
+            raise ConfigError(f"bench: {field_name}: {brief(value)} is not between 1 and 1000000.")
+    if threads is not None and not 1 <= threads <= 4096:
+        raise ConfigError(f"bench: threads: {brief(threads)} is not between 1 and 4096.")
     if name is not None and not (name.isprintable() and len(name) <= 200):
         raise ConfigError(f"bench: name {brief(name)} is no line of text of at most 200 characters.")
     if device not in ("cpu", "cuda"):
