@@ -13,6 +13,7 @@ from torch import Tensor
 
 from elastic_sparsity.activations import DEVICE, DISK, HOST
 from elastic_sparsity.adapters import elastic_linears
+from elastic_sparsity.allocator import return_freed_tensors_
 from elastic_sparsity.arch import (
     architecture_of,
     check_finite_weights,
@@ -59,6 +60,7 @@ def optimize(
         another run was interrupted there.
     """
     output, started, workers = Path(output), time.monotonic(), Workers()
+    return_freed_tensors_()
     # What is there may be the unfinished run's own, from just before it was killed.
     if workers.is_main and (restart or not is_unfinished(output)):
         check_output_folder(output)
