@@ -104,7 +104,8 @@ def read_shapes(model_id: str, dtype: str = "auto", config_file: Path | None = N
         return _shapes_of(model, model_id, model.dtype.itemsize, has_weights=True)
     source = f"model.id: {model_id!r}" if config_file is None else f"--config: {str(config_file)!r}"
     try:
-        config = _config(model_id, config_file)
+        config = model_config(model_id, config_file)
+        architecture_of(config.model_type)
         stored = DTYPES[dtype] if dtype != "auto" else config.dtype or torch.float32
         if not isinstance(stored, torch.dtype):
             stored = DTYPES[str(stored)]
@@ -126,8 +127,12 @@ def _folder(model_id: str) -> Path:
     return packaged_model_folder(model_id) if model_id in PACKAGED_MODELS else Path(model_id)
 
 
-def _config(model_id: str, config_file: Path | None) -> Any:
-    from transformers import AutoConfig  # slow import, only here
+def model_config(model_id: str, config_file: Path | None = None) -> Any:
+    """transformers' config of a model, or of a config.json; may raise anything that transformers does.
+
+    Raises: ConfigError: no such folder, or a file that names no model type.
+    """
+    from transformers import AutoConfig, PretrainedConfig  # slow imports, only here
 
     if config_file is not None:
         file = config_file / "config.json" if config_file.is_dir() else config_file
@@ -135,12 +140,15 @@ def _config(model_id: str, config_file: Path | None) -> Any:
         if not isinstance(raw, Mapping) or "model_type" not in raw:
             raise ConfigError(f"--config: {str(file)!r} names no model_type; give a Hugging Face config.json.")
         return config_object(raw)
+    if model_id.startswith("random:"):
+        return tiny_model(model_id.removeprefix("random:")).config
     if model_id.endswith(".gguf"):
         return AutoConfig.from_pretrained(Path(model_id).parent, gguf_file=Path(model_id).name)
     folder = _folder(model_id)
     if not folder.is_dir() and model_id.startswith((".", "/", "pypi:")):
         raise ConfigError(f"model.id: {model_id!r} is no folder.")
-    return AutoConfig.from_pretrained(folder if folder.is_dir() else model_id)
+    raw, _ = PretrainedConfig.get_config_dict(folder if folder.is_dir() else model_id)
+    return config_object(raw)
 
 
 def _empty(config: Any, dtype: torch.dtype) -> Any:

@@ -24,6 +24,7 @@ ALLOWED = {
     "native": {"torch", "errors", "packed_weight"},
     "bitmask": {"torch", "numpy", "errors", "packing", "precision"},
     "files": {"safetensors", "errors"},
+    "allocator": set(),
     "activations": {"torch", "numpy", "errors", "files"},
     "workers": {"torch", "accelerate", "errors"},
     "run_folder": {"torch", "safetensors", "errors", "files", "tensor_file"},
@@ -53,6 +54,7 @@ ALLOWED = {
     "models": {
         "torch", "transformers", "gguf", "arch", "errors", "files", "precision", "tiny", "weight_stream",
     },
+    "model_shapes": {"torch", "transformers", "arch", "errors", "models", "precision", "tiny"},
     "data": {"torch", "datasets", "errors", "files"},
     "blocks": {"torch", "activations", "errors"},
     "attention": {"torch", "transformers"},
@@ -100,7 +102,17 @@ ALLOWED = {
         "placement", "slicing",
     },
     "evaluate": {"torch", "arch", "errors"},
+    "plan_sizes": {"config", "ladder", "model_shapes", "shells"},
+    "memory_plan": {"config", "masks", "model_shapes", "plan_sizes"},
+    "work_plan": {"plan_sizes"},
+    "probe": {
+        "torch", "transformers", "activations", "arch", "attention", "block_phase", "blocks", "calibrate", "config",
+        "distill", "mixer", "models", "precision", "run_folder", "work_plan", "workers",
+    },
     # layer 4: the flow
+    "planning": {
+        "torch", "config", "errors", "memory_plan", "model_shapes", "plan_sizes", "precision", "probe", "work_plan",
+    },
     "pipeline": {
         "torch", "activations", "adapters", "arch", "attention", "block_phase", "block_state", "calibration_text",
         "checkpoint",
@@ -119,8 +131,9 @@ ALLOWED = {
     "__main__": {"cli"},
     "cli_device": {"bench", "device_profile", "device_report", "doctor", "errors", "files", "precision"},
     "cli_export": {"transformers", "exports"},
+    "cli_plan": {"config", "errors", "planning", "report"},
     "cli": {
-        "transformers", "checkpoint", "choosing", "cli_device", "cli_export", "config", "errors", "files", "hub",
+        "transformers", "checkpoint", "choosing", "cli_device", "cli_export", "cli_plan", "config", "errors", "files", "hub",
         "inspection", "measure", "overlay", "peft_export", "pipeline", "precision", "report", "slicing", "transfer",
         "verify", "workers",
     },
