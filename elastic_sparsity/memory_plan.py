@@ -34,7 +34,8 @@ def memory_terms(shapes: ModelShapes, recipe: Recipe, choices: Choices) -> list[
         terms += [
             Term(name="holes", bytes=int(CUDA_SLACK * total), place="device", stages=(stage,),
                  why=f"{CUDA_SLACK:.0%} of the rest, for torch's caching allocator; assumed, not measured")
-            for stage in STAGES if (total := _total(terms, "device", stage))
+            for stage in STAGES if (stage != "end to end" or choices.trainable != "off")
+            and (total := _total(terms, "device", stage))
         ]  # fmt: skip
     return [term for term in terms if term.bytes]
 

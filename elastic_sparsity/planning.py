@@ -122,6 +122,9 @@ def choose(recipe: Recipe, shapes: ModelShapes, limits: dict[str, int], gpu: boo
     wanted = recipe.end_to_end.trainable if recipe.end_to_end.steps else "off"
     trainables = ("base", "adapters", "off") if wanted == "auto" else (wanted,)
     weights = ("resident", "stream") if recipe.memory.weights == "auto" else (recipe.memory.weights,)
+    streams = not recipe.model.id.endswith(".gguf") and not recipe.model.id.startswith("random:")
+    if recipe.memory.weights == "auto" and (not streams or recipe.calibration.source == "self"):
+        weights = ("resident",)  # no files to read in blocks, or a model that writes its own text
     where = recipe.memory.activations
     places = (("device", "host", "disk") if gpu else ("host", "disk")) if where == "auto" else (where,)
     options = [
@@ -145,7 +148,8 @@ def fits(recipe: Recipe, shapes: ModelShapes, choices: Choices, limits: dict[str
 
 def free_here() -> dict[str, int]:
     """Most of the memory that is free now, in bytes."""
-    free = {"host": int(FREE_SHARE * (psutil.virtual_memory().available + psutil.Process().memory_info().rss))}
+    own = psutil.Process().memory_info().rss  # a plan counts it
+    free = {"host": int(FREE_SHARE * psutil.virtual_memory().available) + own}
     if default_device() == "cuda":
         free["device"] = int(FREE_SHARE * torch.cuda.mem_get_info()[0])
     return free

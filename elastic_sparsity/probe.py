@@ -67,9 +67,8 @@ def _one_block(config: Any, dtype: torch.dtype) -> Any:
 def _timed(job: Job, runner: BlockRunner, batch: int) -> Timing:
     recipe, block = job.recipe, job.blocks[0]
     ladder, call = recipe.build_ladder(), runner.call(0)
-    hidden: Any = torch.randn(
-        *job.token_ids_ST.shape, job.base.model.config.hidden_size, dtype=job.base.model.dtype, device=job.base.model.device,
-    )  # fmt: skip
+    model, shape_ST = job.base.model, job.token_ids_ST.shape
+    hidden: Any = torch.randn(*shape_ST, model.config.hidden_size, dtype=model.dtype, device=model.device)
     with job.autocast():
         runner.map(call, hidden)
         target, forward = _seconds(lambda: runner.map(call, hidden))

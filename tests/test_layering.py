@@ -114,8 +114,8 @@ ALLOWED = {
         "torch", "config", "errors", "memory_plan", "model_shapes", "plan_sizes", "precision", "probe", "work_plan",
     },
     "pipeline": {
-        "torch", "activations", "adapters", "arch", "attention", "block_phase", "block_state", "calibration_text",
-        "checkpoint",
+        "torch", "adapters", "allocator", "arch", "attention", "block_phase", "block_state", "calibration_text",
+        "checkpoint", "model_shapes", "plan_sizes", "planning",
         "checkpoint_writer", "config", "data", "distill", "end_to_end", "errors", "files", "manifest", "models",
         "precision", "run_folder", "sharding", "shells", "workers",
     },
@@ -133,8 +133,8 @@ ALLOWED = {
     "cli_export": {"transformers", "exports"},
     "cli_plan": {"config", "errors", "planning", "report"},
     "cli": {
-        "transformers", "checkpoint", "choosing", "cli_device", "cli_export", "cli_plan", "config", "errors", "files", "hub",
-        "inspection", "measure", "overlay", "peft_export", "pipeline", "precision", "report", "slicing", "transfer",
+        "transformers", "checkpoint", "choosing", "cli_device", "cli_export", "cli_plan", "config", "errors", "files",
+        "hub", "inspection", "measure", "overlay", "peft_export", "pipeline", "precision", "report", "slicing", "transfer",
         "verify", "workers",
     },
 }  # fmt: skip
