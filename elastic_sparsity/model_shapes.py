@@ -42,6 +42,7 @@ class ModelShapes:
         block_other: weights of a block in no such linear (norms, biases).
         rest: weights in no block (embeddings, last norm, head).
         largest: the largest single tensor anywhere.
+        norms: of a block, over its whole width; head_norms: whether queries and keys have some of their own.
         heads: attention heads; kv_heads: heads of keys and values; head_dim: width of one.
         has_weights: whether the weights are there to be read, on this machine.
         stored: bytes a number as the model loads it.
@@ -55,6 +56,8 @@ class ModelShapes:
     block_other: int
     rest: int
     largest: int
+    norms: int
+    head_norms: bool
     heads: int
     kv_heads: int
     head_dim: int
@@ -164,6 +167,8 @@ def _shapes_of(model: Any, name: str, stored: int, has_weights: bool) -> ModelSh
     linears = [(path, *weight_OI(block.get_submodule(path)).shape) for path in row.linears]
     in_linears = sum(outputs * inputs for _, outputs, inputs in linears)
     config = model.config
+    norms = [name.rpartition(".")[2] for name, module in block.named_modules() if not list(module.children())]
+    head_norms = sum(name in ("q_norm", "k_norm") for name in norms)
     heads = config.num_attention_heads
     return ModelShapes(
         name=name,
@@ -174,6 +179,8 @@ def _shapes_of(model: Any, name: str, stored: int, has_weights: bool) -> ModelSh
         block_other=_numbers(block) - in_linears,
         rest=_numbers(model) - sum(_numbers(each) for each in blocks),
         largest=max(p.numel() for p in model.parameters()),
+        norms=sum("norm" in name or name.startswith("ln_") for name in norms) - head_norms,
+        head_norms=head_norms > 0,
         heads=heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,

@@ -115,8 +115,12 @@ class Sizes:
         inputs, outputs = sum(s.input_widths()), sum(linear.outputs for linear in s.linears)
         gated = any(linear.path.endswith(("gate_proj", "gate_up_proj")) for linear in s.linears)
         inner = max(linear.inputs for linear in s.linears)
-        # Inputs and outputs of linears; the activation function's; two norms and the loss in float32.
-        numbers = p * (inputs + outputs + (inner if gated else 0)) + s.width * (4 * 2 + self.weight + 4 * 2)
+        relu = any(linear.path == "fc1" for linear in s.linears)  # OPT: keeps what it gives, which the next linear keeps
+        function = inner if gated else -inner if relu else 0
+        # Inputs and outputs of linears; the activation function's; norms and the loss in float32.
+        numbers = p * (inputs + outputs + function) + s.width * (4 * s.norms + self.weight + 4 * 2)
+        if s.head_norms:
+            numbers += 4 * (s.heads + s.kv_heads) * s.head_dim
         return tokens * numbers + self.attention(tokens)
 
     def attention(self, tokens: int) -> int:
