@@ -44,10 +44,10 @@ STAGES = {  # where the run spends it: module, class or none, function
 def recipe_of(folder: Path, depth: int, weights: str, activations: str, precision: str) -> dict[str, Any]:
     return {
         "model": {"id": str(folder / f"llama-{depth}")},
-        "calibration": {"source": str(folder / "words.txt"), "samples": 4, "length": 256},
+        "calibration": {"source": str(folder / "words.txt"), "samples": 2, "length": 256},
         "ladder": {"sparsities": [0.5, 0.6, 0.7], "patterns": ["2:4"]},
         "adapters": {"ranks": 8},
-        "block": {"steps": 2, "samples": 4, "batch_size": 2},
+        "block": {"steps": 1, "samples": 2, "batch_size": 2},
         "end_to_end": {"trainable": "off"},
         "memory": {"weights": weights, "activations": activations},
         "precision": precision,
