@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from elastic_sparsity.adapters import elastic_linears
-from elastic_sparsity.allocator import return_freed_tensors_
+from elastic_sparsity.allocator import return_freed_tensors_, usual_allocator_after
 from elastic_sparsity.arch import (
     architecture_of,
     check_finite_weights,
@@ -59,11 +59,10 @@ def optimize(
         another run was interrupted there.
     """
     output, started, workers = Path(output), time.monotonic(), Workers()
-    return_freed_tensors_()
     # What is there may be the unfinished run's own, from just before it was killed.
     if workers.is_main and (restart or not is_unfinished(output)):
         check_output_folder(output)
-    with run_folder(output, restart=restart, writes=workers.is_main) as folder:
+    with run_folder(output, restart=restart, writes=workers.is_main) as folder, usual_allocator_after():
         job, stored_dtype, identity = prepare(recipe, folder, workers, progress if workers.is_main else silent)
         if (output / CONFIG_NAME).exists():
             return ElasticCheckpoint(output)
@@ -131,6 +130,7 @@ def settle(recipe: Recipe) -> Choices:
 def open_base(recipe: Recipe, weights: str) -> BaseModel:
     """The base model, whole in memory ("resident") or block by block ("stream")."""
     if weights == "stream":
+        return_freed_tensors_()
         return stream_base(recipe.model.id, recipe.model.dtype, torch.device(default_device()))
     return load_base(recipe.model.id, recipe.model.dtype)
 
