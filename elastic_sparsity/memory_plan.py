@@ -2,7 +2,7 @@
 
 A term is something that lives in some stages of a run. The peak of a place is the largest sum over its stages; a place
 is "device", "host" or "disk". Without a GPU the host is the device. All figures are bytes of live tensors; that
-a process takes no more is `allocator`'s work on a CPU, and an assumption on a GPU (`CUDA_SLACK`).
+a process takes hardly more is `allocator`'s work, and where it does not work there is a term "holes".
 Letters in the explanations: W weights of a block's linears, L of the largest, w bytes a number of the model in memory,
 p bytes a number in products, B samples a batch, T tokens, D width, S samples, K streams, R stacked rank.
 """
@@ -20,6 +20,7 @@ PROCESS = 400_000_000  # measured: Python, torch, transformers and what they loa
 DATASETS = 90_000_000  # measured: the datasets library, for text that is no local file
 CUDA_HOST, CUDA_DEVICE = 1_500_000_000, 600_000_000  # assumed, not measured: libraries and context of CUDA
 CUDA_SLACK = 0.05  # assumed, not measured: what torch's caching allocator loses to holes
+HEAP_SLACK, HEAP_LARGEST = 0.3, 32 << 20  # measured: 0.23 to 0.36 of what lives; see `allocator`
 CHARACTERS = 40  # a token of the calibration, as `calibration_text` reads of a data set
 
 
@@ -30,14 +31,25 @@ def memory_terms(shapes: ModelShapes, recipe: Recipe, choices: Choices) -> list[
     terms += [*_training(sizes), *_end_to_end(sizes), *_saving(sizes), *_disk(sizes)]
     if not choices.gpu:
         terms = [replace(term, place="host") if term.place == "device" else term for term in terms]
+    return [term for term in [*terms, *_holes(terms, choices, shapes)] if term.bytes]
+
+
+def _holes(terms: Sequence[Term], choices: Choices, shapes: ModelShapes) -> Iterator[Term]:
+    """What allocators lose, which grows with the rest of a stage."""
+    stages = [stage for stage in STAGES if stage != "end to end" or choices.trainable != "off"]
+    if choices.gpu:
+        why = f"{CUDA_SLACK:.0%} of the stage's rest, for torch's caching allocator; assumed, not measured"
+        shares = {stage: CUDA_SLACK * _total(terms, "device", stage) for stage in stages}
+    elif choices.weights == "resident" and 4 * shapes.largest_linear < HEAP_LARGEST:
+        why = (
+            f"{HEAP_SLACK:.0%} of the stage's tensors, which are below 32 MiB and come from the C library's heap; "
+            "measured, and none with streamed weights"
+        )
+        shares = {stage: HEAP_SLACK * (_total(terms, "host", stage) - PROCESS) for stage in stages[1:]}
     else:
-        terms += [
-            Term(name="holes", bytes=int(CUDA_SLACK * total), place="device", stages=(stage,),
-                 why=f"{CUDA_SLACK:.0%} of the rest, for torch's caching allocator; assumed, not measured")
-            for stage in STAGES if (stage != "end to end" or choices.trainable != "off")
-            and (total := _total(terms, "device", stage))
-        ]  # fmt: skip
-    return [term for term in terms if term.bytes]
+        return
+    for stage, size in shares.items():
+        yield Term(name="holes", bytes=int(size), place="device" if choices.gpu else "host", stages=(stage,), why=why)
 
 
 def peaks(terms: Sequence[Term]) -> list[Peak]:
