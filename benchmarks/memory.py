@@ -201,7 +201,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         make_inputs(folder, {case[0] for case in CASES})
-        rows = [measure(folder, case) for case in CASES]
+        rows = []
+        for case in CASES:
+            rows.append(measure(folder, case))
+            show(rows[-1:])
     show(rows)
     streamed = {row["blocks"]: row["measured_bytes"] for row in rows if row["weights"] == "stream"
                 and row["precision"] == "float32"}  # fmt: skip
