@@ -27,7 +27,7 @@ def _text_rows(source: str) -> Iterable[Any]:
 
 
 def _json_rows(source: str) -> Iterable[Any]:
-    """One JSON value a line, or a list of them as the whole file. (pyarrow, which `datasets` uses, crashes on nests.)"""
+    """One JSON value a line, or a list of them as the whole file. (pyarrow, as `datasets` has it, crashes on nests.)"""
     text = Path(source).read_text(encoding="utf-8-sig")
     try:
         whole = json.loads(text)

@@ -171,7 +171,7 @@ def _checked_config(source: str | Path) -> Any:
     if is_folder(source):
         _check_folder(Path(source))
     raw, _ = PretrainedConfig.get_config_dict(source)
-    architecture_of(raw.get("model_type"))
+    architecture_of(str(raw.get("model_type")))
     for key in ("num_hidden_layers", "n_layer"):  # transformers makes a list of them
         if isinstance(raw.get(key), int | float) and not raw[key] <= MAX_LAYERS:
             raise ConfigError(f"model.id: {str(source)!r}: config.json: {key}: {brief(raw[key])} is beyond any model.")
