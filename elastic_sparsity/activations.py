@@ -87,11 +87,11 @@ class DiskActivations:
     def __getitem__(self, samples: slice | Tensor) -> Tensor:
         chosen = self.rows[samples] if isinstance(samples, slice) else [self.rows[int(i)] for i in samples]
         result = torch.empty(len(chosen), *self._shape_TD, dtype=self._dtype, device="cpu")
-        raw = result.view(torch.uint8).numpy().reshape(len(chosen), -1)
+        raw = result.view(torch.uint8).numpy()
         try:
             with self.path.open("rb", buffering=0) as file:
                 for target, row in zip(raw, chosen, strict=True):
-                    _read_all(file.fileno(), target.data, row * self._stride, self.path)
+                    _read_all(file.fileno(), target.reshape(-1).data, row * self._stride, self.path)
         except OSError as error:
             raise OutputError(f"{self.path}: cannot be read: {error}; start the run again.") from error
         return result.to(self.device)
@@ -101,8 +101,8 @@ class DiskActivations:
         try:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
             try:
-                for source, row in zip(raw.reshape(values.shape[0], -1), self.rows[samples], strict=True):
-                    _write_all(descriptor, source.data, row * self._stride)
+                for source, row in zip(raw, self.rows[samples], strict=True):
+                    _write_all(descriptor, source.reshape(-1).data, row * self._stride)
             finally:
                 os.close(descriptor)
         except OSError as error:

@@ -65,9 +65,13 @@ class Job:
         return self.recipe.end_to_end.shard and self.workers.count > 1 and self.trainable != "off"
 
     @property
+    def prefix(self) -> str:
+        """Where the blocks are in the model."""
+        return architecture_of(self.base.model.config.model_type).blocks
+
+    @property
     def blocks(self) -> nn.ModuleList:
-        model = self.base.model
-        return model.get_submodule(architecture_of(model.config.model_type).blocks)
+        return self.base.model.get_submodule(self.prefix)
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -79,8 +83,7 @@ class Job:
 
     def linear_state(self, name: str) -> dict[str, Tensor]:
         """A finished linear's state, by its name in the model."""
-        start = f"{architecture_of(self.base.model.config.model_type).blocks}."
-        number, _, path = name.removeprefix(start).partition(".")
+        number, _, path = name.removeprefix(f"{self.prefix}.").partition(".")
         file = self.folder.open_trained(number) if self.sharded else self.folder.open_block(int(number))
         return {x.removeprefix(f"{path}."): file.read(x) for x in file.specs if x.startswith(f"{path}.")}
 
@@ -131,11 +134,11 @@ def _runner(job: Job) -> tuple[BlockRunner, ActivationStore, Share]:
     places = workers.places(wanted.batch_size, "block.batch_size")
     if wanted.samples < wanted.batch_size and workers.count > 1:
         raise ConfigError(f"block.samples: {wanted.samples} are fewer than a batch of {wanted.batch_size}.")
-    rows = own_samples(wanted.samples, places, wanted.batch_size) if workers.count > 1 else range(wanted.samples)
+    rows = own_samples(wanted.samples, places, wanted.batch_size)
     runner = BlockRunner(
         model.base_model,
         job.blocks,  # the list itself: a block that is loaded takes its place in it
-        job.token_ids_ST[list(rows)],
+        job.token_ids_ST[rows],
         len(places),
         nullcontext if stream is None else stream.running,
     )
@@ -173,6 +176,18 @@ def restore_block_(job: Job, index: int) -> dict[str, Any]:
     return note
 
 
+def _keep_streams(
+    store: ActivationStore, start: str, dense: Activations, streams: Sequence[Activations]
+) -> dict[str, Any]:
+    """Puts the next block's inputs on disk, each once. Returns: what `_kept_streams` needs."""
+    names = {id(dense): f"{start}-dense"}
+    groups = [names.setdefault(id(stream), f"{start}-group{group}") for group, stream in enumerate(streams)]
+    for kept in {id(x): x for x in (dense, *streams)}.values():
+        store.save(names[id(kept)], kept)
+    dtype = str(dense.dtype).removeprefix("torch.")
+    return {"dense": f"{start}-dense", "groups": groups, "shape_TD": tuple(dense.shape[1:]), "dtype": dtype}
+
+
 def _kept_streams(store: ActivationStore, note: dict[str, Any]) -> tuple[Activations, list[Activations]]:
     """The hidden states that the next block starts from; groups that share a stream share the object."""
     kept = note["streams"]
@@ -197,7 +212,7 @@ def _train_block(
 ) -> tuple[dict[str, Any], Activations, list[Activations]]:
     """One block: scores, masks, training, outputs, commit. Returns: its note, and the next block's inputs."""
     recipe, ladder, is_last = job.recipe, job.recipe.build_ladder(), index + 1 == len(job.blocks)
-    where, call = f"{architecture_of(job.base.model.config.model_type).blocks}.{index}", runner.call(index)
+    where, call = f"{job.prefix}.{index}", runner.call(index)
     linears = {path: block.get_submodule(path) for path in job.linears}
     shape_TD, dtype = tuple(dense.shape[1:]), dense.dtype
     start = f"block{index + 1:04d}"
@@ -220,25 +235,14 @@ def _train_block(
                 call, list(runner.batches()), elastic, ladder, streams, dense, target, mixer, job.generator,
                 lambda group: store.new(f"{start}-group{group}", shape_TD, dtype),
             )  # fmt: skip
-    note: dict[str, Any] = {"losses": losses, "mixer": mixer.weights.tolist(), "streams": None}
-    if not is_last:
-        names = {id(target): f"{start}-dense"}
-        groups = [names.setdefault(id(output), f"{start}-group{group}") for group, output in enumerate(outputs)]
-        for found in {id(x): x for x in (target, *outputs)}.values():
-            store.save(names[id(found)], found)
-        note["streams"] = {
-            "dense": f"{start}-dense",
-            "groups": groups,
-            "shape_TD": shape_TD,
-            "dtype": str(dtype).removeprefix("torch."),
-        }  # fmt: skip
+    kept = None if is_last else _keep_streams(store, start, target, outputs)
+    note = {"losses": losses, "mixer": mixer.weights.tolist(), "streams": kept}
     job.workers.wait()  # every worker's hidden states are on disk before the block counts as done
     moved = recipe.block.base_lr > 0
     state = {f"{path}.{part}": tensor for path, e in zip(linears, elastic, strict=True)
              for part, tensor in linear_state(e, moved).items()}  # fmt: skip
     job.folder.save_block(index, {**state, "generator": job.generator.get_state()}, note)
     if job.workers.is_main:
-        kept = note["streams"]
         store.keep_only([kept["dense"], *kept["groups"]] if kept else [])
     job.workers.wait()  # nobody writes the next block's files before the old ones are gone
     return note, target, outputs

@@ -4,14 +4,17 @@ Base weights are part of it only if training moved them. Masks are bytes: drop l
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from elastic_sparsity.adapters import ElasticLinear, replace_module_
 from elastic_sparsity.arch import weight_OI
-from elastic_sparsity.ladder import Ladder, rank_slices
+from elastic_sparsity.ladder import rank_slices
 from elastic_sparsity.shells import LinearRecord
+
+T = TypeVar("T")
 
 
 def linear_state(elastic: ElasticLinear, base_moved: bool) -> dict[str, Tensor]:
@@ -59,56 +62,34 @@ def record_of(elastic: ElasticLinear) -> LinearRecord:
     )
 
 
-class SavedRecords(Mapping[str, LinearRecord]):
-    """What the checkpoint stores of linears whose state lies in files; each is read when it is asked for.
+def saved_record(
+    state: Mapping[str, Tensor], stored_weight: Callable[[], Tensor], transposed: bool, ranks: Sequence[int]
+) -> LinearRecord:
+    """What the checkpoint stores of a linear whose state lies in a file.
 
     Args:
-        names: of all linears, in order.
-        state: a linear's name to its state.
-        weight: a linear's name to its base weight as the model stores it.
-        transposed: a linear's name to whether its module stores it as (inputs, outputs).
+        stored_weight: reads its base weight as the model stores it; asked only if the state holds none.
     """
-
-    def __init__(
-        self,
-        names: Sequence[str],
-        state: Callable[[str], Mapping[str, Tensor]],
-        weight: Callable[[str], Tensor],
-        transposed: Callable[[str], bool],
-        ladder: Ladder,
-        ranks: Sequence[int],
-    ) -> None:
-        self.names, self.state, self.weight, self.transposed = list(names), state, weight, transposed
-        self.ladder, self.slices = ladder, rank_slices(ranks)
-
-    def __getitem__(self, name: str) -> LinearRecord:
-        state, transposed = self.state(name), self.transposed(name)
-        base = state.get("weight")  # (O, I), as the elastic linear holds it
-        if base is None:
-            base = self.weight(name).T if transposed else self.weight(name)
-        return LinearRecord(
-            weight_OI=base,
-            drop_level_OI=state.get("drop_level"),
-            pattern_masks=[mask.bool() for mask in _patterns(state)],
-            pairs=[(state["lora_A"][part], state["lora_B"][:, part]) for part in self.slices],
-            transposed=transposed,
-        )
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
+    base = state.get("weight")  # (O, I), as the elastic linear holds it
+    if base is None:
+        base = stored_weight().T if transposed else stored_weight()
+    return LinearRecord(
+        weight_OI=base,
+        drop_level_OI=state.get("drop_level"),
+        pattern_masks=[mask.bool() for mask in _patterns(state)],
+        pairs=[(state["lora_A"][part], state["lora_B"][:, part]) for part in rank_slices(ranks)],
+        transposed=transposed,
+    )
 
 
-class LazyTensors(Mapping[str, Tensor]):
-    """Tensors by name, each read when it is asked for."""
+class Lazy(Mapping[str, T]):
+    """Items by name, each made when it is asked for, and not kept."""
 
-    def __init__(self, names: Sequence[str], read: Callable[[str], Tensor]) -> None:
-        self.names, self.read = list(names), read
+    def __init__(self, names: Sequence[str], make: Callable[[str], T]) -> None:
+        self.names, self.make = list(names), make
 
-    def __getitem__(self, name: str) -> Tensor:
-        return self.read(name)
+    def __getitem__(self, name: str) -> T:
+        return self.make(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)

@@ -129,7 +129,8 @@ class MemorySection(_Section):
     """Where a run keeps its data. Changes no result; an interrupted run may go on with other values."""
 
     weights: Literal["auto", "resident", "stream"] = "auto"
-    """Base model whole in memory, or read from its safetensors files block by block (needs end_to_end off)."""
+    """Base model whole in memory, or read from its safetensors files block by block; the end-to-end
+    phase is then off, or shared among several workers (`end_to_end.shard`)."""
     activations: Literal["auto", "device", "host", "disk"] = "auto"
     """Hidden states between blocks."""
 

@@ -92,9 +92,10 @@ def draw_samples(share: Share, batch_size: int, generator: torch.Generator) -> T
     total = share.num_samples
     counts = [len(range(place, total, batch_size)) if total >= batch_size else total for place in range(batch_size)]
     drawn = [int(torch.randint(count, (), generator=generator)) for count in counts]
-    wanted = [drawn[place] * batch_size + place if total >= batch_size else drawn[place] for place in share.places]
-    number = {sample: i for i, sample in enumerate(own_samples(total, share.places, batch_size))}
-    return torch.tensor([number[sample] for sample in wanted])
+    if total < batch_size:
+        return torch.tensor([drawn[place] for place in share.places])
+    # Every round of batch_size samples holds one for each of the worker's places, in order (see `own_samples`).
+    return torch.tensor([drawn[place] * len(share.places) + i for i, place in enumerate(share.places)])
 
 
 def _parameter_groups(linears: Sequence[ElasticLinear], mixer: FeatureMixer, s: BlockSettings) -> list[dict]:

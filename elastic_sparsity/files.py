@@ -98,10 +98,11 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 def atomic_file(path: Path) -> Iterator[Path]:
     """A scratch name beside `path` that replaces it when the block ends well.
 
-    Raises: OutputError: if it cannot be written; what was there is then unchanged.
+    Raises: OutputError: if it cannot be written, or is a device or pipe; what was there is then unchanged.
     """
     scratch = _scratch_beside(path)
     try:
+        _check_replaceable(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         yield scratch
         scratch.replace(path)
@@ -112,11 +113,16 @@ def atomic_file(path: Path) -> Iterator[Path]:
             scratch.unlink(missing_ok=True)
 
 
+def _check_replaceable(path: Path) -> None:
+    """A rename would replace a device too: as root, the machine's /dev/null."""
+    if path.exists() and not path.is_file():
+        raise OutputError(f"{path}: is no file; name another output file.")
+
+
 def check_output_file(path: Path) -> None:
     """Raises: OutputError: unless a file can be made at `path`, or be replaced."""
     try:
-        if path.exists() and not path.is_file():
-            raise OutputError(f"{path}: is no file; name another output file.")
+        _check_replaceable(path)
         made = [parent for parent in path.parents if not parent.exists()]
         scratch = _scratch_beside(path)
         try:

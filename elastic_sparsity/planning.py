@@ -113,7 +113,7 @@ def plan(
     return Plan(**{**{name: getattr(found, name) for name in Plan.__slots__}, "knobs": knobs})
 
 
-def choose(recipe: Recipe, shapes: ModelShapes, limits: dict[str, int], gpu: bool) -> Choices:
+def choose(recipe: Recipe, shapes: ModelShapes, limits: dict[str, int], gpu: bool, num_workers: int = 1) -> Choices:
     """What "auto" becomes: the first that fits, of what is fastest; if nothing does, what takes least.
 
     Training end to end is worth more than weights in memory, and these more than hidden states on the device.
@@ -130,7 +130,7 @@ def choose(recipe: Recipe, shapes: ModelShapes, limits: dict[str, int], gpu: boo
     options = [
         Choices(weights=weight, activations=place, trainable=trainable, precision=precision, gpu=gpu)
         for trainable, weight, place in product(trainables, weights, places)
-        if weight == "resident" or trainable == "off" or recipe.end_to_end.shard
+        if weight == "resident" or trainable == "off" or (recipe.end_to_end.shard and num_workers > 1)
     ]
     if not options:  # streamed weights and "auto": off, as a run does
         options = [Choices(weights="stream", activations=places[-1], trainable="off", precision=precision, gpu=gpu)]

@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from elastic_sparsity.errors import ConfigError, OutputError
+from elastic_sparsity.errors import ConfigError, OutputError, brief
 from elastic_sparsity.files import atomic_file, sync_path, write_json
 from elastic_sparsity.tensor_file import TensorFile
+from elastic_sparsity.tensor_file_writer import write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -110,16 +109,9 @@ class RunFolder:
     def _save(self, path: Path, tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> None:
         if not self.writes:
             return
-        whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        try:
-            with atomic_file(path) as scratch:
-                save_file(whole, scratch, metadata={"note": json.dumps(note)})
-                sync_path(scratch)
-            sync_path(self.path)
-        except (OSError, SafetensorError) as error:
-            raise OutputError(
-                f"{path}: cannot be written: {error}; free some space and run the same command again."
-            ) from error
+        with atomic_file(path) as scratch:
+            write_tensors(scratch, tensors, {"note": json.dumps(note)})  # on disk before it gets its name
+        sync_path(self.path)
 
     def _load(self, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         try:
@@ -135,12 +127,7 @@ def _differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
         for key in sorted(old.keys() | new.keys()):
             yield from _differences(old.get(key), new.get(key), f"{where}.{key}" if where else str(key))
     elif old != new:
-        yield f"{where} ({_short(old)} then, {_short(new)} now)"
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
+        yield f"{where} ({brief(old, 40)} then, {brief(new, 40)} now)"
 
 
 @contextmanager

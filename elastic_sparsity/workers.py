@@ -4,6 +4,7 @@ Sample s belongs to place s % B of every training batch of B samples; each worke
 same samples whatever the number N of workers, and hidden states never travel: statistics and gradients do.
 """
 
+import importlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -17,6 +18,10 @@ class Workers:
     """This process among its equals. `traffic` counts the bytes that it handed to reductions."""
 
     def __init__(self) -> None:
+        # Its functions keep, as default arguments, the group that exists when it is first imported (transformers'
+        # models import it): a group held for ever keeps its threads, which abort the process now and then as it exits.
+        if torch.distributed.is_available():
+            importlib.import_module("torch.distributed.nn")
         from accelerate import PartialState  # slow import, only here
 
         self._state = PartialState(cpu=not torch.cuda.is_available())
@@ -55,7 +60,7 @@ class Workers:
             return
         from accelerate.utils import reduce
 
-        flat = torch.cat([part.detach().flatten() for part in parts])
+        flat = torch.cat([part.detach().flatten() for part in parts]).to(self.device)  # NCCL knows no host memory
         self.traffic += flat.numel() * flat.dtype.itemsize
         summed: Tensor = reduce(flat, "sum")  # type: ignore[assignment]
         for part, values in zip(parts, summed.split([part.numel() for part in parts]), strict=True):

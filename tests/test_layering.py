@@ -27,7 +27,7 @@ ALLOWED = {
     "allocator": set(),
     "activations": {"torch", "numpy", "errors", "files"},
     "workers": {"torch", "accelerate", "errors"},
-    "run_folder": {"torch", "safetensors", "errors", "files", "tensor_file"},
+    "run_folder": {"torch", "errors", "files", "tensor_file", "tensor_file_writer"},
     "tensor_file": {"torch", "safetensors", "errors"},
     "tensor_file_writer": {"torch", "errors"},
     "shells": {"torch", "numpy", "errors", "ladder", "masks", "packing", "precision"},

@@ -1,13 +1,16 @@
 """A base model read block by block gives the bits of one that is whole in memory, in every family and placement."""
 
+import json
+
 import pytest
 import torch
 from conftest import tiny_recipe
 
 from elastic_sparsity import optimize
 from elastic_sparsity.arch import decoder_blocks
-from elastic_sparsity.errors import ConfigError, NumericsError
+from elastic_sparsity.errors import ConfigError, NumericsError, UnsupportedModelError
 from elastic_sparsity.models import load_base, stream_base
+from elastic_sparsity.pipeline import settle
 from elastic_sparsity.tensor_file import TensorFile
 from elastic_sparsity.tiny import TINY_FAMILIES, byte_tokenizer, tiny_model
 
@@ -82,7 +85,8 @@ def test_only_one_block_is_in_memory(tmp_path):
         handle.remove()
     assert seen == [[True, False], [False, True]] or seen == [[False, False], [False, False]]
     assert torch.equal(streamed, load_base(str(tmp_path / "m")).model(torch.arange(8)[None]).logits)
-    base.stream.load_all_()
+    for index, block in enumerate(blocks):
+        base.stream.load_block_(index, block)
     assert loaded() == [True, True]
 
 
@@ -103,7 +107,7 @@ def test_models_that_cannot_be_streamed(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read"):
         stream_base(model, "auto", torch.device("cpu"))
     victim.unlink()
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="which is no file of its folder"):
         stream_base(model, "auto", torch.device("cpu"))
     broken = tiny_model("llama")
     decoder_blocks(broken)[1].mlp.up_proj.weight.data[0, 0] = float("nan")
@@ -113,9 +117,52 @@ def test_models_that_cannot_be_streamed(tmp_path):
         stream_base(str(tmp_path / "nan"), "auto", torch.device("cpu"))
 
 
+@pytest.mark.parametrize("load", [load_base, lambda model: stream_base(model, "auto", torch.device("cpu"))])
+def test_a_streamed_model_passes_the_checks_of_a_whole_one(load, tmp_path):
+    model = saved(tmp_path / "m", "llama")
+    path = tmp_path / "m" / "config.json"
+    config = json.loads(path.read_text())
+    for changes, error in (
+        ({"quantization_config": {"quant_method": "awq"}}, UnsupportedModelError),
+        ({"model_type": "mamba"}, UnsupportedModelError),
+        ({"num_hidden_layers": 10**7}, ConfigError),
+        ({"max_position_embeddings": "many"}, ConfigError),
+    ):
+        path.write_text(json.dumps({**config, **changes}))
+        with pytest.raises(error):
+            load(model)
+    ran = tmp_path / "ran"
+    code = {"auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}
+    (tmp_path / "m" / "code.py").write_text(f"open({str(ran)!r}, 'w')")
+    path.write_text(json.dumps({**config, **code}))
+    load(model)  # of a known family: its own class is taken
+    assert not ran.exists()
+
+
 def test_a_recipe_that_contradicts_itself(tmp_path):
     with pytest.raises(ConfigError, match="one block in memory"):
         recipe_for("x", tmp_path / "t.txt", memory={"weights": "stream"}, end_to_end={"trainable": "base"})
+
+
+def test_sharing_a_model_needs_several_workers(tmp_path):
+    shared = {"trainable": "base", "shard": True}
+    model = saved(tmp_path / "m", "llama")
+    recipe = recipe_for(model, tmp_path / "t.txt", memory={"weights": "stream"}, end_to_end=shared)
+    with pytest.raises(ConfigError, match="needs several processes"):
+        optimize(recipe, tmp_path / "c")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "t.txt"]
+
+
+def test_auto_streams_only_what_can_be_streamed(tmp_path, monkeypatch):
+    """A large model is read block by block unless something needs all of it."""
+    monkeypatch.setattr("elastic_sparsity.pipeline.free_here", lambda: {"host": 1})
+    model = saved(tmp_path / "m", "llama")
+    text = recipe_for(model, tmp_path / "t.txt")
+    from_itself = tiny_recipe(model={"id": model}, end_to_end=NO_END)
+    trained_whole = recipe_for(model, tmp_path / "t.txt", end_to_end={"trainable": "base"})
+    assert [settle(recipe, 1).weights for recipe in (text, from_itself, trained_whole)] == [
+        "stream", "resident", "resident",
+    ]  # fmt: skip
 
 
 def test_self_sampled_text_needs_the_whole_model(tmp_path):
