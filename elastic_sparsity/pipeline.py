@@ -14,7 +14,6 @@ from torch import Tensor
 from elastic_sparsity.adapters import elastic_linears
 from elastic_sparsity.allocator import return_freed_tensors_, usual_allocator_after
 from elastic_sparsity.arch import (
-    architecture_of,
     check_finite_weights,
     head_function,
     is_transposed,
@@ -30,7 +29,7 @@ from elastic_sparsity.data import token_hash
 from elastic_sparsity.distill import Share
 from elastic_sparsity.end_to_end import EndToEndSettings, Snapshots, train_end_to_end_
 from elastic_sparsity.errors import ConfigError, OutputError
-from elastic_sparsity.files import check_output_folder, is_folder, write_json
+from elastic_sparsity.files import check_output_folder, write_json
 from elastic_sparsity.manifest import CONFIG_NAME
 from elastic_sparsity.model_shapes import read_shapes
 from elastic_sparsity.models import BaseModel, load_base, stream_base

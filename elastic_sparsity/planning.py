@@ -127,10 +127,12 @@ def choose(recipe: Recipe, shapes: ModelShapes, limits: dict[str, int], gpu: boo
         weights = ("resident",)  # no files to read in blocks, or a model that writes its own text
     where = recipe.memory.activations
     places = (("device", "host", "disk") if gpu else ("host", "disk")) if where == "auto" else (where,)
+    # A recipe that asks for both by name gets both, and with one process the error that says what is missing.
+    shared = recipe.end_to_end.shard and (num_workers > 1 or (wanted != "auto" and weights == ("stream",)))
     options = [
         Choices(weights=weight, activations=place, trainable=trainable, precision=precision, gpu=gpu)
         for trainable, weight, place in product(trainables, weights, places)
-        if weight == "resident" or trainable == "off" or (recipe.end_to_end.shard and num_workers > 1)
+        if weight == "resident" or trainable == "off" or shared
     ]
     if not options:  # streamed weights and "auto": off, as a run does
         options = [Choices(weights="stream", activations=places[-1], trainable="off", precision=precision, gpu=gpu)]

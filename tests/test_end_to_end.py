@@ -11,7 +11,6 @@ from elastic_sparsity import ElasticCheckpoint, ElasticModel, optimize
 from elastic_sparsity.adapters import elastic_linears
 from elastic_sparsity.errors import CheckpointError, NumericsError
 from elastic_sparsity.measure import measure
-from elastic_sparsity.models import BaseModel
 from elastic_sparsity.tiny import byte_tokenizer, tiny_model
 
 IDS = torch.arange(4, 40)[None]

@@ -134,8 +134,8 @@ ALLOWED = {
     "cli_plan": {"config", "errors", "planning", "report"},
     "cli": {
         "transformers", "checkpoint", "choosing", "cli_device", "cli_export", "cli_plan", "config", "errors", "files",
-        "hub", "inspection", "measure", "overlay", "peft_export", "pipeline", "precision", "report", "slicing", "transfer",
-        "verify", "workers",
+        "hub", "inspection", "measure", "overlay", "peft_export", "pipeline", "precision", "report", "slicing",
+        "transfer", "verify", "workers",
     },
 }  # fmt: skip
 WATCHED = {"torch", "numpy", "safetensors", "transformers", "peft", "datasets", "lm_eval", "accelerate", "gguf", "onnx",
