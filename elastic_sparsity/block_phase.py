@@ -117,6 +117,7 @@ def run_block_phase_(job: Job) -> tuple[list[dict[str, float]], Tensor]:
         started = time.monotonic()
         with job.block(index) as block:
             found, dense, streams = _train_block(job, index, block, runner, store, share, dense, streams)
+        del block  # before the next one is read
         notes.append(found)
         losses = " ".join(f"{name}={value:.4g}" for name, value in found["losses"].items())
         seconds = time.monotonic() - started

@@ -18,6 +18,7 @@ from rich.progress import Progress as RichProgress
 
 from elastic_sparsity.cli_device import register as register_device
 from elastic_sparsity.cli_export import register as register_export
+from elastic_sparsity.cli_plan import register as register_plan
 from elastic_sparsity.config import Recipe, read_recipe
 from elastic_sparsity.errors import ConfigError, ElasticSparsityError
 from elastic_sparsity.files import check_output_file, is_file
@@ -80,6 +81,9 @@ def recipe_path(name: str) -> Path:
     if name not in known:
         raise ConfigError(f"recipe {name!r}: no such file; recipes of the package: {', '.join(sorted(known))}.")
     return known[name]
+
+
+register_plan(app, recipe_path)
 
 
 @app.command()

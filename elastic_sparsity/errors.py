@@ -52,6 +52,10 @@ class ProfileError(ElasticSparsityError):
     """A device profile is missing, damaged, or of a version this release does not read."""
 
 
+class MemoryPlanError(ElasticSparsityError):
+    """A run needs more memory or disk than there is."""
+
+
 class OutputError(ElasticSparsityError):
     """The output folder is in use, or the disk is full."""
 

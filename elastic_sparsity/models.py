@@ -98,7 +98,7 @@ def stream_base(model_id: str, dtype: str, device: torch.device) -> BaseModel:
     _check_id(model_id)
     folder = weights_folder(model_id)
     try:
-        config = _checked_config(folder)
+        config = checked_config(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
     except ElasticSparsityError:
         raise
@@ -157,7 +157,7 @@ def _from_pretrained(source: str | Path, dtype: str) -> tuple[Any, Any]:
     if not is_folder(source) and (str(source).startswith((".", "/")) or str(source).count("/") > 1):
         raise ConfigError(f"model.id: {str(source)!r} is no folder.")
     try:
-        config = _checked_config(source)  # before gigabytes are loaded
+        config = checked_config(source)  # before gigabytes are loaded
         model, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
             source,
             config=config,
@@ -180,28 +180,42 @@ def _from_pretrained(source: str | Path, dtype: str) -> tuple[Any, Any]:
         ) from error
 
 
-def _checked_config(source: str | Path) -> Any:
-    """config.json as transformers' object, if it is one of an ordinary model of the table, in reasonable sizes."""
-    from transformers import AutoModelForCausalLM, PretrainedConfig  # slow imports, only here
+def checked_config(source: str | Path) -> Any:
+    """A model's config.json as transformers' object, if `config_of` takes it."""
+    from transformers import PretrainedConfig  # slow import, only here
 
     if is_folder(source):
         _check_folder(Path(source))
     raw, _ = PretrainedConfig.get_config_dict(source)
+    return config_of(raw, f"model.id: {str(source)!r}: config.json")
+
+
+def config_of(raw: dict[str, Any], where: str) -> Any:
+    """What a config.json holds as transformers' object, if it is one of an ordinary model of the table, in reasonable
+    sizes.
+
+    Args:
+        where: the file, for messages.
+    """
+    from transformers import AutoModelForCausalLM  # slow import, only here
+
     architecture_of(raw.get("model_type"))
     for key in ("num_hidden_layers", "n_layer", "num_labels"):  # transformers makes lists of them
         if isinstance(raw.get(key), int | float) and not 0 <= raw[key] <= MAX_LAYERS:
-            where = f"model.id: {str(source)!r}: config.json: {key}"
-            raise ConfigError(f"{where}: {brief(raw[key])} is not between 0 and {MAX_LAYERS}.")
+            raise ConfigError(f"{where}: {key}: {brief(raw[key])} is not between 0 and {MAX_LAYERS}.")
     if raw.get("quantization_config") is not None:
         raise UnsupportedModelError(
-            f"model.id: {str(source)!r} is quantised, its weights cannot be sparsified; take the model it was made of."
+            f"{where}: is of a quantised model, whose weights cannot be sparsified; take the model it was made of."
         )
     config = config_object(raw)
     with torch.device("meta"):  # takes no memory, whatever sizes config.json claims
         model = AutoModelForCausalLM.from_config(config)
+    empty = next((name for name, weight in model.named_parameters() if not weight.numel()), None)
+    if empty is not None:
+        raise ConfigError(f"{where}: gives {empty} no values; every size must be above 0.")
     buffers = sum(buffer.numel() for buffer in model.buffers())
     if buffers > max(2**26, model.num_parameters()):
-        raise ConfigError(f"model.id: {str(source)!r}: config.json asks for {buffers} values besides the weights.")
+        raise ConfigError(f"{where}: asks for {buffers} values besides the weights.")
     return config
 
 

@@ -8,19 +8,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
-from elastic_sparsity.activations import DEVICE, DISK, HOST
 from elastic_sparsity.adapters import elastic_linears
+from elastic_sparsity.allocator import return_freed_tensors_, usual_allocator_after
 from elastic_sparsity.arch import (
-    architecture_of,
     check_finite_weights,
-    decoder_blocks,
     head_function,
     is_transposed,
-    weight_OI,
 )
 from elastic_sparsity.attention import training_attention
 from elastic_sparsity.block_phase import Job, peak_bytes, restore_block_, run_block_phase_
@@ -33,9 +29,12 @@ from elastic_sparsity.data import token_hash
 from elastic_sparsity.distill import Share
 from elastic_sparsity.end_to_end import EndToEndSettings, Snapshots, train_end_to_end_
 from elastic_sparsity.errors import ConfigError, OutputError
-from elastic_sparsity.files import check_output_folder, is_file, is_folder, write_json
+from elastic_sparsity.files import check_output_folder, is_file, write_json
 from elastic_sparsity.manifest import CONFIG_NAME
+from elastic_sparsity.model_shapes import read_shapes
 from elastic_sparsity.models import BaseModel, load_base, stream_base
+from elastic_sparsity.plan_sizes import Choices
+from elastic_sparsity.planning import choose, free_here
 from elastic_sparsity.precision import default_device, resolve_precision
 from elastic_sparsity.run_folder import RunFolder, is_unfinished, run_folder
 from elastic_sparsity.sharding import shard_block_, whole_tensors
@@ -63,7 +62,7 @@ def optimize(
     # A checkpoint that is there may be the unfinished run's own, from just before it was killed.
     if workers.is_main and (restart or not (is_unfinished(output) and is_file(output / CONFIG_NAME))):
         check_output_folder(output)
-    with run_folder(output, restart=restart, writes=workers.is_main) as folder:
+    with run_folder(output, restart=restart, writes=workers.is_main) as folder, usual_allocator_after():
         job, stored_dtype, identity = prepare(recipe, folder, workers, progress if workers.is_main else silent)
         if is_file(output / CONFIG_NAME):
             return ElasticCheckpoint(output)
@@ -84,7 +83,8 @@ def prepare(
 ) -> tuple[Job, torch.dtype, dict[str, Any]]:
     """Model, text and choices of a run. Returns: the job, the base model's stored dtype, and what the run is."""
     with workers.main_first():  # the others find downloads, conversions and sampled text in the cache
-        base = open_base(recipe)
+        planned = settle(recipe, workers.count)
+        base = open_base(recipe, planned.weights)
         if recipe.evaluation.source is not None:
             evaluation_windows(recipe, base, None)  # a text that cannot be used should not cost a run
         token_ids, _ = calibration_tokens(recipe, base, progress)
@@ -102,14 +102,14 @@ def prepare(
     }
     with workers.main_first():
         began = {**identity, "precision": precision, "device": model.device.type}
-        choices = folder.claim(began, {"trainable": resolve_trainable(recipe, base, workers.count)})
+        choices = folder.claim(began, {"trainable": planned.trainable})
     job = Job(
         recipe=recipe,
         base=base,
         token_ids_ST=token_ids.to(model.device),
         trainable=choices["trainable"],
         precision=precision,
-        activations=resolve_activations(recipe, base),
+        activations=planned.activations,
         workers=workers,
         folder=folder,
         generator=torch.Generator().manual_seed(recipe.seed),
@@ -123,61 +123,21 @@ def prepare(
     return job, stored_dtype, {**identity, "resolved": {"precision": precision, "trainable": job.trainable}}
 
 
-def open_base(recipe: Recipe) -> BaseModel:
-    """The base model, whole in memory or block by block, as the recipe says or memory allows."""
-    wanted = recipe.memory.weights
-    # What needs the whole model: training it end to end, and writing the calibration text with it.
-    may_stream = recipe.end_to_end.trainable in ("auto", "off") and recipe.calibration.source != "self"
-    if wanted == "auto" and may_stream and is_folder(recipe.model.id):
-        size = sum(path.stat().st_size for path in Path(recipe.model.id).glob("*.safetensors"))
-        wanted = "stream" if size > 0.4 * free_bytes(default_device()) else "resident"
-    if wanted == "stream":
+def settle(recipe: Recipe, num_workers: int) -> Choices:
+    """What "auto" becomes, by the plan's figures and the memory that is free."""
+    shapes = read_shapes(recipe.model.id, recipe.model.dtype)
+    choices = choose(recipe, shapes, free_here(), default_device() == "cuda", num_workers)
+    if choices.trainable == "off" and recipe.end_to_end.trainable == "auto" and recipe.end_to_end.steps:
+        log.warning("end-to-end phase is off: its training does not fit into memory; `elastic-sparsity plan` says more")
+    return choices
+
+
+def open_base(recipe: Recipe, weights: str) -> BaseModel:
+    """The base model, whole in memory ("resident") or block by block ("stream")."""
+    if weights == "stream":
+        return_freed_tensors_()
         return stream_base(recipe.model.id, recipe.model.dtype, torch.device(default_device()))
     return load_base(recipe.model.id, recipe.model.dtype)
-
-
-def resolve_activations(recipe: Recipe, base: BaseModel) -> str:
-    """Where hidden states live: the first of device, host and disk with room for two blocks' streams."""
-    if recipe.memory.activations != "auto":
-        return recipe.memory.activations
-    config, device = base.model.config, base.model.device.type
-    streams = 2 * (recipe.build_ladder().num_groups + 1)
-    needed = streams * recipe.block.samples * recipe.calibration.length * config.hidden_size * base.model.dtype.itemsize
-    places = ((DEVICE, device), (HOST, "cpu"))
-    return next((place for place, kind in places if needed < 0.4 * free_bytes(kind)), DISK)
-
-
-def free_bytes(device_type: str) -> int:
-    """Memory that is free now."""
-    return torch.cuda.mem_get_info()[0] if device_type == "cuda" else psutil.virtual_memory().available
-
-
-def resolve_trainable(recipe: Recipe, base: BaseModel, num_workers: int) -> str:
-    """What the end-to-end phase trains: "base", "adapters" or "off"; decides "auto" by the memory there is."""
-    wanted, model = recipe.end_to_end, base.model
-    if wanted.trainable == "off" or not wanted.steps:
-        return "off"
-    if wanted.trainable != "auto":
-        return wanted.trainable
-    if base.stream is not None and not (wanted.shard and num_workers > 1):
-        log.warning("end-to-end phase is off: the base model is read block by block and never whole in memory")
-        return "off"
-    paths = architecture_of(model.config.model_type).linears
-    shapes = [weight_OI(block.get_submodule(path)).shape for block in decoder_blocks(model) for path in paths]
-    base_weights = sum(o * i for o, i in shapes)
-    adapters = sum(recipe.group_ranks()) * sum(o + i for o, i in shapes)
-    tokens = wanted.batch_size * recipe.calibration.length
-    width, depth = model.config.hidden_size, len(decoder_blocks(model))
-    product = 2 if resolve_precision(recipe.precision, model.device.type) == "bfloat16" else 4  # bytes a number
-    # Saved for the backward pass: the effective weight and its mask; per token about 60 bytes a width and block
-    # (measured on SmolLM2-135M). Masks: drop level and one byte a pattern.
-    common = 64 * tokens * width * depth + (2 * product + 1 + len(recipe.ladder.patterns)) * base_weights
-    free = free_bytes(model.device.type)
-    for choice, needed in (("base", (16 + product) * base_weights + 16 * adapters), ("adapters", 16 * adapters)):
-        if needed + common < 0.9 * free:
-            return choice
-    log.warning("end-to-end phase is off: %.1f GB are free, it would need more; use a smaller batch", free / 1e9)
-    return "off"
 
 
 def run_end_to_end_(job: Job) -> dict[str, float]:

@@ -119,6 +119,7 @@ class WeightStream:
                 raise NumericsError(f"base model: {name} holds NaN or infinity; download or convert the model again.")
             digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
             digest.update(weight.contiguous().view(torch.uint8).numpy().data)
+            del weight  # before the next one is read
         return digest.hexdigest()
 
     def load_rest_(self) -> None:

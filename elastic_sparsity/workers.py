@@ -4,6 +4,10 @@ Sample s belongs to place s % B of every training batch of B samples; each worke
 same samples whatever the number N of workers, and hidden states never travel: statistics and gradients do.
 """
 
+import functools
+import gc
+import importlib
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -12,11 +16,17 @@ from torch import Tensor
 
 from elastic_sparsity.errors import ConfigError
 
+_CACHED = type(functools.cache(lambda: None))
+
 
 class Workers:
     """This process among its equals. `traffic` counts the bytes that it handed to reductions."""
 
     def __init__(self) -> None:
+        # Its functions keep, as default arguments, the group that exists when it is first imported (transformers'
+        # models import it): a group held for ever keeps its threads, which abort the process now and then as it exits.
+        if torch.distributed.is_available():
+            importlib.import_module("torch.distributed.nn")
         from accelerate import PartialState  # slow import, only here
 
         self._state = PartialState(cpu=not torch.cuda.is_available())
@@ -89,4 +99,22 @@ class Workers:
         """Leaves the group, after everyone came here: one who is gone early looks like a crash to the others."""
         if self.count > 1:
             self.wait()
+            _empty_sharding_caches()
             self._state.destroy_process_group()
+
+
+def _empty_sharding_caches() -> None:
+    """Has torch forget what it worked out about a model in parts: that holds the process group, as above.
+
+    Two of the three names are private to torch; a release without them keeps the group's threads to the end.
+    """
+    if "torch.distributed.tensor" not in sys.modules:
+        return
+    debug = importlib.import_module("torch.distributed.tensor.debug")
+    redistribute = sys.modules.get("torch.distributed.tensor._redistribute")
+    getattr(debug, "_clear_sharding_prop_cache", int)()
+    getattr(redistribute, "_planner_cache", {}).clear()
+    for found in gc.get_objects():
+        if isinstance(found, _CACHED) and (found.__module__ or "").startswith("torch.distributed."):
+            found.cache_clear()
+    gc.collect()  # modules and their hooks refer to each other

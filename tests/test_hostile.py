@@ -47,6 +47,7 @@ def test_recipes(ledger, tmp_path):
         if outcome == REFUSED and (number < 130 or number % 3 == 0):  # the first ones are no random ones
             override = overrides[number % len(overrides)]
             ledger.cli("train", path, *override, "--output", ledger.out, "-q", inputs=[path], case=words)
+            ledger.cli("plan", path, "--no-probe", inputs=[path], case=words)
 
 
 def test_levels(ledger, tiny_checkpoint):
@@ -189,15 +190,23 @@ def test_command_lines(ledger, tiny_checkpoint, text_file, quick, tmp_path):
         ("eval", tiny_checkpoint, "--text", text_file, "-q"): EVAL_OPTIONS,
         ("slice", tiny_checkpoint, "--output", ledger.out): ("--dtype", "--format", "--level"),
         ("export", tiny_checkpoint, "--output", ledger.out): ("--dtype", "--format", "--level"),
+        ("plan", quick, "--no-probe"): ("--device-memory", "--host-memory", "--disk", "--config", "--model"),
     }
     for command, options in numbers.items():
         for option in options:
-            for value in (*NUMBERS, *WORDS):
+            for value in (*NUMBERS, *WORDS, *(SIZES if command[0] == "plan" else ())):
+                if "\0" in value or len(value) > 10**4:  # no shell can pass it
+                    continue
                 if command[0] == "bench" and value == "1_0":  # Python's 10, which takes a while
                     continue
                 ledger.cli(*command, f"{option}={value}")
     commands = ["slice", "inspect", "export-peft", "overlay", "restore", "eval", "export", "bench"]
-    first = {**{command: [tiny_checkpoint] for command in commands}, "train": [quick], "upgrade": [tmp_path]}
+    first = {
+        **{command: [tiny_checkpoint] for command in commands},
+        "train": [quick],
+        "plan": [quick, "--no-probe"],
+        "upgrade": [tmp_path],
+    }
     random = Random(10)
     for _ in range(400):
         command = random.choice([*first, "doctor", "demo", "nonsense", "", "SLICE", "--level"])

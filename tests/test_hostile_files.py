@@ -68,7 +68,7 @@ def stream(model_id):
 def test_base_models(ledger, good_model, tmp_path, quick, streamed, text_file):
     workshop = Workshop(good_model, tmp_path)
     (tmp_path / "other.safetensors").write_bytes(b"x")
-    for number, (words, damage) in enumerate(models(Random(5), 150)):
+    for number, (words, damage) in enumerate(models(Random(5), 100)):
         folder = workshop.make(damage)
         ledger.api("load_base", lambda: load_base(str(folder)), case=words, inputs=[folder])
         ledger.api("stream_base", lambda: stream(str(folder)), case=words, inputs=[folder])
@@ -81,6 +81,9 @@ def test_base_models(ledger, good_model, tmp_path, quick, streamed, text_file):
             [*measure, "random:llama", "--reference", folder],
         )
         ledger.cli(*commands[number % 4], inputs=[folder], case=f"{number % 4}: {words}")
+        plan = ["plan", quick, "--no-probe", ("--model", "--config")[number // 2 % 2]]
+        if number % 2:
+            ledger.cli(*plan, folder, inputs=[folder], case=f"plan: {words}")
         if "tokenizer" in words and number % 4 != 1:
             ledger.cli(*commands[1], inputs=[folder], case=f"1: {words}")
     kinds = ("{}", "random:{}", "pypi:{}", "{}.gguf")
@@ -99,6 +102,8 @@ def test_gguf_files(ledger, tmp_path, quick):
         path.write_bytes(edited(good[:head], random) + good[head:] if number > 20 else good[: number * len(good) // 21])
         case = f"gguf {number}"
         ledger.api("load_base", lambda: load_base(str(path)), case=case, inputs=[path])
+        if number % 4 == 1:
+            ledger.cli("plan", quick, "--no-probe", "--model", path, inputs=[path], case=case)
         if number % 4 == 0:
             ledger.cli("train", quick, "--model", path, "--output", ledger.out, "-q", inputs=[path], case=case)
 

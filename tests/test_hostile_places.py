@@ -86,6 +86,8 @@ def test_paths_of_checkpoints(ledger, tiny_checkpoint, tmp_path, text_file):
             ["export-peft", path, "--output", ledger.out],
             ["slice", tiny_checkpoint, "--max-ms-per-token", "1", "--device-profile", path, "--output", ledger.out],
             ["bench", path, "-q"],
+            ["plan", "smoke", "--no-probe", "--model", path],
+            ["plan", "smoke", "--no-probe", "--config", path],
             ["upgrade", path, "--from", tiny_checkpoint, "--level", "0.7"],
             ["export", path, "--level", "0.7", "--format", "bitmask", "--output", ledger.out],
         ):
@@ -136,7 +138,6 @@ def test_odd_names(ledger, tiny_checkpoint, tmp_path, quick, streamed, text_file
             ["export-peft", whole, f"--output={room / 'p'}"],
             ["eval", plain, "--text", text_file, *ONE_WINDOW, f"--output={room / 'e.json'}"],
             ["eval", whole, "--text", room / "none.txt", *ONE_WINDOW],
-            ["train", quick, "-q", f"--output={room / 't'}"],
             ["train", quick, "-q", f"--output={room / name}"],
             ["train", quick, "-q", f"--model={plain}", f"--output={room / 'm'}"],
             ["train", streamed, "-q", f"--model={plain}", f"--output={room / 'n'}"],

@@ -24,6 +24,7 @@ ALLOWED = {
     "native": {"torch", "errors", "packed_weight"},
     "bitmask": {"torch", "numpy", "errors", "packing", "precision"},
     "files": {"safetensors", "errors"},
+    "allocator": set(),
     "activations": {"torch", "numpy", "errors", "files"},
     "workers": {"torch", "accelerate", "errors"},
     "run_folder": {"torch", "errors", "files", "tensor_file", "tensor_file_writer"},
@@ -54,6 +55,7 @@ ALLOWED = {
     "models": {
         "torch", "safetensors", "transformers", "gguf", "arch", "errors", "files", "precision", "tiny", "weight_stream",
     },
+    "model_shapes": {"torch", "transformers", "arch", "errors", "files", "models", "precision", "tiny"},
     "data": {"torch", "datasets", "errors", "files"},
     "blocks": {"torch", "activations", "errors"},
     "attention": {"torch", "transformers"},
@@ -101,10 +103,20 @@ ALLOWED = {
         "placement", "slicing",
     },
     "evaluate": {"torch", "arch", "errors"},
+    "plan_sizes": {"config", "ladder", "model_shapes", "shells"},
+    "memory_plan": {"config", "files", "masks", "model_shapes", "plan_sizes"},
+    "work_plan": {"plan_sizes"},
+    "probe": {
+        "torch", "transformers", "activations", "arch", "attention", "block_phase", "blocks", "calibrate", "config",
+        "distill", "mixer", "models", "precision", "run_folder", "work_plan", "workers",
+    },
     # layer 4: the flow
+    "planning": {
+        "torch", "config", "errors", "memory_plan", "model_shapes", "plan_sizes", "precision", "probe", "work_plan",
+    },
     "pipeline": {
-        "torch", "activations", "adapters", "arch", "attention", "block_phase", "block_state", "calibration_text",
-        "checkpoint",
+        "torch", "adapters", "allocator", "arch", "attention", "block_phase", "block_state", "calibration_text",
+        "checkpoint", "model_shapes", "plan_sizes", "planning",
         "checkpoint_writer", "config", "data", "distill", "end_to_end", "errors", "files", "manifest", "models",
         "precision", "run_folder", "sharding", "shells", "workers",
     },
@@ -120,10 +132,11 @@ ALLOWED = {
     "__main__": {"cli"},
     "cli_device": {"bench", "device_profile", "device_report", "doctor", "errors", "files", "precision", "terminal"},
     "cli_export": {"transformers", "exports", "terminal"},
+    "cli_plan": {"config", "errors", "planning", "report"},
     "cli": {
-        "transformers", "checkpoint", "choosing", "cli_device", "cli_export", "config", "errors", "files", "hub",
-        "inspection", "measure", "overlay", "peft_export", "pipeline", "precision", "report", "slicing", "terminal",
-        "transfer", "verify", "workers",
+        "transformers", "checkpoint", "choosing", "cli_device", "cli_export", "cli_plan", "config", "errors", "files",
+        "hub", "inspection", "measure", "overlay", "peft_export", "pipeline", "precision", "report", "slicing",
+        "terminal", "transfer", "verify", "workers",
     },
 }  # fmt: skip
 WATCHED = {"torch", "numpy", "safetensors", "transformers", "peft", "datasets", "lm_eval", "accelerate", "gguf", "onnx",

@@ -10,7 +10,7 @@ from elastic_sparsity import optimize
 from elastic_sparsity.arch import decoder_blocks
 from elastic_sparsity.errors import ConfigError, NumericsError, UnsupportedModelError
 from elastic_sparsity.models import load_base, stream_base
-from elastic_sparsity.pipeline import open_base
+from elastic_sparsity.pipeline import settle
 from elastic_sparsity.tensor_file import TensorFile
 from elastic_sparsity.tiny import TINY_FAMILIES, byte_tokenizer, tiny_model
 
@@ -155,12 +155,14 @@ def test_sharing_a_model_needs_several_workers(tmp_path):
 
 def test_auto_streams_only_what_can_be_streamed(tmp_path, monkeypatch):
     """A large model is read block by block unless something needs all of it."""
-    monkeypatch.setattr("elastic_sparsity.pipeline.free_bytes", lambda kind: 1)
+    monkeypatch.setattr("elastic_sparsity.pipeline.free_here", lambda: {"host": 1})
     model = saved(tmp_path / "m", "llama")
     text = recipe_for(model, tmp_path / "t.txt")
-    assert open_base(text).stream is not None
-    assert open_base(tiny_recipe(model={"id": model}, end_to_end=NO_END)).stream is None  # its text from itself
-    assert open_base(recipe_for(model, tmp_path / "t.txt", end_to_end={"trainable": "base"})).stream is None
+    from_itself = tiny_recipe(model={"id": model}, end_to_end=NO_END)
+    trained_whole = recipe_for(model, tmp_path / "t.txt", end_to_end={"trainable": "base"})
+    assert [settle(recipe, 1).weights for recipe in (text, from_itself, trained_whole)] == [
+        "stream", "resident", "resident",
+    ]  # fmt: skip
 
 
 def test_self_sampled_text_needs_the_whole_model(tmp_path):

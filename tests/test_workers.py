@@ -19,6 +19,7 @@ from elastic_sparsity.workers import Workers
 
 RUN = """
 import json, sys
+from pathlib import Path
 import torch
 sys.path.insert(0, "tests")
 from conftest import tiny_recipe
@@ -35,6 +36,9 @@ except ElasticSparsityError as error:
     sys.exit(f"refused: {error}")
 measure(recipe, checkpoint)
 Workers().close()
+threads = [task.joinpath("comm").read_text().strip() for task in Path("/proc/self/task").glob("*")]
+if any("gloo" in name for name in threads):
+    sys.exit(f"the closed group still has threads, which can abort the process as it exits: {threads}")
 """
 
 
