@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from elastic_sparsity.errors import OutputError
-from elastic_sparsity.files import sync_path
+from elastic_sparsity.files import file_crc32, sync_path
 
 DEVICE, HOST, DISK = "device", "host", "disk"
 
@@ -179,6 +179,17 @@ class ActivationStore:
         for sample in range(len(self.rows)):
             found[sample : sample + 1] = file[sample : sample + 1]
         return found
+
+    def checksum(self, name: str) -> int:
+        """Of what `save` left, all workers' rows.
+
+        Raises: OutputError: if it cannot be read.
+        """
+        path = self.folder / f"{name}.activations"
+        try:
+            return file_crc32(path)
+        except OSError as error:
+            raise OutputError(f"{path}: cannot be read: {error}; start again with --restart.") from error
 
     def keep_only(self, names: Sequence[str]) -> None:
         """Removes all other files."""

@@ -48,7 +48,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
-def architecture_of(model_type: str) -> Architecture:
+def architecture_of(model_type: Any) -> Architecture:
     """The table row.
 
     Raises: UnsupportedModelError: listing the supported model types.

@@ -76,7 +76,7 @@ def bench(
     Raises: ConfigError: unknown way, batches without 1, a prompt longer than the model reads, too little memory.
         LevelError, CheckpointError.
     """
-    _check_settings(batches, prompt, new_tokens, repeats, threads, device)
+    _check_settings(batches, prompt, new_tokens, repeats, threads, device, name)
     with _threads(threads):
         found = facts or read_facts()
         chosen = _chosen_ways(found, ways, device)
@@ -92,7 +92,13 @@ def bench(
 
 
 def _check_settings(
-    batches: Sequence[int], prompt: int, new_tokens: int, repeats: int, threads: int | None, device: str
+    batches: Sequence[int],
+    prompt: int,
+    new_tokens: int,
+    repeats: int,
+    threads: int | None,
+    device: str,
+    name: str | None,
 ) -> None:
     if 1 not in batches or min(batches) < 1:
         raise ConfigError(f"bench: batches {list(batches)} must be above 0 and contain 1, as predictions rest on it.")
@@ -101,6 +107,8 @@ def _check_settings(
             raise ConfigError(f"bench: {field_name}: {brief(value)} is not between 1 and 1000000.")
     if threads is not None and not 1 <= threads <= 4096:
         raise ConfigError(f"bench: threads: {brief(threads)} is not between 1 and 4096.")
+    if name is not None and not (name.isprintable() and len(name) <= 200):
+        raise ConfigError(f"bench: name {brief(name)} is no line of text of at most 200 characters.")
     if device not in ("cpu", "cuda"):
         raise ConfigError(f"bench: device {device!r} is not cpu or cuda.")
 

@@ -101,12 +101,14 @@ def run_block_phase_(job: Job) -> tuple[list[dict[str, float]], Tensor]:
     """
     blocks, workers, recipe = job.blocks, job.workers, job.recipe
     runner, store, share = _runner(job)
-    done = job.folder.finished_blocks()
+    done = min(job.folder.finished_blocks(), len(blocks))
     workers.wait()  # nobody writes before everyone has counted
     notes = restore_blocks_(job, done)
     if done == len(blocks):
         return _summary(notes)
     if done:
+        if workers.is_main:  # once for all
+            _check_streams(store, notes[-1])
         dense, streams = _kept_streams(store, notes[-1])
     else:
         dense = runner.first_hidden(lambda shape, dtype, _: store.new("block0000-dense", shape[1:], dtype))
@@ -188,11 +190,21 @@ def _keep_streams(
     return {"dense": f"{start}-dense", "groups": groups, "shape_TD": tuple(dense.shape[1:]), "dtype": dtype}
 
 
+def _stream_names(kept: dict[str, Any]) -> list[str]:
+    return list(dict.fromkeys([kept["dense"], *kept["groups"]]))
+
+
+def _check_streams(store: ActivationStore, note: dict[str, Any]) -> None:
+    for name, expected in note["streams"]["crc32"].items():
+        if store.checksum(name) != expected:
+            raise OutputError(f"{store.folder / name}.activations: is damaged; start again with --restart.")
+
+
 def _kept_streams(store: ActivationStore, note: dict[str, Any]) -> tuple[Activations, list[Activations]]:
     """The hidden states that the next block starts from; groups that share a stream share the object."""
     kept = note["streams"]
     found: dict[str, Activations] = {}
-    for name in dict.fromkeys([kept["dense"], *kept["groups"]]):
+    for name in _stream_names(kept):
         loaded = store.load(name, kept["shape_TD"], DTYPES[kept["dtype"]])
         if loaded is None:
             raise OutputError(f"{store.folder / name}.activations: missing or cut off; start again with --restart.")
@@ -238,12 +250,14 @@ def _train_block(
     kept = None if is_last else _keep_streams(store, start, target, outputs)
     note = {"losses": losses, "mixer": mixer.weights.tolist(), "streams": kept}
     job.workers.wait()  # every worker's hidden states are on disk before the block counts as done
+    if kept and job.workers.is_main:
+        kept["crc32"] = {name: store.checksum(name) for name in _stream_names(kept)}
     moved = recipe.block.base_lr > 0
     state = {f"{path}.{part}": tensor for path, e in zip(linears, elastic, strict=True)
              for part, tensor in linear_state(e, moved).items()}  # fmt: skip
     job.folder.save_block(index, {**state, "generator": job.generator.get_state()}, note)
     if job.workers.is_main:
-        store.keep_only([kept["dense"], *kept["groups"]] if kept else [])
+        store.keep_only(_stream_names(kept) if kept else [])
     job.workers.wait()  # nobody writes the next block's files before the old ones are gone
     return note, target, outputs
 

@@ -12,7 +12,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from elastic_sparsity.config import Recipe
-from elastic_sparsity.data import read_text, sample_from_model, sample_windows, token_hash, tokenize, windows
+from elastic_sparsity.data import (
+    check_vocabulary,
+    read_text,
+    sample_from_model,
+    sample_windows,
+    token_hash,
+    tokenize,
+    windows,
+)
 from elastic_sparsity.errors import ConfigError, DataError
 from elastic_sparsity.files import is_file
 from elastic_sparsity.models import BaseModel, cache_folder
@@ -50,7 +58,9 @@ def calibration_tokens(recipe: Recipe, base: BaseModel, progress: Progress = sil
         text_column=wanted.text_column,
         max_chars=None if is_file(wanted.source) else 40 * wanted.samples * wanted.length,
     )
-    return sample_windows(tokenize(base.tokenizer, text), wanted.samples, wanted.length, recipe.seed), None
+    ids = tokenize(base.tokenizer, text)
+    check_vocabulary(ids, base.model.config.vocab_size)
+    return sample_windows(ids, wanted.samples, wanted.length, recipe.seed), None
 
 
 def _self_sampled(recipe: Recipe, base: BaseModel, samples: int, seed: int, progress: Progress) -> Tensor:
@@ -98,6 +108,7 @@ def evaluation_windows(recipe: Recipe, base: BaseModel, held_out: Tensor | None)
     text = read_text(wanted.source)
     check_length("evaluation.window", wanted.window, base.model)
     ids = windows(tokenize(base.tokenizer, text), wanted.window, wanted.max_windows)
+    check_vocabulary(ids, base.model.config.vocab_size)
     return ids, {"text": Path(wanted.source).name, "sha256": token_hash(ids), "windows": list(ids.shape)}
 
 

@@ -152,7 +152,7 @@ def _check_budget(profile: Any, max_bytes: Any, max_ms_per_token: Any, min_quali
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def _candidate(checkpoint: ElasticCheckpoint, level: Level, device: Profile | None, can_fetch: bool) -> _Candidate:

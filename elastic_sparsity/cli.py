@@ -22,6 +22,7 @@ from elastic_sparsity.cli_plan import register as register_plan
 from elastic_sparsity.config import Recipe, read_recipe
 from elastic_sparsity.errors import ConfigError, ElasticSparsityError
 from elastic_sparsity.files import check_output_file, is_file
+from elastic_sparsity.terminal import plain, say
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=__doc__)
 register_export(app)
@@ -37,12 +38,10 @@ def main() -> None:
     try:
         app()
     except ElasticSparsityError as error:
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False)
+        console = Console(stderr=True, soft_wrap=True)
+        console.print("[bold red]error:[/]", end=" ", highlight=False)
+        console.print(plain(str(error)), markup=False, highlight=False)
         sys.exit(2)
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")
 
 
 @contextmanager
@@ -141,7 +140,7 @@ def _run(recipe: Recipe, output: Path, quiet: bool, restart: bool) -> None:
         write_json(output / "results.json", {"protocol": protocol, "rows": rows})
         plot_results(rows, output / "results.png", title)
     size = human_bytes(checkpoint.total_bytes())
-    console.print(f"{output}: one checkpoint of {size} serves {', '.join(x.title for x in checkpoint.ladder.levels)}.")
+    say(f"{output}: one checkpoint of {size} serves {', '.join(x.title for x in checkpoint.ladder.levels)}.")
 
 
 @app.command("slice")
@@ -194,7 +193,7 @@ def slice_command(
         if wanted is None:
             choice = choose_level(checkpoint, profile=device_profile, **budgets)
             wanted = choice.level
-            Console(soft_wrap=True).print(_escape(choice.explanation))
+            say(choice.explanation)
         if chosen == "transformers":
             save_sliced(checkpoint, wanted, output, DTYPES[dtype] if dtype else None)
             how = "open it with AutoModelForCausalLM.from_pretrained"
@@ -202,7 +201,7 @@ def slice_command(
             made = copy_level(checkpoint, wanted, output)
             size = human_bytes(made.bytes_of(made.find(wanted)))
             how = f"{size} of tensors; open it with ElasticModel.from_pretrained, add levels with `upgrade`"
-    Console(soft_wrap=True).print(f"{output}: level {wanted}, {how}.")
+    say(f"{output}: level {wanted}, {how}.")
 
 
 @app.command()
@@ -216,7 +215,7 @@ def upgrade(
 
     with _progress(quiet=True):
         written = upgrade_folder(folder, source, level)
-    Console(soft_wrap=True).print(f"{folder}: holds level {level}; added {', '.join(written) or 'nothing'}.")
+    say(f"{folder}: holds level {level}; added {', '.join(written) or 'nothing'}.")
 
 
 @app.command()
@@ -259,7 +258,7 @@ def export_peft_command(
 
     with _progress(quiet=True):
         names = export_peft(checkpoint, output, level)
-    Console(soft_wrap=True).print(f"{output}: {', '.join(names)}, and levels.json. After a merge: reapply_masks_.")
+    say(f"{output}: {', '.join(names)}, and levels.json. After a merge: reapply_masks_.")
 
 
 @app.command()
@@ -273,7 +272,7 @@ def overlay(
 
     with _progress(quiet=True):
         write_overlay(checkpoint, output, base)
-    Console(soft_wrap=True).print(f"{output}: holds no weight of the base; `restore` it beside the base model.")
+    say(f"{output}: holds no weight of the base; `restore` it beside the base model.")
 
 
 @app.command()
@@ -287,7 +286,7 @@ def restore(
 
     with _progress(quiet=True):
         restore_overlay(overlay, output, base)
-    Console(soft_wrap=True).print(f"{output}: the whole checkpoint, every file with its recorded sha256.")
+    say(f"{output}: the whole checkpoint, every file with its recorded sha256.")
 
 
 @app.command("eval")

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from elastic_sparsity.errors import ConfigError
 from elastic_sparsity.files import check_output_file
+from elastic_sparsity.terminal import say
 
 ProgressContext = Callable[[bool], AbstractContextManager[Any]]
 """Called with `quiet`; gives a context whose value is the progress callback."""
@@ -64,7 +65,7 @@ def register(app: typer.Typer, progress: ProgressContext) -> None:
             console.print(line, markup=False, soft_wrap=True)
         if output is not None:
             write_profile(profile, output)
-            console.print(f"{output}: the device profile; give it to `slice --device-profile`.", soft_wrap=True)
+            say(f"{output}: the device profile; give it to `slice --device-profile`.")
 
 
 def doctor(

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from elastic_sparsity.exports import FORMATS, export_level
+from elastic_sparsity.terminal import say
 
 
 def register(app: typer.Typer) -> None:
@@ -29,6 +29,4 @@ def _export(
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     made = export_level(checkpoint, level, output, format, dtype=dtype)
-    Console(soft_wrap=True).print(
-        f"{output}: level {made.level} as {format}: {made.gain}", highlight=False, markup=False
-    )
+    say(f"{output}: level {made.level} as {format}: {made.gain}")

@@ -27,7 +27,7 @@ def _text_rows(source: str) -> Iterable[Any]:
 
 
 def _json_rows(source: str) -> Iterable[Any]:
-    """One JSON value a line, or a list of them as the whole file. (pyarrow, as `datasets` has it, crashes on nests.)"""
+    """One value a line, or a list of them as the whole file. (pyarrow, in `datasets`, crashes on deep nests.)"""
     text = Path(source).read_text(encoding="utf-8-sig")
     try:
         whole = json.loads(text)
@@ -104,8 +104,18 @@ def read_text(
 
 def tokenize(tokenizer: Any, text: str) -> Tensor:
     """All tokens of `text` as a flat int64 tensor, without special tokens."""
-    ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.int64)
+    try:
+        ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        return torch.tensor(ids, dtype=torch.int64)
+    except Exception as error:  # a tokenizer whose files are odd raises many types
+        raise DataError(f"tokenizer: cannot read the text: {type(error).__name__}: {error}") from error
+
+
+def check_vocabulary(token_ids: Tensor, vocabulary: int) -> None:
+    """Raises: DataError: if a token is beyond the model's vocabulary: the tokenizer belongs to another model."""
+    if token_ids.numel() and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < vocabulary:
+        found = f"tokens {int(token_ids.min())} to {int(token_ids.max())}"
+        raise DataError(f"tokenizer: gives {found}, the model's vocabulary has {vocabulary}; it is of another model.")
 
 
 def windows(token_ids: Tensor, length: int, max_windows: int | None = None) -> Tensor:

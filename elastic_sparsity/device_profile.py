@@ -160,7 +160,7 @@ def profile_path(name: str | Path) -> Path:
     if isinstance(name, str | Path) and is_file(name):
         return Path(name)
     shipped = {path.stem: path for path in sorted((Path(__file__).parent / "profiles").glob("*.json"))}
-    if str(name) not in shipped:
+    if not isinstance(name, str | Path) or str(name) not in shipped:
         raise ProfileError(
             f"device profile {brief(name, 300)}: no such file; profiles of the package: {', '.join(shipped)}. "
             "`elastic-sparsity bench` makes one of this device."

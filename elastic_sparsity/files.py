@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import uuid
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -33,11 +34,26 @@ def strange_file(folder: Path) -> Path | None:
 
 def file_sha256(path: Path) -> str:
     """sha256 of a file, in chunks so large that a thread seldom has to wait for Python's lock."""
-    digest, chunk = hashlib.sha256(), memoryview(bytearray(1 << 20))
+    digest = hashlib.sha256()
+    for chunk in _chunks(path):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def file_crc32(path: Path) -> int:
+    """CRC-32 of a file: three times as fast as sha256, enough against accidents."""
+    found = 0
+    for chunk in _chunks(path):
+        found = zlib.crc32(chunk, found)
+    return found
+
+
+def _chunks(path: Path) -> Iterator[memoryview]:
+    """The file's bytes; each chunk is valid until the next is asked for."""
+    chunk = memoryview(bytearray(1 << 20))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(chunk):
-            digest.update(chunk[:count])
-    return digest.hexdigest()
+            yield chunk[:count]
 
 
 def check_output_folder(folder: Path) -> None:
@@ -58,6 +74,7 @@ def check_output_folder(folder: Path) -> None:
 
 def _try_out(folder: Path) -> None:
     """Makes a scratch folder beside `folder` and `folder` itself, and removes what it made."""
+    str(folder.absolute()).encode()  # safetensors and tokenizers write to no path that is not UTF-8
     made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     scratch = _scratch_beside(folder)
     try:
@@ -88,7 +105,9 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         if folder.exists():
             folder.rmdir()
         scratch.replace(folder)
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
+        if not isinstance(error, OSError | SafetensorError) and "(os error" not in str(error):
+            raise  # tokenizers raises no type of its own for a full disk
         raise OutputError(f"{folder}: cannot be written: {error}; nothing was left behind.") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -10,7 +10,7 @@ from elastic_sparsity.baselines import prune_one_shot_
 from elastic_sparsity.calibration_text import Progress, calibration_tokens, check_length, evaluation_windows, silent
 from elastic_sparsity.checkpoint import ElasticCheckpoint
 from elastic_sparsity.config import Recipe
-from elastic_sparsity.data import read_text, token_hash, tokenize, windows
+from elastic_sparsity.data import check_vocabulary, read_text, token_hash, tokenize, windows
 from elastic_sparsity.errors import ConfigError
 from elastic_sparsity.evaluate import Quality, evaluate
 from elastic_sparsity.hub import elastic_folder, fetch_levels, is_hub_id
@@ -111,6 +111,7 @@ def evaluate_path(
         levels = checkpoint.ladder.levels if level is None else (checkpoint.ladder.find(level),)
         if is_hub_id(path):  # the files of the same commit
             fetch_levels(path, [x.name for x in levels], **{**hub, "revision": folder.name})
+        checkpoint.check_extras()  # the tokenizer among them
         tokenizer = load_tokenizer(folder)
         jobs = [
             (x.name, "elastic", checkpoint.bytes_of(x), partial(load_level, checkpoint, x, checkpoint.dtype))
@@ -126,6 +127,7 @@ def evaluate_path(
     for name, method, size, load in jobs:
         model = load().to(default_device())
         check_length("--window", window, model)
+        check_vocabulary(ids, model.config.vocab_size)
         resolved = resolve_precision(precision, model.device.type)
         found = evaluate(
             {method: model},

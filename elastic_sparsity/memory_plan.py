@@ -9,9 +9,9 @@ p bytes a number in products, B samples a batch, T tokens, D width, S samples, K
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from elastic_sparsity.config import Recipe
+from elastic_sparsity.files import is_file
 from elastic_sparsity.masks import SORTED_AT_ONCE
 from elastic_sparsity.model_shapes import ModelShapes
 from elastic_sparsity.plan_sizes import PER_BLOCK, PLACES, STAGES, Choices, Peak, Sizes, Term, checkpoint_bytes
@@ -74,7 +74,7 @@ def _process(z: Sizes) -> Iterator[Term]:
         why = "libraries and context of CUDA; assumed, not measured"
         yield Term(name="CUDA", bytes=CUDA_HOST, place="host", stages=STAGES, why=why)
         yield Term(name="CUDA", bytes=CUDA_DEVICE, place="device", stages=STAGES, why=why)
-    if z.recipe.calibration.source != "self" and not Path(z.recipe.calibration.source).is_file():
+    if z.recipe.calibration.source != "self" and not is_file(z.recipe.calibration.source):
         yield Term(name="datasets library", bytes=DATASETS, place="host", stages=STAGES, why="measured, as above")
     tokens = z.recipe.calibration.samples * z.recipe.calibration.length
     why = "S x T token ids of 8 bytes"

@@ -1,7 +1,6 @@
 """A model's shapes from its config.json alone: what a plan needs to know. No weight is read or made."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,9 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from elastic_sparsity.arch import architecture_of, config_object, decoder_blocks, weight_OI
+from elastic_sparsity.arch import architecture_of, decoder_blocks, weight_OI
 from elastic_sparsity.errors import ConfigError, ElasticSparsityError
-from elastic_sparsity.models import PACKAGED_MODELS, packaged_model_folder
+from elastic_sparsity.files import is_file, is_folder
+from elastic_sparsity.models import PACKAGED_MODELS, checked_config, config_of, packaged_model_folder
 from elastic_sparsity.precision import DTYPES
 from elastic_sparsity.tiny import tiny_model
 
@@ -116,7 +116,7 @@ def read_shapes(model_id: str, dtype: str = "auto", config_file: Path | None = N
             model = _empty(config, stored)
         model.tie_weights()
         has_weights = config_file is None and any(_folder(model_id).glob("*.safetensors"))
-        return _shapes_of(model, model_id, stored.itemsize, has_weights or Path(model_id).is_file())
+        return _shapes_of(model, model_id, stored.itemsize, has_weights or is_file(model_id))
     except ElasticSparsityError:
         raise
     except Exception as error:  # transformers and the hub raise many types for one cause
@@ -135,23 +135,26 @@ def model_config(model_id: str, config_file: Path | None = None) -> Any:
 
     Raises: ConfigError: no such folder, or a file that names no model type.
     """
-    from transformers import AutoConfig, PretrainedConfig  # slow imports, only here
+    from transformers import AutoConfig  # slow import, only here
 
     if config_file is not None:
-        file = config_file / "config.json" if config_file.is_dir() else config_file
+        file = config_file / "config.json" if is_folder(config_file) else config_file
+        if not is_file(file):  # a pipe would be waited for
+            raise ConfigError(f"--config: {str(file)!r} is no file, and so no config.json of a causal LM.")
         raw = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(raw, Mapping) or "model_type" not in raw:
+        if not isinstance(raw, dict) or "model_type" not in raw:
             raise ConfigError(f"--config: {str(file)!r} names no model_type; give a Hugging Face config.json.")
-        return config_object(raw)
+        return config_of(raw, f"--config: {str(file)!r}")
     if model_id.startswith("random:"):
         return tiny_model(model_id.removeprefix("random:")).config
     if model_id.endswith(".gguf"):
+        if not is_file(model_id):
+            raise ConfigError(f"model.id: {model_id!r} is no file.")
         return AutoConfig.from_pretrained(Path(model_id).parent, gguf_file=Path(model_id).name)
     folder = _folder(model_id)
-    if not folder.is_dir() and model_id.startswith((".", "/", "pypi:")):
+    if not is_folder(folder) and model_id.startswith((".", "/", "pypi:")):
         raise ConfigError(f"model.id: {model_id!r} is no folder.")
-    raw, _ = PretrainedConfig.get_config_dict(folder if folder.is_dir() else model_id)
-    return config_object(raw)
+    return checked_config(folder if is_folder(folder) else model_id)
 
 
 def _empty(config: Any, dtype: torch.dtype) -> Any:

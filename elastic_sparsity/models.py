@@ -12,11 +12,13 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from elastic_sparsity.arch import architecture_of, check_finite_weights, config_object
 from elastic_sparsity.errors import ConfigError, ElasticSparsityError, UnsupportedModelError, brief
@@ -69,6 +71,7 @@ def load_base(model_id: str, dtype: str = "auto") -> BaseModel:
 
     Raises: ConfigError: if there is no such model. UnsupportedModelError: no table row. NumericsError: NaN weights.
     """
+    _check_id(model_id)
     if model_id.startswith("random:"):
         model, tokenizer = tiny_model(model_id.removeprefix("random:")), byte_tokenizer()
     elif model_id in PACKAGED_MODELS:
@@ -92,19 +95,26 @@ def stream_base(model_id: str, dtype: str, device: torch.device) -> BaseModel:
     """
     from transformers import AutoTokenizer  # slow import, only here
 
+    _check_id(model_id)
     folder = weights_folder(model_id)
     try:
-        config = _checked_config(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        config = checked_config(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
     except ElasticSparsityError:
         raise
     except Exception as error:  # transformers raises many types for one cause
         raise ConfigError(f"model.id: {str(folder)!r} cannot be loaded: {type(error).__name__}: {error}") from error
     model = empty_model(config, folder, None if dtype == "auto" else DTYPES[dtype])
     stream = WeightStream(model, folder, model.dtype, device)
+    _check_left_out(folder, stream.unused, model)
     sha256 = stream.checked_hash()
     stream.load_rest_()
     return BaseModel(model, tokenizer, {"id": model_id, "sha256": sha256}, stream)
+
+
+def _check_id(model_id: str) -> None:
+    if not model_id.isprintable():  # transformers writes it into config.json, as UTF-8
+        raise ConfigError(f"model.id: {model_id!r} holds what cannot be printed; rename the folder.")
 
 
 def weights_folder(model_id: str) -> Path:
@@ -147,7 +157,7 @@ def _from_pretrained(source: str | Path, dtype: str) -> tuple[Any, Any]:
     if not is_folder(source) and (str(source).startswith((".", "/")) or str(source).count("/") > 1):
         raise ConfigError(f"model.id: {str(source)!r} is no folder.")
     try:
-        config = _checked_config(source)  # before gigabytes are loaded
+        config = checked_config(source)  # before gigabytes are loaded
         model, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
             source,
             config=config,
@@ -156,8 +166,11 @@ def _from_pretrained(source: str | Path, dtype: str) -> tuple[Any, Any]:
             trust_remote_code=False,  # the default asks whoever sits there
             output_loading_info=True,
         )
-        _check_complete(source, info)
-        return model, AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        _check_complete(source, info, model)
+        if is_folder(source):
+            _check_dtypes(Path(source), model)
+        _tell_if_tied(model)
+        return model, AutoTokenizer.from_pretrained(source, config=config, trust_remote_code=False)
     except ElasticSparsityError:
         raise
     except Exception as error:  # transformers raises many types for one cause: the model cannot be loaded
@@ -167,27 +180,42 @@ def _from_pretrained(source: str | Path, dtype: str) -> tuple[Any, Any]:
         ) from error
 
 
-def _checked_config(source: str | Path) -> Any:
-    """config.json as transformers' object, if it is one of an ordinary model of the table, in reasonable sizes."""
-    from transformers import AutoModelForCausalLM, PretrainedConfig  # slow imports, only here
+def checked_config(source: str | Path) -> Any:
+    """A model's config.json as transformers' object, if `config_of` takes it."""
+    from transformers import PretrainedConfig  # slow import, only here
 
     if is_folder(source):
         _check_folder(Path(source))
     raw, _ = PretrainedConfig.get_config_dict(source)
-    architecture_of(str(raw.get("model_type")))
-    for key in ("num_hidden_layers", "n_layer"):  # transformers makes a list of them
-        if isinstance(raw.get(key), int | float) and not raw[key] <= MAX_LAYERS:
-            raise ConfigError(f"model.id: {str(source)!r}: config.json: {key}: {brief(raw[key])} is beyond any model.")
+    return config_of(raw, f"model.id: {str(source)!r}: config.json")
+
+
+def config_of(raw: dict[str, Any], where: str) -> Any:
+    """What a config.json holds as transformers' object, if it is one of an ordinary model of the table, in reasonable
+    sizes.
+
+    Args:
+        where: the file, for messages.
+    """
+    from transformers import AutoModelForCausalLM  # slow import, only here
+
+    architecture_of(raw.get("model_type"))
+    for key in ("num_hidden_layers", "n_layer", "num_labels"):  # transformers makes lists of them
+        if isinstance(raw.get(key), int | float) and not 0 <= raw[key] <= MAX_LAYERS:
+            raise ConfigError(f"{where}: {key}: {brief(raw[key])} is not between 0 and {MAX_LAYERS}.")
     if raw.get("quantization_config") is not None:
         raise UnsupportedModelError(
-            f"model.id: {str(source)!r} is quantised, its weights cannot be sparsified; take the model it was made of."
+            f"{where}: is of a quantised model, whose weights cannot be sparsified; take the model it was made of."
         )
     config = config_object(raw)
     with torch.device("meta"):  # takes no memory, whatever sizes config.json claims
         model = AutoModelForCausalLM.from_config(config)
+    empty = next((name for name, weight in model.named_parameters() if not weight.numel()), None)
+    if empty is not None:
+        raise ConfigError(f"{where}: gives {empty} no values; every size must be above 0.")
     buffers = sum(buffer.numel() for buffer in model.buffers())
     if buffers > max(2**26, model.num_parameters()):
-        raise ConfigError(f"model.id: {str(source)!r}: config.json asks for {buffers} values besides the weights.")
+        raise ConfigError(f"{where}: asks for {buffers} values besides the weights.")
     return config
 
 
@@ -204,14 +232,49 @@ def _check_folder(folder: Path) -> None:
             raise ConfigError(f"model.id: {str(index)!r} names {brief(wrong[0])}, which is no file of its folder.")
 
 
-def _check_complete(source: str | Path, info: dict[str, Any]) -> None:
-    """transformers fills missing tensors with random numbers and says so only in its log."""
+def _tell_if_tied(model: Any) -> None:
+    """transformers unties embeddings whose file holds both, but the config still makes a tied model; mends that."""
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if model.config.tie_word_embeddings and head.weight is not embeddings.weight:
+        model.config.tie_word_embeddings = False
+
+
+def _check_complete(source: str | Path, info: dict[str, Any], model: Any) -> None:
+    """transformers fills missing tensors with random numbers, leaves out others, and says so only in its log."""
     problems = {name: sorted(map(str, info.get(name) or ())) for name in ("missing_keys", "mismatched_keys")}
     if any(problems.values()):
         raise ConfigError(
             f"model.id: {str(source)!r} is incomplete: missing {problems['missing_keys']}, "
             f"wrong shape {problems['mismatched_keys']}; download or convert it again."
         )
+    _check_left_out(source, map(str, info.get("unexpected_keys") or ()), model)
+
+
+def _check_left_out(source: str | Path, names: Iterable[str], model: Any) -> None:
+    """That tensors of the files without a place in the model are no weights: older files hold buffers too."""
+    linears = tuple(f".{path}.weight" for path in architecture_of(model.config.model_type).linears)
+    modules = dict(model.named_modules())
+    left_out = [
+        name
+        for name in sorted(names)
+        if name.endswith(linears) or hasattr(modules.get(name.rpartition(".")[0]), "weight")
+    ]
+    if left_out:
+        raise ConfigError(
+            f"model.id: {str(source)!r} holds {len(left_out)} tensors that its config.json leaves out, first "
+            f"{left_out[0]}: layers, biases or quantised weights would be lost; mend config.json."
+        )
+
+
+def _check_dtypes(folder: Path, model: Any) -> None:
+    """That the files hold the parameters as plain floats; transformers would cast anything, codes of weights too."""
+    names = {name for name, _ in model.named_parameters()}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  it is no dict
+                dtype = file.get_slice(name).get_dtype() if name in names else "F32"
+                if dtype not in ("F64", "F32", "F16", "BF16"):
+                    raise UnsupportedModelError(f"{path}: {name}: stored as {dtype}; expected a model of plain floats.")
 
 
 def _from_gguf(path: Path, dtype: str) -> tuple[Any, Any]:
@@ -231,16 +294,16 @@ def _from_gguf(path: Path, dtype: str) -> tuple[Any, Any]:
         model, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
             folder, gguf_file=name, dtype=torch_dtype, output_loading_info=True
         )
-        _check_complete(path, info)
+        _check_complete(path, info, model)
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
     except ElasticSparsityError:
         raise
     except Exception as error:  # same as above: many types, one cause
         raise ConfigError(f"{path}: not a readable GGUF model: {type(error).__name__}: {error}") from error
     # The weights are plain floats now; leaving these would make the saved model claim to be quantised.
-    for holder, attribute in ((model.config, "quantization_config"), (model, "hf_quantizer")):
-        if hasattr(holder, attribute):
-            delattr(holder, attribute)
+    vars(model.config).pop("quantization_config", None)
+    for attribute in ("hf_quantizer", "is_quantized", "quantization_method"):  # with these it refuses `.float()`
+        vars(model).pop(attribute, None)
     return model, tokenizer
 
 

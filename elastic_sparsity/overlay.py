@@ -165,10 +165,12 @@ def _read_overlay(folder: Path) -> dict[str, Any]:
     try:
         overlay = json.loads(path.read_text(encoding="utf-8"))
         version = overlay["format"], overlay["format_version"]
-        fits = isinstance(overlay["from_base"], dict) and all(overlay["base_model"][key] for key in ("id", "sha256"))
+        texts = [overlay["base_model"][key] for key in ("id", "sha256")]
+        texts += [name for names in overlay["from_base"].values() for name in names]
+        fits = all(isinstance(text, str) for text in texts)
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: no overlay here ({OVERLAY_NAME} is missing).") from None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read: {type(error).__name__}: {error}.") from None
     if version != (OVERLAY_FORMAT, OVERLAY_VERSION) or not fits:
         raise CheckpointError(f"{path}: found {version}, expected {(OVERLAY_FORMAT, OVERLAY_VERSION)} with its fields.")

@@ -29,7 +29,7 @@ from elastic_sparsity.data import token_hash
 from elastic_sparsity.distill import Share
 from elastic_sparsity.end_to_end import EndToEndSettings, Snapshots, train_end_to_end_
 from elastic_sparsity.errors import ConfigError, OutputError
-from elastic_sparsity.files import check_output_folder, write_json
+from elastic_sparsity.files import check_output_folder, is_file, write_json
 from elastic_sparsity.manifest import CONFIG_NAME
 from elastic_sparsity.model_shapes import read_shapes
 from elastic_sparsity.models import BaseModel, load_base, stream_base
@@ -59,12 +59,12 @@ def optimize(
         another run was interrupted there.
     """
     output, started, workers = Path(output), time.monotonic(), Workers()
-    # What is there may be the unfinished run's own, from just before it was killed.
-    if workers.is_main and (restart or not is_unfinished(output)):
+    # A checkpoint that is there may be the unfinished run's own, from just before it was killed.
+    if workers.is_main and (restart or not (is_unfinished(output) and is_file(output / CONFIG_NAME))):
         check_output_folder(output)
     with run_folder(output, restart=restart, writes=workers.is_main) as folder, usual_allocator_after():
         job, stored_dtype, identity = prepare(recipe, folder, workers, progress if workers.is_main else silent)
-        if (output / CONFIG_NAME).exists():
+        if is_file(output / CONFIG_NAME):
             return ElasticCheckpoint(output)
         # Sparsity induction (arXiv 2602.21652) belongs here: it changes the base weights before anything is scored.
         with training_attention(job.base.model):

@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
 
 from elastic_sparsity.errors import ConfigError, OutputError, brief
+from elastic_sparsity.terminal import title as as_title
 
 Row = Mapping[str, Any]
 
@@ -35,7 +35,7 @@ def parse_bytes(text: str) -> int:
 
 def levels_table(levels: Sequence[Row], title: str) -> Table:
     """A rich table of what a checkpoint offers, one line a level."""
-    table = Table(title=title)
+    table = Table(title=as_title(title))
     for column in ("level", "zeros", "bytes read", "here", "perplexity", "KL to dense"):
         table.add_column(column, justify="left" if column in ("level", "here") else "right")
     for row in levels:
@@ -63,13 +63,13 @@ def checks_table(checks: Sequence[Row]) -> Table:
     for column in ("promise", "holds", "seen"):
         table.add_column(column)
     for row in checks:
-        table.add_row(row["name"], "yes" if row["passed"] else "[bold red]NO[/]", escape(row["detail"]))
+        table.add_row(row["name"], "yes" if row["passed"] else "[bold red]NO[/]", as_title(row["detail"]))
     return table
 
 
 def results_table(rows: Sequence[Row], title: str) -> Table:
     """A rich table, one line a level and method."""
-    table = Table(title=title)
+    table = Table(title=as_title(title))
     for column in ("level", "method", "perplexity", "KL to dense", "bytes on disk"):
         table.add_column(column, justify="left" if column in ("level", "method") else "right")
     previous = None

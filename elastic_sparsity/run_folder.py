@@ -3,26 +3,35 @@
 `<output>.run/` holds run.json (what the run is), block-0007.safetensors (a finished block, written under another name,
 synced and renamed: its presence commits the block), the hidden states that the next block starts from, and a snapshot
 of the end-to-end phase. All of it goes when the checkpoint is in place. One process at a time: a lock, which the system
-drops with its process.
+drops with its process. Each file's sha256 covers what the run is: a damaged one, or one of another run, is refused.
 """
 
+import glob
+import hashlib
 import json
 import logging
+import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
 from elastic_sparsity.errors import ConfigError, OutputError, brief
-from elastic_sparsity.files import atomic_file, sync_path, write_json
+from elastic_sparsity.files import atomic_file, is_file, sync_path, write_json
 from elastic_sparsity.tensor_file import TensorFile
 from elastic_sparsity.tensor_file_writer import write_tensors
 
 log = logging.getLogger(__name__)
+# What a run may have left; whatever else lies in the folder is somebody's, and stays.
+_OWN = re.compile(
+    r"lock|run\.json|(block-\d{4}|end-to-end|trained-\w+)\.safetensors|[\w-]+\.activations|\..+\.partial-[0-9a-f]{8}"
+)
 
 
 class RunFolder:
@@ -35,6 +44,7 @@ class RunFolder:
 
     def __init__(self, path: Path, writes: bool = True) -> None:
         self.path, self.writes = path, writes
+        self._identity = ""  # sha256 of what the run is; part of every file's
 
     def claim(self, what: Mapping[str, Any], decided: Mapping[str, Any]) -> dict[str, Any]:
         """Says what the run is, or checks that it is the one that began here.
@@ -43,18 +53,23 @@ class RunFolder:
             what: all that its result depends on.
             decided: choices that depend on the machine's state at the time, e.g. free memory.
         Returns: the choices of the run's first process.
-        Raises: ConfigError: if another run began here, naming what differs.
+        Raises: ConfigError: if another run began here, naming what differs. OutputError: if its record is damaged.
         """
         file = self.path / "run.json"
         if not file.exists():
+            self._identity = _sha256({"run": what, "decided": decided})
             if self.writes:
-                write_json(file, {"run": what, "decided": decided})
+                write_json(file, {"run": what, "decided": decided, "sha256": self._identity})
             return dict(decided)
         try:
             began = json.loads(file.read_text(encoding="utf-8"))
+            self._identity = began.pop("sha256")
+            intact = self._identity == _sha256(began)
             found, choices = began["run"], dict(began["decided"])
-        except (OSError, ValueError, KeyError, TypeError):
-            raise OutputError(f"{file}: cannot be read; start again with --restart.") from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # whatever the file holds
+            intact = False
+        if not intact:
+            raise OutputError(f"{file}: is damaged; start again with --restart.")
         differing = list(_differences(found, json.loads(json.dumps(what))))
         if differing:
             raise ConfigError(
@@ -70,7 +85,7 @@ class RunFolder:
     def finished_blocks(self) -> int:
         """How many blocks, from the first on, are done."""
         count = 0
-        while self._block(count).exists():
+        while is_file(self._block(count)):
             count += 1
         return count
 
@@ -104,21 +119,37 @@ class RunFolder:
     def load_snapshot(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The end-to-end phase's snapshot, if there is one."""
         path = self.path / "end-to-end.safetensors"
-        return self._load(path) if path.exists() else None
+        return self._load(path) if is_file(path) else None
 
     def _save(self, path: Path, tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> None:
         if not self.writes:
             return
         with atomic_file(path) as scratch:
-            write_tensors(scratch, tensors, {"note": json.dumps(note)})  # on disk before it gets its name
+            record = {"note": note, "sha256": self._sha256(path.name, tensors, note)}
+            write_tensors(scratch, tensors, {"record": json.dumps(record)})  # on disk before it gets its name
         sync_path(self.path)
 
     def _load(self, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         try:
             file = TensorFile(path)
-            return {name: file.read(name) for name in file.specs}, json.loads(file.metadata["note"])
-        except (ValueError, KeyError) as error:
+            tensors, record = {name: file.read(name) for name in file.specs}, json.loads(file.metadata["record"])
+            intact = record["sha256"] == self._sha256(path.name, tensors, record["note"])
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise OutputError(f"{path}: cannot be read: {error}; start again with --restart.") from error
+        if not intact:
+            raise OutputError(f"{path}: is damaged, or of another run; start again with --restart.")
+        return tensors, record["note"]
+
+    def _sha256(self, name: str, tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> str:
+        digest = hashlib.sha256(_sha256([self._identity, name, note]).encode())
+        for key, tensor in sorted(tensors.items()):
+            digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+
+def _sha256(plain: Any) -> str:
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def _differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
@@ -137,27 +168,20 @@ def run_folder(output: Path, *, restart: bool = False, writes: bool = True) -> I
     Args:
         restart: throw away what an unfinished run left.
         writes: False in every process of a run but the first, which holds the lock.
-    Raises: OutputError: if it cannot be made, or another process works on it.
+    Raises: OutputError: if it cannot be made, holds what is no run's, or another process works on it.
     """
     folder = _folder_of(output)
     if not writes:
         yield RunFolder(folder, writes=False)
         return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / "lock", timeout=0)
-        lock.acquire()
-    except Timeout:
-        raise OutputError(f"{folder}: another process makes {output}; wait for it or name another output.") from None
-    except OSError as error:
-        raise OutputError(f"{folder}: cannot be made: {error}.") from error
+    lock = _lock(folder, output)
     made, done = RunFolder(folder), False
     try:
         if not (folder / "lock").exists():  # the one who had the lock ended, and removed the folder, just now
             raise OutputError(f"{folder}: another process has just made {output}; look there first.")
         if restart:
             _empty(folder)
-        for scratch in output.parent.glob(f".{output.name}.partial-*"):  # of a process that was killed
+        for scratch in output.parent.glob(f".{glob.escape(output.name)}.partial-*"):  # of a process that was killed
             shutil.rmtree(scratch, ignore_errors=True)
         yield made
         done = True
@@ -169,13 +193,45 @@ def run_folder(output: Path, *, restart: bool = False, writes: bool = True) -> I
         lock.release()
 
 
+def _lock(folder: Path, output: Path) -> FileLock:
+    """Makes the folder if it is missing, and takes its lock. What is no run's is never touched."""
+    is_new = False
+    try:
+        is_new = not os.path.lexists(folder)
+        if folder.is_symlink():
+            raise OutputError(f"{folder}: an unfinished run is kept there, but it is a link; move it away.")
+        folder.mkdir(parents=True, exist_ok=True)
+        strange = [x.name for x in folder.iterdir() if not _OWN.fullmatch(x.name) or _is_special(x)]
+        if strange:
+            raise OutputError(
+                f"{folder}: an unfinished run is kept there, but it holds {brief(min(strange))}, which no run made; "
+                "move it away or name another output."
+            )
+        lock = FileLock(folder / "lock", timeout=0)
+        lock.acquire()
+    except Timeout:
+        raise OutputError(f"{folder}: another process makes {output}; wait for it or name another output.") from None
+    except OSError as error:
+        if is_new:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise OutputError(f"{folder}: cannot be made: {error}.") from error
+    return lock
+
+
+def _is_special(path: Path) -> bool:
+    return path.is_symlink() or (path.exists() and not path.is_file())
+
+
 def is_unfinished(output: Path) -> bool:
     """Whether a run that makes `output` was interrupted."""
-    return (_folder_of(output) / "run.json").exists()
+    return is_file(_folder_of(output) / "run.json")
 
 
 def _folder_of(output: Path) -> Path:
-    return output.with_name(f"{output.name}.run")
+    try:
+        return output.with_name(f"{output.name}.run")
+    except ValueError as error:
+        raise OutputError(f"{str(output)!r}: is no name of a folder; name a new folder.") from error
 
 
 def _empty(folder: Path) -> None:

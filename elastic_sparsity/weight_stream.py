@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from elastic_sparsity.arch import architecture_of, decoder_blocks
-from elastic_sparsity.errors import CheckpointError, ConfigError, NumericsError
-from elastic_sparsity.tensor_file import TensorFile
+from elastic_sparsity.errors import CheckpointError, ConfigError, NumericsError, UnsupportedModelError
+from elastic_sparsity.tensor_file import TensorFile, TensorSpec
 
+FLOATS = ("F32", "BF16", "F16")
 STORED_NAMES = {"lm_head.weight": "embed_out.weight"}  # GPT-NeoX: transformers renames it as it loads
 
 
@@ -52,8 +53,8 @@ class ShardedFolder(Mapping[str, Tensor]):
         except CheckpointError as error:
             raise ConfigError(f"model.id: {error}") from error
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.files[name].specs[name][1]
+    def spec(self, name: str) -> TensorSpec:
+        return self.files[name].specs[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.files)
@@ -69,7 +70,7 @@ class WeightStream:
         model: causal LM on the meta device, buffers real.
         dtype: what weights are cast to as they are read.
         device: where they go.
-    Raises: ConfigError: if the folder has not every parameter, in its shape.
+    Raises: ConfigError: if the folder has not every parameter, in its shape. UnsupportedModelError: no plain floats.
     """
 
     def __init__(self, model: Any, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
@@ -82,14 +83,25 @@ class WeightStream:
         for name, shape in self.shapes.items():
             candidates = (name, name.removeprefix(body), STORED_NAMES.get(name, name))  # 2nd: a file of the body alone
             stored = next((candidate for candidate in candidates if candidate in self.source), name)
-            if stored not in self.source or self.source.shape(stored) != shape:
-                found = self.source.shape(stored) if stored in self.source else "nothing"
+            dtype_name, found = self.source.spec(stored) if stored in self.source else ("F32", "nothing")
+            if dtype_name not in FLOATS:
+                raise UnsupportedModelError(
+                    f"model.id: {str(folder)!r}: {name}: stored as {dtype_name}; expected {', '.join(FLOATS)}."
+                )
+            if found != shape:
                 raise ConfigError(
                     f"model.id: {str(folder)!r}: {name}: expected {shape}, found {found}. Reading block by block needs "
                     "the names that transformers saves: load and save the model with transformers once, or set "
                     "memory.weights = 'resident'."
                 )
             self.stored[name] = stored
+        tied = set(dict(model.named_parameters(remove_duplicate=False))) - set(self.shapes)
+        self.unused = set(self.source) - set(self.stored.values()) - {x for x in tied if self._is_copy(x)}
+
+    def _is_copy(self, name: str) -> bool:
+        """Whether the files hold a tied parameter twice, with one value."""
+        tied_to = {id(p): n for n, p in self.model.named_parameters()}[id(self.model.get_parameter(name))]
+        return name in self.source and torch.equal(self.source[name], self.source[self.stored[tied_to]])
 
     def read(self, name: str) -> Tensor:
         """One parameter of the model, cast, on the CPU."""

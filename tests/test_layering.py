@@ -41,7 +41,8 @@ ALLOWED = {
     "hub": {"errors", "files", "manifest"},
     "inspection": {"checkpoint", "hub", "ladder", "shells"},
     "transfer": {"checkpoint", "errors", "files", "hub", "manifest"},
-    "report": {"errors"},
+    "terminal": set(),
+    "report": {"errors", "terminal"},
     "ways": {"checkpoint", "ladder", "packed_weight", "precision", "shells"},
     "doctor": {"torch", "native", "precision", "semi_structured", "ways"},
     "device_profile": {"checkpoint", "errors", "files", "ladder", "ways"},
@@ -52,9 +53,9 @@ ALLOWED = {
     "tiny": {"torch", "transformers", "arch"},
     "weight_stream": {"torch", "transformers", "accelerate", "arch", "errors", "tensor_file"},
     "models": {
-        "torch", "transformers", "gguf", "arch", "errors", "files", "precision", "tiny", "weight_stream",
+        "torch", "safetensors", "transformers", "gguf", "arch", "errors", "files", "precision", "tiny", "weight_stream",
     },
-    "model_shapes": {"torch", "transformers", "arch", "errors", "models", "precision", "tiny"},
+    "model_shapes": {"torch", "transformers", "arch", "errors", "files", "models", "precision", "tiny"},
     "data": {"torch", "datasets", "errors", "files"},
     "blocks": {"torch", "activations", "errors"},
     "attention": {"torch", "transformers"},
@@ -103,7 +104,7 @@ ALLOWED = {
     },
     "evaluate": {"torch", "arch", "errors"},
     "plan_sizes": {"config", "ladder", "model_shapes", "shells"},
-    "memory_plan": {"config", "masks", "model_shapes", "plan_sizes"},
+    "memory_plan": {"config", "files", "masks", "model_shapes", "plan_sizes"},
     "work_plan": {"plan_sizes"},
     "probe": {
         "torch", "transformers", "activations", "arch", "attention", "block_phase", "blocks", "calibrate", "config",
@@ -129,13 +130,13 @@ ALLOWED = {
     },
     # layer 5
     "__main__": {"cli"},
-    "cli_device": {"bench", "device_profile", "device_report", "doctor", "errors", "files", "precision"},
-    "cli_export": {"transformers", "exports"},
+    "cli_device": {"bench", "device_profile", "device_report", "doctor", "errors", "files", "precision", "terminal"},
+    "cli_export": {"transformers", "exports", "terminal"},
     "cli_plan": {"config", "errors", "planning", "report"},
     "cli": {
         "transformers", "checkpoint", "choosing", "cli_device", "cli_export", "cli_plan", "config", "errors", "files",
         "hub", "inspection", "measure", "overlay", "peft_export", "pipeline", "precision", "report", "slicing",
-        "transfer", "verify", "workers",
+        "terminal", "transfer", "verify", "workers",
     },
 }  # fmt: skip
 WATCHED = {"torch", "numpy", "safetensors", "transformers", "peft", "datasets", "lm_eval", "accelerate", "gguf", "onnx",
