@@ -45,7 +45,7 @@ WARM_UP = 6  # end-to-end steps that are not timed: memory is first touched, opt
 
 
 def rate(rows: int, inner: int, columns: int, dtype: torch.dtype, seconds: float = 1.0) -> float:
-    """Operations a second of `F.linear`, median of repetitions over about `seconds`."""
+    """Operations a second of `F.linear`, mean over about `seconds` (other work slows the run and the rate alike)."""
     x, weight = torch.randn(rows, inner).to(dtype), torch.randn(columns, inner).to(dtype)
     spent: list[float] = []
     torch.nn.functional.linear(x, weight)
@@ -53,7 +53,7 @@ def rate(rows: int, inner: int, columns: int, dtype: torch.dtype, seconds: float
         start = time.perf_counter()
         torch.nn.functional.linear(x, weight)
         spent.append(time.perf_counter() - start)
-    return 2 * rows * inner * columns / statistics.median(spent)
+    return 2 * rows * inner * columns * len(spent) / sum(spent)
 
 
 def rates(shapes: Shapes, dtype: torch.dtype) -> dict[str, float]:
@@ -141,7 +141,7 @@ def time_block_phase(model: Any, blocks: list, ids: torch.Tensor, recipe: Any, n
     first, *later = clock.calls["statistics"]  # the first block sees one stream, later ones one a group
     found["statistics"] = first + (total - 1) * statistics.mean(later)
     found["outputs"] = (total - 1) * statistics.mean(clock.calls["outputs"])
-    found["rest"] = (spent - sum(map(sum, clock.calls.values()))) * total / num_blocks
+    found["rest"] = spent - sum(map(sum, clock.calls.values()))  # the first hidden states and calls: once
     return found
 
 

@@ -93,13 +93,14 @@ def block_phase(shapes: Shapes, recipe: Any) -> dict[str, Counts]:
     passes = 1 + (blocks - 1) * streams  # the first block's streams are one
     forward = 2 * tokens * shapes.weights + shapes.attention(tokens)
     last = list(shapes.linears.values())[-1]
-    gram = sum(tokens * width**2 for width in shapes.input_widths)  # symmetric: half of 2 N I^2
+    second_order = recipe.scores.method == "obs"
+    gram = second_order * sum(tokens * width**2 for width in shapes.input_widths)  # symmetric: half of 2 N I^2
     batch = recipe.block.batch_size * shapes.length
     backward = 2 * batch * (2 * shapes.weights - shapes.first_inputs()) + 2 * shapes.attention(batch)
     trained = Counts(2 * batch * shapes.weights + shapes.attention(batch) + backward, shapes.rank_operations(3))
     return {
         "statistics": Counts(forward - 2 * tokens * last[0] * last[1], gram) * passes,
-        "scores and masks": Counts(0, blocks * sum(width**3 for width in shapes.input_widths)),  # inverse by Cholesky
+        "scores and masks": Counts(0, second_order * blocks * sum(width**3 for width in shapes.input_widths)),  # inverse
         "targets": Counts(forward) * blocks,
         "training": trained * (blocks * recipe.block.steps * levels),
         "outputs": Counts(forward) * ((blocks - 1) * streams),

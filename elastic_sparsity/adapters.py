@@ -8,6 +8,7 @@ Letters: O outputs, I inputs, R stacked rank.
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -134,6 +135,7 @@ class ElasticLinear(nn.Module):
         self.transposed = is_transposed(linear)
         self.slices = rank_slices(ranks)
         self.level: Level | None = None
+        self.held: list[Tensor] | None = None
         self.bias: nn.Parameter | None = linear.bias  # type: ignore[assignment]
         self.dense = dense.to(teacher_dtype).contiguous() if train_base else dense
         self.weight = nn.Parameter(
@@ -187,8 +189,25 @@ class ElasticLinear(nn.Module):
         if self.level is None:
             return F.linear(x, self.dense.to(x.dtype), bias)
         a, b = self._active_pair(self.level)
+        if self.held is not None:
+            if not self.held:
+                self.held.append(_effective_weight(self.weight, a, b, self.mask(self.level), x.dtype))
+            return F.linear(x, self.held[0], bias)
         y: Tensor = _MaskedLinear.apply(x, self.weight, a, b, self.mask(self.level))
         return y if bias is None else y + bias
+
+
+@contextmanager
+def merged_once(linears: Sequence[ElasticLinear]) -> Iterator[None]:
+    """Inside, every linear merges its level's weight at its first call only; neither level nor weights may change."""
+    for linear in linears:
+        linear.held = []
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for linear in linears:
+            linear.held = None
 
 
 def elastic_linears(module: nn.Module) -> Iterator[tuple[str, ElasticLinear]]:

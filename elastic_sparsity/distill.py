@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from elastic_sparsity.adapters import ElasticLinear
+from elastic_sparsity.adapters import ElasticLinear, merged_once
 from elastic_sparsity.blocks import BlockCall
 from elastic_sparsity.errors import NumericsError
 from elastic_sparsity.ladder import Ladder, Level
@@ -149,7 +149,8 @@ def block_outputs(
         for level in draw_levels(ladder, generator):
             for linear in linears:
                 linear.level = level
-            outputs.append(map_call(call, mixer(streams, dense_STD, level.group)))
+            with merged_once(linears):
+                outputs.append(map_call(call, mixer(streams, dense_STD, level.group)))
         if mixer.mode == "fixed":  # one stream serves all groups; keep one tensor, not K
             mixed = mixer(outputs, dense_STD, 0)
             outputs = [mixed] * len(outputs)
