@@ -144,7 +144,7 @@ def check_counts(model: Any, shapes: Shapes, recipe: Any, ids: torch.Tensor) -> 
             phase_two._step_loss(model, head, batch, level, autocast).backward()
     found = counter.get_flop_counts()["Global"]
     model.zero_grad(set_to_none=True)
-    attended = found.pop(torch.ops.aten.bmm, 0)
+    attended = sum(found.pop(name, 0) for name in (torch.ops.aten.bmm, torch.ops.aten.baddbmm))
     ours = end_to_end_step(shapes)
     wanted = ours.pop("attention").low
     rest = sum((count.low + count.float32 for count in ours.values()))

@@ -83,13 +83,15 @@ def _effective_weight(weight_OI: Tensor, lora_A: Tensor, lora_B: Tensor, mask: T
 def _weight_gradients(
     grad_OI: Tensor, lora_A: Tensor, lora_B: Tensor, mask: Tensor, needed: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Float32 gradients of (weight, A, B) from the effective weight's `grad_OI`, which is overwritten."""
+    """Float32 gradients of (weight, A, B) from the effective weight's `grad_OI`, which is overwritten.
+
+    Products are in the precision of `grad_OI`, as all products of the backward pass.
+    """
     as_integers(grad_OI).mul_(mask)
-    grad = grad_OI.float()
     return (
-        grad if needed[0] else None,
-        lora_B.T @ grad if needed[1] else None,
-        grad @ lora_A.T if needed[2] else None,
+        grad_OI.float() if needed[0] else None,
+        (lora_B.to(grad_OI.dtype).T @ grad_OI).float() if needed[1] else None,
+        (grad_OI @ lora_A.to(grad_OI.dtype).T).float() if needed[2] else None,
     )
 
 

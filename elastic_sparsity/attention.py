@@ -37,7 +37,7 @@ class _CausalAttention(torch.autograd.Function):
             torch.baddbmm(scores, part, key[:, :end].mT, beta=0, alpha=scale, out=scores)
             scores = scores.view(rows, per_key, size, end)
             scores[..., start:].add_(future[:size, :size])  # a fifth of masked_fill_'s time
-            shares = scores.softmax(dim=-1).view(rows, per_key * size, end)
+            shares = torch.softmax(scores, dim=-1, out=scores).view(rows, per_key * size, end)
             output[:, :, start:end] = torch.bmm(shares, value[:, :end]).view(rows, per_key, size, width)
             kept.append(shares)
         ctx.save_for_backward(query, key, value, *kept)
@@ -58,7 +58,7 @@ class _CausalAttention(torch.autograd.Function):
             grad = grad_output[:, :, start:end].reshape(flat)
             grad_value[:, :end] += torch.bmm(shares.mT, grad)
             grad_shares = torch.bmm(grad, value[:, :end].mT)
-            grad_scores = torch._softmax_backward_data(grad_shares, shares, -1, shares.dtype)
+            grad_scores = torch._softmax_backward_data(grad_shares, shares, -1, shares.dtype, grad_input=grad_shares)
             grad_part = torch.bmm(grad_scores, key[:, :end])
             grad_query[:, :, start:end] = grad_part.view(rows, per_key, size, width)
             grad_key[:, :end] += torch.bmm(grad_scores.mT, query[:, :, start:end].reshape(flat))

@@ -30,7 +30,7 @@ from elastic_sparsity.ladder import keep_count
 from elastic_sparsity.masks import drop_levels, mask_at, pattern_mask
 from elastic_sparsity.mixer import FeatureMixer
 from elastic_sparsity.models import BaseModel, load_base
-from elastic_sparsity.precision import autocast_factory, resolve_precision
+from elastic_sparsity.precision import autocast_factory, resolve_precision, weights_in
 from elastic_sparsity.shells import LinearRecord
 
 log = logging.getLogger(__name__)
@@ -129,10 +129,11 @@ def run_block_phase_(
     for index, block in enumerate(blocks):
         started, where, call = time.monotonic(), f"{row.blocks}.{index}", runner.call(index)
         linears = {path: block.get_submodule(path) for path in row.linears}
-        with autocast():
-            target = runner.map(call, dense)
         gram = recipe.scores.method == "obs"
-        statistics = block_statistics(runner, call, linears, streams, gram=gram, autocast=autocast, where=where)
+        with weights_in(linears.values(), precision):
+            with autocast():
+                target = runner.map(call, dense)
+            statistics = block_statistics(runner, call, linears, streams, gram=gram, autocast=autocast, where=where)
         elastic = attach_elastic_(block, linears, statistics, recipe, trainable, precision, generator)
         mixer = FeatureMixer(recipe.mixer.mode, recipe.mixer_weights())
         found = train_block_(call, elastic, ladder, streams, dense, target, mixer, settings, generator, where, autocast)
