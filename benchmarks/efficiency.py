@@ -11,6 +11,7 @@ The counts are checked against torch's `FlopCounterMode`.
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 import platform
@@ -194,7 +195,7 @@ def time_end_to_end(model: Any, ids: torch.Tensor, recipe: Any, steps: int) -> d
     scale = recipe.end_to_end.steps / steps
     found = {name: scale * sum(calls) for name, calls in clock.calls.items()}
     found["rest"] = scale * (marks[-1] - marks[WARM_UP - 1]) - sum(found.values())
-    print("seconds a step:", [round(b - a, 2) for a, b in zip(marks, marks[1:], strict=False)])
+    print("seconds a step:", [round(b - a, 2) for a, b in itertools.pairwise(marks)])
     return found
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from elastic_sparsity import attention, end_to_end as phase_two
+from elastic_sparsity import attention
+from elastic_sparsity import end_to_end as phase_two
 from elastic_sparsity.arch import architecture_of, decoder_blocks, head_function, weight_OI
 from elastic_sparsity.precision import autocast_factory, resolve_precision
 
@@ -100,7 +101,9 @@ def block_phase(shapes: Shapes, recipe: Any) -> dict[str, Counts]:
     trained = Counts(2 * batch * shapes.weights + shapes.attention(batch) + backward, shapes.rank_operations(3))
     return {
         "statistics": Counts(forward - 2 * tokens * last[0] * last[1], gram) * passes,
-        "scores and masks": Counts(0, second_order * blocks * sum(width**3 for width in shapes.input_widths)),  # inverse
+        "scores and masks": Counts(
+            0, second_order * blocks * sum(width**3 for width in shapes.input_widths)
+        ),  # inverse
         "targets": Counts(forward) * blocks,
         "training": trained * (blocks * recipe.block.steps * levels),
         "outputs": Counts(forward) * ((blocks - 1) * streams),
@@ -147,7 +150,7 @@ def check_counts(model: Any, shapes: Shapes, recipe: Any, ids: torch.Tensor) -> 
     attended = sum(found.pop(name, 0) for name in (torch.ops.aten.bmm, torch.ops.aten.baddbmm))
     ours = end_to_end_step(shapes)
     wanted = ours.pop("attention").low
-    rest = sum((count.low + count.float32 for count in ours.values()))
+    rest = sum(count.low + count.float32 for count in ours.values())
     return {
         "products": round(sum(found.values()) / len(levels) / rest, 4),
         "attention": round(attended / len(levels) / wanted, 4),
