@@ -1,21 +1,18 @@
-"""Wall-clock of the smollm2-135m run against its floating-point operations over this CPU's matrix-product rate.
+"""Wall-clock of a whole run against its floating-point operations over this CPU's matrix-product rate.
 
     python benchmarks/efficiency.py --calibration abc-news.txt
 
-Times a shortened run of the recipe (its own shapes; a few of the blocks with all their steps, a few end-to-end steps
-after warming up) by part and extrapolates to the whole recipe. "ideal" counts what the passes must multiply (a causal
-half of attention, half of a symmetric matrix, no gradient nobody reads), all of it at the best rate measured for large
-square products in the run's precision; "own precision" takes the float32 rate for what has to be float32.
-The counts are checked against torch's `FlopCounterMode`.
+Runs the recipe from the first to the last second and times its parts. "ideal" counts what the passes must multiply (a
+causal half of attention, half of a symmetric matrix, no gradient nobody reads), all of it at the best rate measured
+before and after for large square products in the run's precision; "own precision" takes the float32 rate for what has
+to be float32. The counts are checked against torch's `FlopCounterMode`.
 """
 
 import argparse
 import datetime
-import itertools
 import json
 import os
 import platform
-import statistics
 import subprocess
 import tempfile
 import time
@@ -26,13 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from efficiency_count import Counts, Shapes, block_phase, check_counts, end_to_end
+from efficiency_count import Counts, Shapes, block_phase_counts, check_counts, end_to_end
 from rich.console import Console
 from rich.table import Table
 
-from elastic_sparsity import adapters, attention, pipeline, read_recipe
+from elastic_sparsity import adapters, attention, block_phase, pipeline, read_recipe
 from elastic_sparsity import end_to_end as phase_two
-from elastic_sparsity.arch import architecture_of, decoder_blocks
 from elastic_sparsity.blocks import BlockRunner
 from elastic_sparsity.calibration_text import calibration_tokens
 from elastic_sparsity.doctor import read_facts
@@ -40,9 +36,9 @@ from elastic_sparsity.files import write_json
 from elastic_sparsity.models import load_base
 from elastic_sparsity.pipeline import versions
 from elastic_sparsity.precision import DTYPES, resolve_precision
+from elastic_sparsity.run_folder import RunFolder
 
 HERE = Path(__file__).parent
-WARM_UP = 6  # end-to-end steps that are not timed: memory is first touched, optimiser states are made
 
 
 def rate(rows: int, inner: int, columns: int, dtype: torch.dtype, seconds: float = 1.0) -> float:
@@ -68,148 +64,90 @@ def rates(shapes: Shapes, dtype: torch.dtype) -> dict[str, float]:
 
 
 class Clock:
-    """Seconds by part; a part inside another counts for itself only."""
+    """Seconds by (phase, part); a part inside another counts for itself only."""
 
     def __init__(self) -> None:
-        self.calls: dict[str, list[float]] = defaultdict(list)
+        self.seconds: dict[tuple[str, str], float] = defaultdict(float)
+        self.stack: list[tuple[str, str]] = []
         self._inner: list[float] = []
 
     @contextmanager
-    def part(self, name: str) -> Iterator[None]:
+    def part(self, name: tuple[str, str]) -> Iterator[None]:
         start = time.perf_counter()
+        self.stack.append(name)
         self._inner.append(0.0)
         try:
             yield
         finally:
             spent = time.perf_counter() - start
-            self.calls[name].append(spent - self._inner.pop())
+            self.seconds[self.stack.pop()] += spent - self._inner.pop()
             if self._inner:
                 self._inner[-1] += spent
 
-    @property
-    def idle(self) -> bool:
-        return not self._inner
-
-    def wrap(self, owner: Any, attribute: str, name: Callable[..., str | None]) -> Callable[[], None]:
-        """Times every call of `owner.attribute` as the part `name(*arguments)`; None = not. Returns the undoing."""
+    def wrap(
+        self, owner: Any, attribute: str, phase: str, name: str | Callable[[], str], inside: str | None = None
+    ) -> None:
+        """Times every call of `owner.attribute` as `name`, where `phase` is under way and the part is `inside`."""
         original, is_static = getattr(owner, attribute), isinstance(vars(owner).get(attribute), staticmethod)
 
         def timed(*args: Any, **kwargs: Any) -> Any:
-            part = name(*args, **kwargs)
-            if part is None:
+            wanted = self.stack and self.stack[-1][0] == phase and inside in (None, self.stack[-1][1])
+            if not wanted:
                 return original(*args, **kwargs)
-            with self.part(part):
+            with self.part((phase, name if isinstance(name, str) else name())):
                 return original(*args, **kwargs)
 
-        before = vars(owner).get(attribute)
         setattr(owner, attribute, staticmethod(timed) if is_static else timed)
-        return lambda: setattr(owner, attribute, before) if before is not None else delattr(owner, attribute)
+
+    def enter(self, attribute: str, phase: str, part: str, then: Callable[[Any], None] = lambda found: None) -> None:
+        """Times calls of the pipeline's function; `then` sees what it returned."""
+        original = getattr(pipeline, attribute)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            with self.part((phase, part)):
+                found = original(*args, **kwargs)
+            then(found)
+            return found
+
+        setattr(pipeline, attribute, timed)
 
 
-def named(name: str) -> Callable[..., str]:
-    return lambda *_args, **_kwargs: name
+def observe(clock: Clock) -> None:
+    """Times the parts of the run that this process will do."""
+    phase = "blocks"
+    for function, part in (
+        ("block_statistics", "statistics"), ("attach_elastic_", "scores and masks"), ("train_block_", "training"),
+        ("block_outputs", "outputs"), ("_keep_streams", "keeping for a resume"),
+    ):  # fmt: skip
+        clock.wrap(block_phase, function, phase, part)
+    clock.wrap(RunFolder, "save_block", phase, "keeping for a resume")
+    clock.wrap(BlockRunner, "map", phase, "targets", inside="rest")
+    phase = "end to end"
+    clock.wrap(RunFolder, "save_snapshot", phase, "keeping for a resume")
+    clock.wrap(adapters, "_effective_weight", phase, "merging weights and masks")
+    clock.wrap(adapters, "_weight_gradients", phase, "their gradients")
+    clock.wrap(adapters.ElasticLinear, "mask", phase, "merging weights and masks")
+    clock.wrap(attention._CausalAttention, "forward", phase, "attention")
+    clock.wrap(attention._CausalAttention, "backward", phase, "attention")
+    clock.wrap(phase_two, "head_kl", phase, "head and KL")
+    clock.wrap(torch.Tensor, "backward", phase, "backward of the blocks")
+    clock.wrap(torch.optim.Adam, "step", phase, "clipping and optimiser")
+    clock.wrap(torch.nn.utils, "clip_grad_norm_", phase, "clipping and optimiser")
 
-
-def changed(recipe: Any, section: str, **fields: Any) -> Any:
-    """The recipe with other fields in one section."""
-    return recipe.model_copy(update={section: getattr(recipe, section).model_copy(update=fields)})
-
-
-def time_block_phase(model: Any, blocks: list, ids: torch.Tensor, recipe: Any, num_blocks: int) -> dict[str, float]:
-    """Seconds by part, extrapolated from the first `num_blocks` blocks to all."""
-    clock = Clock()
-    precision = resolve_precision(recipe.precision, "cpu")
-    undo = [
-        clock.wrap(pipeline, "block_statistics", named("statistics")),
-        clock.wrap(pipeline, "attach_elastic_", named("scores and masks")),
-        clock.wrap(pipeline, "train_block_", named("training")),
-        clock.wrap(pipeline, "block_outputs", named("outputs")),
-        clock.wrap(BlockRunner, "map", lambda *_: "targets" if clock.idle else None),
-    ]
-    pipeline.decoder_blocks = lambda _model: blocks[:num_blocks]  # type: ignore[assignment, return-value]
-    start = time.perf_counter()
-    try:
-        with attention.training_attention(model):
-            generator = torch.Generator().manual_seed(recipe.seed)
-            pipeline.run_block_phase_(model, ids, recipe, "base", precision, generator, lambda *_: None)
-    finally:
-        spent = time.perf_counter() - start
-        pipeline.decoder_blocks = decoder_blocks
-        for step in reversed(undo):
-            step()
-    total = len(blocks)
-    found = {name: total * statistics.mean(calls) for name, calls in clock.calls.items()}
-    first, *later = clock.calls["statistics"]  # the first block sees one stream, later ones one a group
-    found["statistics"] = first + (total - 1) * statistics.mean(later)
-    found["outputs"] = (total - 1) * statistics.mean(clock.calls["outputs"])
-    found["rest"] = spent - sum(map(sum, clock.calls.values()))  # the first hidden states and calls: once
-    return found
-
-
-def attach_rest_(model: Any, blocks: list, recipe: Any) -> None:
-    """Elastic linears in every block that has none yet; masks by magnitude, since speed does not depend on them."""
-    recipe = changed(recipe, "scores", method="magnitude")
-    generator = torch.Generator().manual_seed(1)
-    paths = architecture_of(model.config.model_type).linears
-    for block in blocks:
-        found = {path: block.get_submodule(path) for path in paths}
-        if not isinstance(found[paths[0]], adapters.ElasticLinear):
-            none = dict.fromkeys(paths)
-            pipeline.attach_elastic_(block, found, none, recipe, "base", "bfloat16", generator)  # type: ignore[arg-type]
-
-
-def time_end_to_end(model: Any, ids: torch.Tensor, recipe: Any, steps: int) -> dict[str, float]:
-    """Seconds by part, extrapolated from `steps` steps after the warm-up to all of the recipe's."""
-    clock, marks = Clock(), []
-    short = changed(recipe, "end_to_end", steps=WARM_UP + steps)
-    undo = [
-        clock.wrap(adapters, "_effective_weight", named("merging weights and masks")),
-        clock.wrap(adapters, "_weight_gradients", named("their gradients")),
-        clock.wrap(adapters.ElasticLinear, "mask", named("merging weights and masks")),
-        clock.wrap(attention._CausalAttention, "forward", named("attention")),
-        clock.wrap(attention._CausalAttention, "backward", named("attention")),
-        clock.wrap(phase_two, "head_kl", named("head and KL")),
-        clock.wrap(torch.Tensor, "backward", named("backward of the blocks")),
-        clock.wrap(torch.optim.Adam, "step", named("clipping and optimiser")),
-        clock.wrap(torch.nn.utils, "clip_grad_norm_", named("clipping and optimiser")),
+    def of_model(prepared: tuple[Any, ...]) -> None:
+        blocks = prepared[0].base.model.base_model
         clock.wrap(
-            model.base_model,
-            "forward",
-            lambda *_args, **_kwargs: "student's blocks" if torch.is_grad_enabled() else "teacher's blocks",
-        ),
-    ]
+            blocks, "forward", phase, lambda: "student's blocks" if torch.is_grad_enabled() else "teacher's blocks"
+        )
 
-    def on_step(_stage: str, done: int, _total: int) -> None:
-        marks.append(time.perf_counter())
-        if done == WARM_UP:
-            clock.calls.clear()
-
-    try:
-        with attention.training_attention(model):
-            generator = torch.Generator().manual_seed(recipe.seed)
-            precision = resolve_precision(recipe.precision, "cpu")
-            pipeline.run_end_to_end_(model, ids, short, "base", precision, generator, on_step)
-    finally:
-        for step in reversed(undo):
-            step()
-    scale = recipe.end_to_end.steps / steps
-    found = {name: scale * sum(calls) for name, calls in clock.calls.items()}
-    found["rest"] = scale * (marks[-1] - marks[WARM_UP - 1]) - sum(found.values())
-    print("seconds a step:", [round(b - a, 2) for a, b in itertools.pairwise(marks)])
-    return found
-
-
-def time_frame(base: Any, num_blocks: int, recipe: Any, seconds: dict[str, float]) -> None:
-    """Saving the checkpoint."""
-    start = time.perf_counter()
-    weights = torch.ones(num_blocks, recipe.build_ladder().num_groups)
-    with tempfile.TemporaryDirectory() as folder:
-        pipeline.save_model_(base.model, base, recipe, Path(folder) / "c", {}, torch.float32, weights)
-    seconds["saving"] = time.perf_counter() - start
+    clock.enter("prepare", "frame", "loading and text", of_model)
+    clock.enter("run_block_phase_", "blocks", "rest")
+    clock.enter("run_end_to_end_", "end to end", "rest")
+    clock.enter("save_run", "frame", "saving")
 
 
 def show(phases: dict[str, dict], best: float) -> Table:
-    table = Table(title=f"whole run, extrapolated; ideal at {best / 1e9:.0f} GFLOP/s")
+    table = Table(title=f"whole run; ideal at {best / 1e9:.0f} GFLOP/s")
     for column in ("phase", "part", "10^12 operations", "ideal s", "spent s", "ideal of spent", "own precision"):
         table.add_column(column, justify="left" if column in ("phase", "part") else "right", no_wrap=True)
     for phase, rows in phases.items():
@@ -271,37 +209,42 @@ def commit() -> str:
     return found.stdout.strip()
 
 
+def progress(stage: str, done: int, total: int) -> None:
+    if done == total or done % 20 == 0:
+        print(f"{time.strftime('%H:%M:%S')} {stage} {done}/{total}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calibration", required=True)
-    parser.add_argument("--blocks", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--recipe", default="smollm2-135m", help="of recipes/; a Llama")
+    parser.add_argument("--checkpoint", type=Path, help="keep it there")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "efficiency.json")
     args = parser.parse_args()
-    changes = {"calibration": {"source": args.calibration}}
-    recipe = read_recipe(HERE.parent / "recipes" / "smollm2-135m.toml", changes)
-    start = time.perf_counter()
+    changes = {"calibration": {"source": args.calibration}, "end_to_end": {"trainable": "base"}}
+    recipe = read_recipe(HERE.parent / "recipes" / f"{args.recipe}.toml", changes)
     base = load_base(recipe.model.id, recipe.model.dtype)
     ids, _ = calibration_tokens(recipe, base)
-    frame = {"loading and text": time.perf_counter() - start}
-    model, dtype = base.model, DTYPES[resolve_precision(recipe.precision, "cpu")]
-    shapes, blocks = Shapes.of(model, recipe), list(decoder_blocks(model))
+    dtype, shapes = DTYPES[resolve_precision(recipe.precision, "cpu")], Shapes.of(base.model, recipe)
     before = rates(shapes, dtype)
-    model_counts = block_phase(shapes, recipe), end_to_end(shapes, recipe)
-    seconds = time_block_phase(model, blocks, ids, recipe, args.blocks)
-    attach_rest_(model, blocks, recipe)
-    later = time_end_to_end(model, ids, recipe, args.steps)
-    time_frame(base, len(blocks), recipe, frame)
+    del base
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        observe(clock)
+        start = time.perf_counter()
+        pipeline.optimize(recipe, args.checkpoint or Path(folder) / "c", progress)
+        seconds = time.perf_counter() - start
     after = rates(shapes, dtype)
+    clock.seconds["frame", "rest"] = seconds - sum(clock.seconds.values())
     best = max(max(found[f"{size} cubed"] for size in (1024, 2048, 4096)) for found in (before, after))
     best_float = max(max(found[f"{size} cubed, float32"] for size in (1024, 2048)) for found in (before, after))
+    counts = {"blocks": block_phase_counts(shapes, recipe), "end to end": end_to_end(shapes, recipe), "frame": {}}
     phases = {
-        "blocks": rows_of(model_counts[0], seconds, best, best_float),
-        "end to end": rows_of(model_counts[1], later, best, best_float),
-        "frame": rows_of({}, frame, best, best_float),
+        phase: rows_of(count, {part: t for (of, part), t in clock.seconds.items() if of == phase}, best, best_float)
+        for phase, count in counts.items()
     }
     phases["whole run"] = with_shares({"all": total_of({name: rows["all"] for name, rows in phases.items()})})
-    checked = check_counts(model, shapes, recipe, ids)
+    checked = check_counts(recipe, shapes, ids)
     console = Console(width=130)
     for name in before:
         console.print(f"{name}: {before[name] / 1e9:.0f} GFLOP/s before, {after[name] / 1e9:.0f} after")
@@ -314,13 +257,7 @@ def main() -> None:
         "commit": commit(),
         "seed": recipe.seed,
         "versions": versions(),
-        "protocol": {
-            "recipe": "smollm2-135m",
-            "blocks": args.blocks,
-            "steps": args.steps,
-            "warm_up": WARM_UP,
-            "extrapolated_to": {"blocks": len(blocks), "steps": recipe.end_to_end.steps},
-        },
+        "protocol": {"recipe": args.recipe, "seconds": seconds, "extrapolated": False},
         "rates": {"before": before, "after": after, "denominator": best, "float32": best_float},
         "counted_by_torch_over_ours": checked,
         "phases": phases,

@@ -4,8 +4,10 @@ A product of (N, I) and (I, O) costs 2 N I O. Only products count; norms, softma
 Letters: N tokens of a batch, T tokens of a sample, O outputs, I inputs, r rank.
 """
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +15,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from elastic_sparsity import attention
 from elastic_sparsity import end_to_end as phase_two
+from elastic_sparsity.activations import HOST
 from elastic_sparsity.arch import architecture_of, decoder_blocks, head_function, weight_OI
+from elastic_sparsity.block_phase import Job, attach_elastic_
+from elastic_sparsity.models import load_base
 from elastic_sparsity.precision import autocast_factory, resolve_precision
+from elastic_sparsity.run_folder import RunFolder
+from elastic_sparsity.workers import Workers
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,7 @@ class Shapes:
         return sum(o * i for o, i in list(self.linears.values())[:3])
 
 
-def block_phase(shapes: Shapes, recipe: Any) -> dict[str, Counts]:
+def block_phase_counts(shapes: Shapes, recipe: Any) -> dict[str, Counts]:
     """Operations by part over all blocks."""
     tokens, blocks = recipe.block.samples * shapes.length, shapes.num_blocks
     levels, streams = len(recipe.build_ladder().levels), recipe.build_ladder().num_groups
@@ -131,12 +138,13 @@ def end_to_end(shapes: Shapes, recipe: Any) -> dict[str, Counts]:
     return {part: count * recipe.end_to_end.steps for part, count in end_to_end_step(shapes).items()}
 
 
-def check_counts(model: Any, shapes: Shapes, recipe: Any, ids: torch.Tensor) -> dict[str, float]:
-    """What `FlopCounterMode` counts in one step of every level over our counts.
+def check_counts(recipe: Any, shapes: Shapes, ids: torch.Tensor) -> dict[str, float]:
+    """What `FlopCounterMode` counts in one end-to-end step of every level over our counts.
 
     Attention is compared apart: slices compute more than the causal half that we count.
     """
     precision = resolve_precision(recipe.precision, "cpu")
+    model = elastic_model(recipe, ids, precision)
     autocast: Callable[[], Any] = autocast_factory(precision, "cpu")
     with autocast():
         head = head_function(model)
@@ -146,7 +154,6 @@ def check_counts(model: Any, shapes: Shapes, recipe: Any, ids: torch.Tensor) -> 
             batch = ids[: recipe.end_to_end.batch_size]
             phase_two._step_loss(model, head, batch, level, autocast).backward()
     found = counter.get_flop_counts()["Global"]
-    model.zero_grad(set_to_none=True)
     attended = sum(found.pop(name, 0) for name in (torch.ops.aten.bmm, torch.ops.aten.baddbmm))
     ours = end_to_end_step(shapes)
     wanted = ours.pop("attention").low
@@ -155,3 +162,19 @@ def check_counts(model: Any, shapes: Shapes, recipe: Any, ids: torch.Tensor) -> 
         "products": round(sum(found.values()) / len(levels) / rest, 4),
         "attention": round(attended / len(levels) / wanted, 4),
     }
+
+
+def elastic_model(recipe: Any, ids: torch.Tensor, precision: str) -> Any:
+    """The base model with elastic linears in it, masked by magnitude: operations do not depend on masks."""
+    base = load_base(recipe.model.id, recipe.model.dtype)
+    fields = {"scores": recipe.scores.model_copy(update={"method": "magnitude"})}
+    with tempfile.TemporaryDirectory() as folder:
+        job = Job(
+            recipe=recipe.model_copy(update=fields), base=base, token_ids_ST=ids, trainable="base",
+            precision=precision, activations=HOST, workers=Workers(), folder=RunFolder(Path(folder), writes=False),
+            generator=torch.Generator().manual_seed(recipe.seed), progress=lambda stage, done, total: None,
+        )  # fmt: skip
+        for block in job.blocks:
+            linears = {path: block.get_submodule(path) for path in job.linears}
+            attach_elastic_(job, block, linears, dict.fromkeys(linears))  # type: ignore[arg-type]
+    return base.model

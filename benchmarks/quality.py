@@ -8,6 +8,7 @@ was trained on. Protocol: the whole text joined, windows of 2,048 tokens, no ove
 
 import argparse
 import datetime
+import json
 import platform
 import time
 from pathlib import Path
@@ -18,7 +19,7 @@ from elastic_sparsity import ElasticCheckpoint
 from elastic_sparsity.config import make_recipe
 from elastic_sparsity.files import write_json
 from elastic_sparsity.measure import measure
-from elastic_sparsity.pipeline import versions
+from elastic_sparsity.pipeline import RUN_NAME, versions
 from elastic_sparsity.report import plot_results, results_table
 
 RESULTS = Path(__file__).parent / "results"
@@ -37,6 +38,9 @@ def main() -> None:
     parser.add_argument("--name", default="quality")
     args = parser.parse_args()
     checkpoint = ElasticCheckpoint(args.checkpoint)
+    training = {"end_to_end_kl": checkpoint.config["training"]["end_to_end_kl"]}
+    if (args.checkpoint / RUN_NAME).is_file():  # a copy has none
+        training |= json.loads((args.checkpoint / RUN_NAME).read_text(encoding="utf-8"))
     data = dict(checkpoint.config["recipe"])
     data["evaluation"] = {
         "source": args.evaluation,
@@ -64,7 +68,7 @@ def main() -> None:
         "protocol": protocol,
         "calibration": checkpoint.config["data"],
         "baseline_tokens": args.baseline_samples * recipe.calibration.length,
-        "training": {k: checkpoint.config["training"][k] for k in ("seconds", "peak_bytes", "end_to_end_kl")},
+        "training": training,
         "recipe": checkpoint.config["recipe"],
         "rows": rows,
     }

@@ -10,6 +10,7 @@ from elastic_sparsity.overlay import restore_overlay, write_overlay
 from elastic_sparsity.packed_files import load_packed
 from elastic_sparsity.peft_export import export_peft, reapply_masks_
 from elastic_sparsity.pipeline import optimize
+from elastic_sparsity.planning import Plan, plan
 from elastic_sparsity.slicing import ElasticModel, save_sliced, set_level
 from elastic_sparsity.transfer import copy_level, upgrade
 from elastic_sparsity.verify import verify
@@ -21,6 +22,7 @@ __all__ = [
     "ElasticSparsityError",
     "Export",
     "LevelInfo",
+    "Plan",
     "Recipe",
     "choose_level",
     "copy_level",
@@ -29,6 +31,7 @@ __all__ = [
     "levels",
     "load_packed",
     "optimize",
+    "plan",
     "read_recipe",
     "reapply_masks_",
     "restore_overlay",

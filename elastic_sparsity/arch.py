@@ -5,13 +5,14 @@ linear: sparsity is per output row, so fusing changes nothing. GPT-2 keeps its w
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from elastic_sparsity.errors import NumericsError, UnsupportedModelError
+from elastic_sparsity.errors import NumericsError, UnsupportedModelError, brief
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +53,23 @@ def architecture_of(model_type: str) -> Architecture:
 
     Raises: UnsupportedModelError: listing the supported model types.
     """
-    if model_type not in ARCHITECTURES:
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise UnsupportedModelError(
-            f"model type {model_type!r} has no row in the architecture table; "
+            f"model type {brief(model_type)} has no row in the architecture table; "
             f"supported: {', '.join(sorted(ARCHITECTURES))}."
         )
     return ARCHITECTURES[model_type]
+
+
+# Fields of config.json that make transformers fetch and run a kernel, or list as many labels as they say.
+_IGNORED = ("attn_implementation", "_attn_implementation", "num_labels")
+
+
+def config_object(raw: Mapping[str, Any]) -> Any:
+    """A config.json of a known family as transformers' object. AutoConfig would offer to run code that it names."""
+    from transformers import AutoConfig  # slow import, only here
+
+    return AutoConfig.for_model(**{key: value for key, value in raw.items() if key not in _IGNORED})
 
 
 def is_transposed(linear: nn.Module) -> bool:

@@ -25,7 +25,7 @@ from elastic_sparsity.calibration_text import Progress, check_length, silent
 from elastic_sparsity.checkpoint import ElasticCheckpoint
 from elastic_sparsity.device_profile import FORMAT, FORMAT_VERSION, Profile, WayEntry, fit_way
 from elastic_sparsity.doctor import Facts, existing_ways, read_facts, verdicts
-from elastic_sparsity.errors import ConfigError
+from elastic_sparsity.errors import ConfigError, brief
 from elastic_sparsity.hub import fetch_levels
 from elastic_sparsity.ladder import Level
 from elastic_sparsity.slicing import ElasticModel
@@ -97,10 +97,10 @@ def _check_settings(
     if 1 not in batches or min(batches) < 1:
         raise ConfigError(f"bench: batches {list(batches)} must be above 0 and contain 1, as predictions rest on it.")
     for field_name, value in (("prompt", prompt), ("new tokens", new_tokens), ("repeats", repeats)):
-        if value < 1:
-            raise ConfigError(f"bench: {field_name}: {value} is not above 0.")
-    if threads is not None and threads < 1:
-        raise ConfigError(f"bench: threads: {threads} is not above 0.")
+        if not 1 <= value <= 10**6:
+            raise ConfigError(f"bench: {field_name}: {brief(value)} is not between 1 and 1000000.")
+    if threads is not None and not 1 <= threads <= 4096:
+        raise ConfigError(f"bench: threads: {brief(threads)} is not between 1 and 4096.")
     if device not in ("cpu", "cuda"):
         raise ConfigError(f"bench: device {device!r} is not cpu or cuda.")
 

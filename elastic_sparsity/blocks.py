@@ -5,16 +5,23 @@ tables, per-layer variants as in Gemma), so no architecture needs code of its ow
 sample, D model width.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from elastic_sparsity.activations import Activations
 from elastic_sparsity.errors import ShapeError
 
 BlockCall = Callable[[Tensor], Tensor]
+NewActivations = Callable[[Sequence[int], torch.dtype, torch.device], Activations]
+
+
+def new_tensor(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Activations:
+    """Activations as a plain tensor."""
+    return torch.empty(*shape, dtype=dtype, device=device)
 
 
 class _FirstBlockReached(Exception):
@@ -27,7 +34,7 @@ def first_tensor(output: Any) -> Tensor:
 
 
 @contextmanager
-def _pre_hooks(modules: Sequence[nn.Module], hook: Callable[..., Any]) -> Iterator[None]:
+def _pre_hooks(modules: Iterable[nn.Module], hook: Callable[..., Any]) -> Iterator[None]:
     handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in modules]
     try:
         yield
@@ -44,15 +51,24 @@ class BlockRunner:
         blocks: its decoder blocks.
         token_ids_ST: calibration samples, all of one length.
         batch_size: samples a call.
+        whole: opens a context in which the whole model can run; for a model that is not whole in memory.
     """
 
-    def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], token_ids_ST: Tensor, batch_size: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[nn.Module] | nn.ModuleList,
+        token_ids_ST: Tensor,
+        batch_size: int,
+        whole: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         if token_ids_ST.ndim != 2 or not token_ids_ST.numel():
             raise ShapeError(f"calibration samples: expected (samples, tokens), found {tuple(token_ids_ST.shape)}.")
         self.model = model
         self.blocks = blocks
         self.token_ids_ST = token_ids_ST
         self.batch_size = batch_size
+        self.whole = whole
         self._calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
 
     def batches(self) -> Iterator[slice]:
@@ -61,19 +77,25 @@ class BlockRunner:
             yield slice(start, min(start + self.batch_size, self.token_ids_ST.shape[0]))
 
     @torch.no_grad()
-    def first_hidden(self) -> Tensor:
-        """(S, T, D) input of the first block."""
+    def first_hidden(self, new: NewActivations = new_tensor) -> Activations:
+        """(S, T, D) input of the first block, in what `new` makes for a shape (S, T, D), dtype and device."""
+        result: Activations | None = None
         captured: list[Tensor] = []
 
         def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             captured.append(args[0] if args else kwargs["hidden_states"])
             raise _FirstBlockReached
 
-        with _pre_hooks(self.blocks[:1], stop):
+        with _pre_hooks([self.blocks[0]], stop):
             for batch in self.batches():
                 with suppress(_FirstBlockReached):
                     self.model(self.token_ids_ST[batch], use_cache=False)
-        return torch.cat(captured)
+                hidden = captured.pop()
+                if result is None:
+                    result = new((self.token_ids_ST.shape[0], *hidden.shape[1:]), hidden.dtype, hidden.device)
+                result[batch] = hidden
+        assert result is not None
+        return result
 
     @torch.no_grad()
     def _record(self, batch_size: int) -> None:
@@ -83,7 +105,7 @@ class BlockRunner:
             rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
             calls.append((args[1:], rest))
 
-        with _pre_hooks(self.blocks, record):
+        with self.whole(), _pre_hooks(self.blocks, record):
             rows = torch.arange(batch_size) % self.token_ids_ST.shape[0]
             self.model(self.token_ids_ST[rows], use_cache=False)
         if len(calls) != len(self.blocks):
@@ -105,11 +127,12 @@ class BlockRunner:
         return run
 
     @torch.no_grad()
-    def map(self, call: BlockCall, hidden_STD: Tensor) -> Tensor:
-        """`call` over all samples, batch by batch, in the dtype of `hidden_STD`."""
-        output = torch.empty_like(hidden_STD)
+    def map(self, call: BlockCall, hidden_STD: Activations, output: Activations | None = None) -> Activations:
+        """`call` over all samples, batch by batch, into `output` (None = a new tensor like `hidden_STD`)."""
+        if output is None:
+            output = torch.empty_like(hidden_STD[:])
         for batch in self.batches():
-            output[batch] = call(hidden_STD[batch]).to(hidden_STD.dtype)
+            output[batch] = call(hidden_STD[batch]).to(output.dtype)
         return output
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from elastic_sparsity.activations import Activations
 from elastic_sparsity.arch import weight_OI
 from elastic_sparsity.blocks import BlockCall, BlockRunner, input_hooks
 from elastic_sparsity.importance import InputStatistics
@@ -16,17 +17,19 @@ def block_statistics(
     runner: BlockRunner,
     call: BlockCall,
     linears: Mapping[str, nn.Module],
-    streams: Sequence[Tensor],
+    streams: Sequence[Activations],
     *,
     gram: bool,
     autocast: Callable[[], Any],
     where: str,
+    sum_: Callable[[list[Tensor]], None] = lambda tensors: None,
 ) -> dict[str, InputStatistics]:
     """Statistics by linear name; linears that share an input share one object.
 
     Args:
         linears: dense linears of the block, by path.
         streams: inputs (S, T, D) of the block; equal objects count once.
+        sum_: adds up tensors over all workers, in place.
     Raises: NumericsError: if a statistic is not finite, naming the linear.
     """
     statistics: dict[str, InputStatistics] = {}
@@ -42,6 +45,8 @@ def block_statistics(
         for stream in {id(stream): stream for stream in streams}.values():
             for batch in runner.batches():
                 call(stream[batch])
+    for shared in {id(found): found for found in statistics.values()}.values():
+        shared.reduce(sum_)
     for name, found in statistics.items():
         found.checked(f"{where}.{name}")
     return statistics

@@ -14,6 +14,7 @@ from torch import Tensor
 from elastic_sparsity.config import Recipe
 from elastic_sparsity.data import read_text, sample_from_model, sample_windows, token_hash, tokenize, windows
 from elastic_sparsity.errors import ConfigError, DataError
+from elastic_sparsity.files import is_file
 from elastic_sparsity.models import BaseModel, cache_folder
 from elastic_sparsity.precision import DTYPES, resolve_precision
 
@@ -33,6 +34,11 @@ def calibration_tokens(recipe: Recipe, base: BaseModel, progress: Progress = sil
     """(S, T) calibration samples, and for "self" the held-out samples that evaluation uses when it has no text."""
     wanted = recipe.calibration
     check_length("calibration.length", wanted.length, base.model)
+    if wanted.source == "self" and base.stream is not None:
+        raise ConfigError(
+            'calibration.source: "self" writes its text with the whole model, but its weights are read block by block; '
+            "name a text, or set memory.weights = 'resident'."
+        )
     if wanted.source == "self":
         held_out = recipe.evaluation.max_windows or 32
         ids = _self_sampled(recipe, base, wanted.samples, recipe.seed, progress)
@@ -42,7 +48,7 @@ def calibration_tokens(recipe: Recipe, base: BaseModel, progress: Progress = sil
         name=wanted.name,
         split=wanted.split,
         text_column=wanted.text_column,
-        max_chars=None if Path(wanted.source).is_file() else 40 * wanted.samples * wanted.length,
+        max_chars=None if is_file(wanted.source) else 40 * wanted.samples * wanted.length,
     )
     return sample_windows(tokenize(base.tokenizer, text), wanted.samples, wanted.length, recipe.seed), None
 

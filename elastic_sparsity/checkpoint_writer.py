@@ -1,14 +1,14 @@
-"""Writing an elastic checkpoint: dicts of tensors to a folder of sections, whole or not at all (README)."""
+"""Writing an elastic checkpoint, whole or not at all (README). Memory holds one linear at a time, however many come."""
 
 import dataclasses
 import itertools
-import uuid
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from elastic_sparsity.errors import NumericsError
@@ -16,9 +16,12 @@ from elastic_sparsity.files import atomic_folder, file_sha256, write_json
 from elastic_sparsity.ladder import Ladder
 from elastic_sparsity.manifest import CONFIG_NAME, FORMAT, FORMAT_VERSION, adapter_dtype, digest, part_names
 from elastic_sparsity.precision import DTYPES
-from elastic_sparsity.shells import LinearRecord, encode_shells, shell_names, spec_of
+from elastic_sparsity.shells import LinearRecord, LinearSpec, encode_shells, shell_names, spec_of
+from elastic_sparsity.tensor_file_writer import PlannedTensor, TensorFileWriter
 
 MAX_SHARD_BYTES = 5_000_000_000
+_NO_ID = "0" * 32  # stands in the files until all their bytes are known, from which the id comes
+_Section = dict[str, PlannedTensor]
 
 
 def write_checkpoint(
@@ -35,7 +38,9 @@ def write_checkpoint(
     optional: Mapping[str, Mapping[str, Tensor]] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes a whole checkpoint, or nothing.
+    """Writes a whole checkpoint, or nothing. Equal arguments make equal bytes, on any day and in any process.
+
+    Mappings may read an item from disk whenever they are asked: each is asked twice, and let go before the next.
 
     Args:
         linears: by fully qualified name.
@@ -44,58 +49,47 @@ def write_checkpoint(
         save_extras: writes the model's own config and tokenizer into the folder it gets.
         optional: more sections, which readers that do not know them skip.
         max_shard_bytes: a section larger than this becomes several files.
-    Raises: OutputError. NumericsError: if a value is NaN or infinite in `dtype`; nothing is written then.
+    Raises: OutputError. NumericsError: if a value is NaN or infinite in `dtype`. ShapeError: pairs of other ranks, or
+        rows that keep different numbers. Nothing is left behind then.
     """
-    names = [f"shell-{name}" for name in shell_names(ladder)]
-    sections: dict[str, dict[str, Tensor]] = {name: {} for name in names}
-    for name, linear in linears.items():
-        for section, shell in zip(names, encode_shells(linear, ladder, DTYPES[dtype]), strict=True):
-            sections[section].update({f"{name}.{part}": tensor for part, tensor in shell.items()})
-        for group, pair in enumerate(linear.pairs):
-            if ranks[group]:
-                cast = [x.detach().cpu().to(DTYPES[adapter_dtype(dtype)]) for x in pair]
-                adapters = sections.setdefault(f"adapters-{group}", {})
-                adapters[f"{name}.lora_A"], adapters[f"{name}.lora_B"] = cast
-    sections["shared"] = {
-        k: t.detach().cpu().to(DTYPES[dtype] if t.is_floating_point() else t.dtype) for k, t in shared.items()
-    }
-    sections |= {name: dict(tensors) for name, tensors in (optional or {}).items()}
-    for name, tensor in itertools.chain(*(tensors.items() for tensors in sections.values())):
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise NumericsError(f"{name}: NaN or infinite as {tensor.dtype}; choose another checkpoint.dtype.")
-    checkpoint_id = uuid.uuid4().hex
+    specs = {name: spec_of(linears[name], ladder) for name in linears}
+    plan = _plan_linears(specs, ladder, ranks, dtype)
+    tensors = {"shared": shared, **(optional or {})}
+    # One at a time, so no loop over items(), which holds an item while it asks for the next.
+    plan |= {section: {n: _planned(found[n], section, dtype) for n in found} for section, found in tensors.items()}
     with atomic_folder(folder) as scratch:
         save_extras(scratch)
         extras = [file_entry(scratch, p) for p in sorted(scratch.rglob("*")) if p.is_file()]
-        files = {
-            name: _save_section(scratch, name, tensors, checkpoint_id, max_shard_bytes)
-            for name, tensors in sections.items()
-        }
-        config = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "requires": [],
-            "checkpoint_id": checkpoint_id,
-            "ladder": {
-                "sparsities": ladder.sparsities,
-                "patterns": ladder.patterns,
-                "group_ends": ladder.group_ends,
-                "pattern_parent": ladder.pattern_parent,
-            },
-            "ranks": list(ranks),
-            "inheritance": inheritance,
-            "dtype": dtype,
-            "adapter_dtype": adapter_dtype(dtype),
-            "linears": {name: _linear_entry(linear, ladder) for name, linear in linears.items()},
-            "files": files,
-            "extras": extras,
-            **record,
-        }
+        with _open_files(scratch, plan, max_shard_bytes) as files:
+            for name in linears:
+                _write_linear(files, name, linears[name], ladder, ranks, dtype)
+            for section, found in tensors.items():
+                for name in found:
+                    files.write(section, name, _stored(found[name], section, dtype))
+            config = {
+                "format": FORMAT,
+                "format_version": FORMAT_VERSION,
+                "requires": [],
+                "checkpoint_id": _NO_ID,
+                "ladder": {
+                    "sparsities": ladder.sparsities,
+                    "patterns": ladder.patterns,
+                    "group_ends": ladder.group_ends,
+                    "pattern_parent": ladder.pattern_parent,
+                },
+                "ranks": list(ranks),
+                "inheritance": inheritance,
+                "dtype": dtype,
+                "adapter_dtype": adapter_dtype(dtype),
+                "linears": {name: dataclasses.asdict(spec) for name, spec in specs.items()},
+                "files": files.entries(),
+                "extras": extras,
+                **record,
+            }
+            config["checkpoint_id"] = digest(config)[: len(_NO_ID)]  # covers the hash of every file
+            files.set_id(config["checkpoint_id"])
+        config["files"] = files.entries()
         write_json(scratch / CONFIG_NAME, {**config, "digest": digest(config)})
-
-
-def _linear_entry(linear: LinearRecord, ladder: Ladder) -> dict[str, Any]:
-    return dataclasses.asdict(spec_of(linear, ladder))
 
 
 def file_entry(folder: Path, path: Path) -> dict[str, Any]:
@@ -108,20 +102,99 @@ def file_metadata(checkpoint_id: str) -> dict[str, str]:
     return {"elastic_checkpoint": checkpoint_id}
 
 
-def _save_section(
-    folder: Path, section: str, tensors: Mapping[str, Tensor], checkpoint_id: str, max_shard_bytes: int
-) -> list[dict[str, Any]]:
-    parts: list[dict[str, Tensor]] = [{}]
+class _SectionFiles:
+    """Every file of every section, open at once, for a linear has a part in most of them."""
+
+    def __init__(self, folder: Path, parts: Mapping[str, Sequence[TensorFileWriter]]) -> None:
+        self._folder, self._parts = folder, parts
+        self._file_of = {
+            (section, name): file for section, files in parts.items() for file in files for name in file.specs
+        }
+
+    def write(self, section: str, name: str, tensor: Tensor) -> None:
+        """Raises: NumericsError; ShapeError, OSError: as the file does."""
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise NumericsError(f"{name}: NaN or infinite as {tensor.dtype}; choose another checkpoint.dtype.")
+        self._file_of[section, name].write(name, tensor)
+
+    def entries(self) -> dict[str, list[dict[str, Any]]]:
+        """The manifest's `files`, as they are now."""
+        return {
+            section: [file_entry(self._folder, file.path) for file in files] for section, files in self._parts.items()
+        }
+
+    def set_id(self, checkpoint_id: str) -> None:
+        for file in itertools.chain(*self._parts.values()):
+            file.replace_metadata(file_metadata(checkpoint_id))
+
+
+@contextmanager
+def _open_files(folder: Path, plan: Mapping[str, _Section], max_shard_bytes: int) -> Iterator[_SectionFiles]:
+    with ExitStack() as stack:
+        parts = {}
+        for section, planned in plan.items():
+            shards = _shards(planned, max_shard_bytes)
+            paths = [folder / name for name in part_names(section, len(shards))]
+            parts[section] = [
+                stack.enter_context(TensorFileWriter(path, shard, file_metadata(_NO_ID)))
+                for path, shard in zip(paths, shards, strict=True)
+            ]
+        yield _SectionFiles(folder, parts)
+
+
+def _shards(planned: _Section, max_shard_bytes: int) -> list[_Section]:
+    shards: list[_Section] = [{}]
     room = max_shard_bytes
-    for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.dtype.itemsize
-        if parts[-1] and size > room:
-            parts.append({})
+    for name, (dtype, shape) in planned.items():
+        size = math.prod(shape) * dtype.itemsize
+        if shards[-1] and size > room:
+            shards.append({})
             room = max_shard_bytes
-        parts[-1][name] = tensor.contiguous()
+        shards[-1][name] = dtype, shape
         room -= size
-    entries = []
-    for file_name, part in zip(part_names(section, len(parts)), parts, strict=True):
-        save_file(part, folder / file_name, metadata=file_metadata(checkpoint_id))
-        entries.append(file_entry(folder, folder / file_name))
-    return entries
+    return shards
+
+
+def _plan_linears(
+    specs: Mapping[str, LinearSpec], ladder: Ladder, ranks: Sequence[int], dtype: str
+) -> dict[str, _Section]:
+    """Sections of shells and adapters: dtype and shape of all that `_write_linear` will write."""
+    plan: dict[str, _Section] = {f"shell-{name}": {} for name in shell_names(ladder)}
+    plan |= {f"adapters-{group}": {} for group, rank in enumerate(ranks) if rank}
+    for name, spec in specs.items():
+        for number, shell in enumerate(shell_names(ladder)):
+            for part, shape in spec.shell_shapes(number).items():
+                kind = DTYPES[dtype] if part == "values" else torch.uint8
+                plan[f"shell-{shell}"][f"{name}.{part}"] = kind, shape
+        for group, rank in enumerate(ranks):
+            if rank:
+                kind, section = DTYPES[adapter_dtype(dtype)], plan[f"adapters-{group}"]
+                section[f"{name}.lora_A"] = kind, (rank, spec.shape[1])
+                section[f"{name}.lora_B"] = kind, (spec.shape[0], rank)
+    return plan
+
+
+def _write_linear(
+    files: _SectionFiles, name: str, linear: LinearRecord, ladder: Ladder, ranks: Sequence[int], dtype: str
+) -> None:
+    for shell, tensors in zip(shell_names(ladder), encode_shells(linear, ladder, DTYPES[dtype]), strict=True):
+        for part, tensor in tensors.items():
+            files.write(f"shell-{shell}", f"{name}.{part}", tensor)
+    for group, pair in enumerate(linear.pairs):
+        if ranks[group]:
+            for part, tensor in zip(("lora_A", "lora_B"), pair, strict=True):
+                cast = tensor.detach().cpu().to(DTYPES[adapter_dtype(dtype)])
+                files.write(f"adapters-{group}", f"{name}.{part}", cast)
+
+
+def _stored(tensor: Tensor, section: str, dtype: str) -> Tensor:
+    return tensor.detach().cpu().to(_stored_dtype(tensor, section, dtype))
+
+
+def _planned(tensor: Tensor, section: str, dtype: str) -> PlannedTensor:
+    return _stored_dtype(tensor, section, dtype), tuple(tensor.shape)
+
+
+def _stored_dtype(tensor: Tensor, section: str, dtype: str) -> torch.dtype:
+    """What all levels share is stored in the checkpoint's dtype, other sections as they are."""
+    return DTYPES[dtype] if section == "shared" and tensor.is_floating_point() else tensor.dtype

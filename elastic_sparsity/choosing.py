@@ -7,7 +7,7 @@ from typing import Any
 
 from elastic_sparsity.checkpoint import ElasticCheckpoint
 from elastic_sparsity.device_profile import Prediction, Profile, predict_fastest, read_profile
-from elastic_sparsity.errors import ConfigError, LevelError
+from elastic_sparsity.errors import ConfigError, LevelError, brief
 from elastic_sparsity.hub import checkpoint_folder, is_hub_id
 from elastic_sparsity.inspection import level_info
 from elastic_sparsity.ladder import Level
@@ -139,7 +139,7 @@ def _check_budget(profile: Any, max_bytes: Any, max_ms_per_token: Any, min_quali
         raise ConfigError("choose_level: no budget; give max_bytes, max_ms_per_token or min_quality.")
     for name, value in (("max_ms_per_token", max_ms_per_token), ("min_quality", min_quality)):
         if value is not None and not (_is_number(value) and value > 0):
-            raise ConfigError(f"{name}: {value!r} is not a number above 0.")
+            raise ConfigError(f"{name}: {brief(value)} is not a number above 0.")
     if max_ms_per_token is not None and profile is None:
         raise ConfigError(
             "max_ms_per_token: needs a device profile; `elastic-sparsity bench` makes one of this device, "
@@ -147,7 +147,7 @@ def _check_budget(profile: Any, max_bytes: Any, max_ms_per_token: Any, min_quali
         )
     size = parse_bytes(max_bytes) if isinstance(max_bytes, str) else max_bytes
     if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size <= 0):
-        raise ConfigError(f"max_bytes: {max_bytes!r} is not a whole number above 0, nor a size such as 60MB.")
+        raise ConfigError(f"max_bytes: {brief(max_bytes)} is not a whole number above 0, nor a size such as 60MB.")
     return _Budget(max_bytes=size, max_ms_per_token=max_ms_per_token, min_quality=min_quality)
 
 

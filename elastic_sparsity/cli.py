@@ -18,12 +18,15 @@ from rich.progress import Progress as RichProgress
 
 from elastic_sparsity.cli_device import register as register_device
 from elastic_sparsity.cli_export import register as register_export
+from elastic_sparsity.cli_plan import register as register_plan
 from elastic_sparsity.config import Recipe, read_recipe
 from elastic_sparsity.errors import ConfigError, ElasticSparsityError
+from elastic_sparsity.files import check_output_file, is_file
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=__doc__)
 register_export(app)
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No bars and no log, only the result.")]
+Restart = Annotated[bool, typer.Option("--restart", help="Throw away what an interrupted run left.")]
 LevelOption = Annotated[str, typer.Option(help='A level of the ladder: "0.6", "60%" or "2:4".')]
 
 
@@ -71,7 +74,7 @@ def recipe_path(name: str) -> Path:
 
     Raises: ConfigError: listing the package's recipes.
     """
-    if Path(name).is_file():
+    if is_file(name):
         return Path(name)
     here = Path(__file__).parent
     folder = next(f for f in (here / "recipes", here.parent / "recipes") if f.is_dir())  # installed, or a checkout
@@ -81,13 +84,17 @@ def recipe_path(name: str) -> Path:
     return known[name]
 
 
+register_plan(app, recipe_path)
+
+
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for the elastic checkpoint.")] = Path("elastic-smollm2-135m"),
+    restart: Restart = False,
     quiet: Quiet = False,
 ) -> None:
     """Make SmolLM2-135M elastic: no hub, no data set, 2 cores (the model comes through pip)."""
-    _run(read_recipe(recipe_path("demo")), output, quiet)
+    _run(read_recipe(recipe_path("demo")), output, quiet, restart)
 
 
 @app.command()
@@ -97,9 +104,10 @@ def train(
     model: Annotated[str | None, typer.Option(help="Model folder, hub id or .gguf file.")] = None,
     calibration: Annotated[str | None, typer.Option(help='Text file, hub data set or "self".')] = None,
     evaluation: Annotated[str | None, typer.Option(help="Text file to measure perplexity on.")] = None,
+    restart: Restart = False,
     quiet: Quiet = False,
 ) -> None:
-    """Run a recipe: one run makes one elastic checkpoint."""
+    """Run a recipe: one run makes one elastic checkpoint. An interrupted run goes on when it is started again."""
     overrides: dict[str, dict[str, Any]] = {}
     if model is not None:
         overrides["model"] = {"id": model}
@@ -107,19 +115,24 @@ def train(
         overrides["calibration"] = {"source": calibration}
     if evaluation is not None:
         overrides["evaluation"] = {"source": evaluation}
-    _run(read_recipe(recipe_path(recipe), overrides), output, quiet)
+    _run(read_recipe(recipe_path(recipe), overrides), output, quiet, restart)
 
 
-def _run(recipe: Recipe, output: Path, quiet: bool) -> None:
+def _run(recipe: Recipe, output: Path, quiet: bool, restart: bool) -> None:
     from elastic_sparsity.files import write_json
     from elastic_sparsity.measure import measure
     from elastic_sparsity.pipeline import optimize
     from elastic_sparsity.report import human_bytes, plot_results, results_table
+    from elastic_sparsity.workers import Workers
 
-    with _progress(quiet) as progress:
-        checkpoint = optimize(recipe, output, progress)
+    workers = Workers()
+    with _progress(quiet or not workers.is_main) as progress:
+        checkpoint = optimize(recipe, output, progress, restart=restart)
         has_text = recipe.evaluation.source is not None or recipe.calibration.source == "self"
         rows = measure(recipe, checkpoint, progress) if has_text else []
+    workers.close()
+    if not workers.is_main:
+        return
     console = Console()
     if rows:
         protocol = checkpoint.config["quality"]["protocol"]
@@ -298,6 +311,8 @@ def eval_command(
 
     if precision not in ("auto", "float32", "bfloat16"):
         raise ConfigError(f"--precision: {precision!r} is not auto, float32 or bfloat16.")
+    if output is not None:
+        check_output_file(output)
     with _progress(quiet) as progress:
         rows, protocol = evaluate_path(
             path,

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from elastic_sparsity.errors import ConfigError
+from elastic_sparsity.files import check_output_file
 
 ProgressContext = Callable[[bool], AbstractContextManager[Any]]
 """Called with `quiet`; gives a context whose value is the progress callback."""
@@ -40,6 +41,8 @@ def register(app: typer.Typer, progress: ProgressContext) -> None:
         from elastic_sparsity.device_report import lines_table, shapes_table, sizes_table, speed_table, verdict_lines
         from elastic_sparsity.precision import default_device
 
+        if output is not None:
+            check_output_file(output)
         with progress(quiet) as report:
             profile = measure_device(
                 checkpoint,

@@ -11,15 +11,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from elastic_sparsity.errors import ConfigError
+from elastic_sparsity.errors import ConfigError, brief
 from elastic_sparsity.ladder import Ladder
 
-Positive = Annotated[int, Field(gt=0, strict=True)]
-NonNegative = Annotated[int, Field(ge=0, strict=True)]
-Length = Annotated[int, Field(gt=7, strict=True)]
-Rate = Annotated[float, Field(ge=0.0, allow_inf_nan=False, strict=True)]
+MAX_RECIPE_BYTES = 1_000_000
+Positive = Annotated[int, Field(gt=0, lt=2**31, strict=True)]
+NonNegative = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
+Length = Annotated[int, Field(gt=7, lt=2**31, strict=True)]
+Batch = Annotated[int, Field(gt=0, le=2**16, strict=True)]
+Rank = Annotated[int, Field(ge=0, le=2**13, strict=True)]
+Rate = Annotated[float, Field(ge=0.0, le=1e6, strict=True)]  # more than float32 holds would end in the optimiser
 Share = Annotated[float, Field(ge=0.0, le=1.0, strict=True)]
-Above = Annotated[float, Field(gt=0.0, allow_inf_nan=False, strict=True)]
+Above = Annotated[float, Field(gt=0.0, le=1e6, strict=True)]
 
 
 class _Section(BaseModel):
@@ -77,7 +80,7 @@ class ScoresSection(_Section):
 
 
 class AdapterSection(_Section):
-    ranks: NonNegative | tuple[NonNegative, ...] = 8
+    ranks: Rank | tuple[Rank, ...] = 8
     """Rank of every group, or one a group."""
     inheritance: Literal["shared", "detached", "none"] = "shared"
     """Whether a sparser level's loss also moves the adapters it inherits; "none" = groups are independent."""
@@ -96,7 +99,7 @@ class BlockSection(_Section):
     """Optimiser steps a block; every step trains every group once. 0 = scores and masks only."""
     samples: Positive = 128
     """How many of the calibration samples the block phase (and the baselines) use."""
-    batch_size: Positive = 2
+    batch_size: Batch = 2
     adapter_lr: Rate = 1e-3
     base_lr: Rate = 0.0
     """Of the kept base values; 0 = they do not move in this phase."""
@@ -109,12 +112,27 @@ class EndToEndSection(_Section):
     trainable: Literal["auto", "base", "adapters", "off"] = "auto"
     """auto = base values and adapters if training them fits into memory, else adapters, else off."""
     steps: NonNegative = 400
-    batch_size: Positive = 1
+    batch_size: Batch = 1
     adapter_lr: Rate = 1e-3
     base_lr: Rate = 1e-4
     warmup: Share = 0.05
     clip_norm: Rate = 1.0
     """0 = no clipping."""
+    gradient_checkpointing: bool = False
+    """Run each block again in the backward pass instead of keeping its activations: a third slower, less memory."""
+
+    shard: bool = False
+    """With several workers: share out parameters, gradients and optimiser states (FSDP) instead of copying them."""
+
+
+class MemorySection(_Section):
+    """Where a run keeps its data. Changes no result; an interrupted run may go on with other values."""
+
+    weights: Literal["auto", "resident", "stream"] = "auto"
+    """Base model whole in memory, or read from its safetensors files block by block; the end-to-end
+    phase is then off, or shared among several workers (`end_to_end.shard`)."""
+    activations: Literal["auto", "device", "host", "disk"] = "auto"
+    """Hidden states between blocks."""
 
 
 class CheckpointSection(_Section):
@@ -135,6 +153,7 @@ class Recipe(_Section):
     block: BlockSection = BlockSection()
     end_to_end: EndToEndSection = EndToEndSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    memory: MemorySection = MemorySection()
     seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = 0
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of matrix products; auto = bfloat16 where the device has it natively, else float32. Masters stay float32."""
@@ -151,6 +170,12 @@ class Recipe(_Section):
             )
         if self.scores.patterns == "within" and not self.ladder.sparsities:
             raise ConfigError("scores.patterns: 'within' needs an unstructured level in ladder.sparsities.")
+        wanted = self.end_to_end
+        if self.memory.weights == "stream" and wanted.trainable in ("base", "adapters") and not wanted.shard:
+            raise ConfigError(
+                "memory.weights: 'stream' keeps one block in memory, end_to_end needs all of them; set "
+                "end_to_end.trainable = 'off', or end_to_end.shard = true with several workers."
+            )
         if self.block.samples > self.calibration.samples:
             raise ConfigError(
                 f"block.samples: {self.block.samples} is more than calibration.samples ({self.calibration.samples})."
@@ -187,7 +212,7 @@ def _explain(problem: dict[str, Any]) -> str:
         return str(problem["ctx"]["error"])
     if problem["type"] == "missing":
         return f"{field}: missing; every recipe must say it."
-    return f"{field}: {problem['msg']}, found {problem['input']!r}."
+    return f"{field}: {problem['msg']}, found {brief(problem['input'])}."
 
 
 def make_recipe(data: dict[str, Any], where: str = "recipe") -> Recipe:
@@ -209,10 +234,14 @@ def read_recipe(path: str | Path, overrides: dict[str, dict[str, Any]] | None = 
     """
     path = Path(path)
     try:
+        if path.exists() and not path.is_file():  # a pipe would block
+            raise OSError("it is no file")
+        if path.stat().st_size > MAX_RECIPE_BYTES:
+            raise OSError(f"{path.stat().st_size} bytes, at most {MAX_RECIPE_BYTES} are read")
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such recipe.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:  # also more digits, or deeper, than Python reads
         raise ConfigError(f"{path}: not a readable TOML file: {error}.") from None
     for section, fields in (overrides or {}).items():
         current = data.setdefault(section, {})

@@ -5,20 +5,56 @@ cut into consecutive windows without overlap. Letters: S samples, T tokens a sam
 """
 
 import hashlib
+import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from elastic_sparsity.errors import DataError, NumericsError
+from elastic_sparsity.errors import DataError, NumericsError, brief
+from elastic_sparsity.files import is_file
 
 log = logging.getLogger(__name__)
 
-_BUILDERS = {".txt": "text", ".text": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 SELF_BATCH = 64  # sequences sampled together
+
+
+def _text_rows(source: str) -> Iterable[Any]:
+    return [{"text": Path(source).read_text(encoding="utf-8")}]
+
+
+def _json_rows(source: str) -> Iterable[Any]:
+    """One JSON value a line, or a list of them as the whole file. (pyarrow, as `datasets` has it, crashes on nests.)"""
+    text = Path(source).read_text(encoding="utf-8-sig")
+    try:
+        whole = json.loads(text)
+    except json.JSONDecodeError:
+        return (json.loads(line) for line in text.split("\n") if line.strip())
+    return whole if isinstance(whole, list) else [whole]
+
+
+def _parquet_rows(source: str) -> Iterable[Any]:
+    from datasets import load_dataset  # slow import, only here
+
+    return load_dataset("parquet", data_files=source, split="train", streaming=True)
+
+
+def _hub_rows(source: str, name: str | None, split: str) -> Iterable[Any]:
+    from datasets import load_dataset  # slow import, only here
+
+    return load_dataset(source, name, split=split, streaming=True)
+
+
+_READERS: dict[str, Callable[[str], Iterable[Any]]] = {
+    ".txt": _text_rows,
+    ".text": _text_rows,
+    ".jsonl": _json_rows,
+    ".json": _json_rows,
+    ".parquet": _parquet_rows,
+}
 
 
 def read_text(
@@ -33,26 +69,25 @@ def read_text(
 
     Raises: DataError: if it is missing, empty, in another encoding, or lacks the column.
     """
-    from datasets import load_dataset  # slow import, only here
-
     suffix = Path(source).suffix.lower()
-    is_file = Path(source).is_file()
-    if not is_file and (suffix in _BUILDERS or source.startswith((".", "/"))):
+    is_local = is_file(source)
+    if not is_local and (suffix in _READERS or source.startswith((".", "/"))):
         raise DataError(f"text source {source!r}: no such file.")
-    if is_file and suffix not in _BUILDERS:
-        raise DataError(f"text source {source!r}: unknown ending {suffix!r}; expected {', '.join(_BUILDERS)}.")
+    if is_local and suffix not in _READERS:
+        raise DataError(f"text source {source!r}: unknown ending {suffix!r}; expected {', '.join(_READERS)}.")
     try:
-        if is_file:
-            options = {"sample_by": "document"} if _BUILDERS[suffix] == "text" else {}
-            rows = load_dataset(_BUILDERS[suffix], data_files=source, split="train", streaming=True, **options)
-        else:
-            rows = load_dataset(source, name, split=split, streaming=True)
-        column = "text" if is_file and _BUILDERS[suffix] == "text" else text_column
+        rows = _READERS[suffix](source) if is_local else _hub_rows(source, name, split)
+        column = "text" if is_local and _READERS[suffix] is _text_rows else text_column
         documents, num_chars = [], 0
-        for row in rows:
-            if column not in row:
-                raise DataError(f"text source {source!r}: no column {column!r}; it has {', '.join(sorted(row))}.")
-            documents.append(str(row[column]))
+        for number, row in enumerate(rows):
+            if not isinstance(row, dict) or column not in row:
+                has = ", ".join(sorted(row)) if isinstance(row, dict) else brief(row)
+                raise DataError(f"text source {source!r}: row {number}: no column {column!r}; it has {has}.")
+            if not isinstance(row[column], str):
+                found = brief(row[column])
+                raise DataError(f"text source {source!r}: row {number}: {column!r} is no text but {found}.")
+            row[column].encode()  # JSON may hold half a character, which no tokenizer takes
+            documents.append(row[column])
             num_chars += len(documents[-1])
             if max_chars is not None and num_chars > max_chars:
                 break

@@ -15,8 +15,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from elastic_sparsity.checkpoint import ElasticCheckpoint
-from elastic_sparsity.errors import LevelError, ProfileError
-from elastic_sparsity.files import write_json
+from elastic_sparsity.errors import LevelError, ProfileError, brief
+from elastic_sparsity.files import is_file, write_json
 from elastic_sparsity.ladder import Level
 from elastic_sparsity.ways import Way, streamed_bytes
 
@@ -157,12 +157,12 @@ def profile_path(name: str | Path) -> Path:
 
     Raises: ProfileError: listing the package's profiles.
     """
-    if Path(name).is_file():
+    if isinstance(name, str | Path) and is_file(name):
         return Path(name)
     shipped = {path.stem: path for path in sorted((Path(__file__).parent / "profiles").glob("*.json"))}
     if str(name) not in shipped:
         raise ProfileError(
-            f"device profile {str(name)!r}: no such file; profiles of the package: {', '.join(shipped)}. "
+            f"device profile {brief(name, 300)}: no such file; profiles of the package: {', '.join(shipped)}. "
             "`elastic-sparsity bench` makes one of this device."
         )
     return shipped[str(name)]

@@ -7,15 +7,21 @@ Letters: B samples, T tokens, D width, V vocabulary, N = B * T.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from elastic_sparsity.adapters import elastic_linears, set_level_
-from elastic_sparsity.distill import cosine
+from elastic_sparsity.arch import architecture_of
+from elastic_sparsity.distill import Share, cosine
 from elastic_sparsity.errors import NumericsError
 from elastic_sparsity.ladder import Ladder, Level
 
@@ -90,6 +96,22 @@ class EndToEndSettings:
     base_lr: float
     warmup: float
     clip_norm: float
+    gradient_checkpointing: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Snapshots:
+    """How the phase is kept, to go on after a crash.
+
+    Attributes:
+        start: tensors and note of the last snapshot; None = from the beginning.
+        save: keeps a snapshot.
+        seconds: between two.
+    """
+
+    start: tuple[dict[str, Tensor], dict[str, Any]] | None
+    save: Callable[[dict[str, Tensor], dict[str, Any]], None]
+    seconds: float = 300.0
 
 
 def balanced_order(levels: Sequence[Level], steps: int, generator: torch.Generator) -> list[Level]:
@@ -109,6 +131,8 @@ def train_end_to_end_(
     generator: torch.Generator,
     autocast: Callable[[], torch.autocast],
     on_step: Callable[[int, int], None],
+    share: Share,
+    snapshots: Snapshots | None = None,
 ) -> dict[str, float]:
     """Trains all elastic linears of a model together.
 
@@ -117,47 +141,105 @@ def train_end_to_end_(
         head: final hidden states to logits.
         token_ids_ST: calibration samples, used in order and again from the start when they run out.
         on_step: called with (steps done, steps) after each step.
+        share: this worker's part of every batch.
     Returns: mean KL to the dense model (nats a token) of every level name over the last quarter of its steps.
     Raises: NumericsError: if a loss is not finite.
     """
-    linears = [linear for _, linear in elastic_linears(model)]
-    adapters = [p for e in linears for p in (e.lora_A, e.lora_B)]
-    bases = [e.weight for e in linears] if settings.base_lr else []
-    for linear in linears:
-        linear.weight.requires_grad_(bool(settings.base_lr))
-    groups: list[dict[str, Any]] = [{"params": adapters, "lr": settings.adapter_lr}]
-    if bases:
-        groups.append({"params": bases, "lr": settings.base_lr})
-    optimizer = torch.optim.Adam(groups, fused=True)
+    optimizer = _optimizer(model, settings)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     top_rates = [group["lr"] for group in optimizer.param_groups]
     history: dict[str, list[float]] = {level.name: [] for level in ladder.levels}
-    num_samples = token_ids_ST.shape[0]
-    for step, level in enumerate(balanced_order(ladder.levels, settings.steps, generator)):
+    order, first = balanced_order(ladder.levels, settings.steps, generator), 0
+    if snapshots is not None and snapshots.start is not None:
+        first, history = _go_on_(model, optimizer, *snapshots.start)
+    saved = time.monotonic()
+    for step, level in enumerate(order[first:], first):
         for group, rate in zip(optimizer.param_groups, top_rates, strict=True):
             group["lr"] = rate * cosine(step, settings.steps, settings.warmup)
-        chosen = torch.arange(step * settings.batch_size, (step + 1) * settings.batch_size) % num_samples
-        loss = _step_loss(model, head, token_ids_ST[chosen], level, autocast)
-        if not torch.isfinite(loss):
+        chosen = (step * settings.batch_size + torch.tensor(share.places)) % token_ids_ST.shape[0]
+        loss = _step_loss(model, head, token_ids_ST[chosen], level, autocast, settings.gradient_checkpointing)
+        loss.backward()
+        share.mean_gradients_(parameters)
+        (value,) = share.mean([float(loss.detach())])
+        if not math.isfinite(value):
             raise NumericsError(
-                f"end-to-end phase: loss of level {level.name} is {float(loss.detach())} at step {step}; lower "
+                f"end-to-end phase: loss of level {level.name} is {value} at step {step}; lower "
                 "end_to_end.adapter_lr or end_to_end.base_lr, or set precision = 'float32'."
             )
-        loss.backward()
         if settings.clip_norm:
-            torch.nn.utils.clip_grad_norm_(adapters + bases, settings.clip_norm)
+            torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        history[level.name].append(float(loss.detach()))
+        history[level.name].append(value)
         on_step(step + 1, settings.steps)
         if (step + 1) % max(1, settings.steps // 10) == 0:
             recent = " ".join(f"{name}={_mean(values[-16:]):.4g}" for name, values in history.items() if values)
             log.info("end to end %d/%d  KL to dense %s", step + 1, settings.steps, recent)
+        if snapshots is not None and time.monotonic() - saved >= snapshots.seconds:
+            snapshots.save(_snapshot(model, optimizer), {"step": step + 1, "history": history})
+            saved = time.monotonic()
     set_level_(model, None)
     return {name: _mean(values[-max(1, len(values) // 4) :]) for name, values in history.items() if values}
 
 
+def _optimizer(model: nn.Module, settings: EndToEndSettings) -> torch.optim.Optimizer:
+    linears = [linear for _, linear in elastic_linears(model)]
+    for linear in linears:
+        linear.weight.requires_grad_(bool(settings.base_lr))
+    adapters = [p for e in linears for p in (e.lora_A, e.lora_B)]
+    groups: list[dict[str, Any]] = [{"params": adapters, "lr": settings.adapter_lr}]
+    if settings.base_lr:
+        groups.append({"params": [e.weight for e in linears], "lr": settings.base_lr})
+    return torch.optim.Adam(groups, fused=True)
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {f"{name}.{part}": p for name, e in elastic_linears(model) for part, p in e.named_parameters()
+            if p.requires_grad and part != "bias"}  # fmt: skip
+
+
+def _snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Parameters and the optimiser's state, by name."""
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in _trained(model).items():
+        tensors[name] = parameter.detach()
+        tensors |= {f"{name}|{key}": value for key, value in optimizer.state.get(parameter, {}).items()}
+    return tensors
+
+
+@torch.no_grad()
+def _go_on_(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], note: dict[str, Any]
+) -> tuple[int, dict[str, list[float]]]:
+    """Puts a snapshot back. Returns: steps done, losses so far."""
+    for name, parameter in _trained(model).items():
+        parameter.copy_(tensors[name])
+        state = {key.rpartition("|")[2]: value for key, value in tensors.items() if key.startswith(f"{name}|")}
+        if state:  # Adam's step counter stays on the CPU unless it is fused on a GPU
+            optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
+    return note["step"], note["history"]
+
+
+@contextmanager
+def _checkpointed(model: Any, wanted: bool) -> Iterator[None]:
+    """While it is open, decoder blocks keep no activations for the backward pass, which runs them again."""
+    blocks = model.get_submodule(architecture_of(model.config.model_type).blocks) if wanted else ()
+    for block in blocks:
+        block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward  # the class's own again
+
+
 def _step_loss(
-    model: nn.Module, head: HeadFn, ids_BT: Tensor, level: Level, autocast: Callable[[], torch.autocast]
+    model: nn.Module,
+    head: HeadFn,
+    ids_BT: Tensor,
+    level: Level,
+    autocast: Callable[[], torch.autocast],
+    gradient_checkpointing: bool = False,
 ) -> Tensor:
     body: nn.Module = model.base_model  # type: ignore[assignment]
     with autocast():
@@ -165,7 +247,8 @@ def _step_loss(
         with torch.no_grad():
             teacher = body(ids_BT, use_cache=False).last_hidden_state
         set_level_(model, level)
-        student = body(ids_BT, use_cache=False).last_hidden_state
+        with _checkpointed(model, gradient_checkpointing):
+            student = body(ids_BT, use_cache=False).last_hidden_state
         return head_kl(student, teacher, head)
 
 

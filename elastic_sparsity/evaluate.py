@@ -35,6 +35,8 @@ def evaluate(
     reference: Any | None = None,
     autocast: Callable[[], Any],
     on_window: Callable[[int, int], None] = lambda done, total: None,
+    share: range | None = None,
+    sum_: Callable[[list[Tensor]], None] = lambda tensors: None,
 ) -> dict[str, Quality]:
     """Quality of every model on the same windows; the reference runs once a window for all of them.
 
@@ -42,6 +44,8 @@ def evaluate(
         models: name to causal LM.
         windows_ST: token windows; each predicts its tokens 2 to T.
         autocast: context factory for matrix-product precision.
+        share: which windows this worker takes; None = all.
+        sum_: adds up tensors over all workers, in place.
     Raises: NumericsError: if a model's loss is not finite. ShapeError: if a vocabulary differs from the reference's.
     """
     nll = dict.fromkeys(models, 0.0)
@@ -49,14 +53,18 @@ def evaluate(
     with autocast():
         heads = {name: head_function(model) for name, model in models.items()}
         reference_head = None if reference is None else head_function(reference)
-        for number, window_T in enumerate(windows_ST):
+        mine = range(windows_ST.shape[0]) if share is None else share
+        for number, window_T in enumerate(windows_ST[list(mine)]):
             teacher = None if reference is None else _final_hidden(reference, window_T)
             for name, model in models.items():
                 hidden = _final_hidden(model, window_T)
                 window_nll, window_kl = _window_sums(heads[name], hidden, reference_head, teacher, window_T)
                 nll[name] += window_nll
                 kl[name] += window_kl
-            on_window(number + 1, windows_ST.shape[0])
+            on_window(number + 1, len(mine))
+    sums = torch.tensor([[nll[name], kl[name]] for name in models], dtype=torch.float64)
+    sum_([sums])
+    nll, kl = dict(zip(models, sums[:, 0].tolist(), strict=True)), dict(zip(models, sums[:, 1].tolist(), strict=True))
     tokens = windows_ST.shape[0] * (windows_ST.shape[1] - 1)
     bad = [name for name in models if not math.isfinite(nll[name])]
     if bad:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from elastic_sparsity.checkpoint import ElasticCheckpoint
-from elastic_sparsity.errors import ConfigError, LevelError
+from elastic_sparsity.errors import ConfigError, LevelError, brief
 from elastic_sparsity.export_gguf import check_gguf, write_gguf
 from elastic_sparsity.export_onnx import check_onnx, check_openvino, write_onnx, write_openvino
 from elastic_sparsity.files import atomic_folder, check_output_folder
@@ -119,9 +119,9 @@ def export_level(
         LevelError: outside the ladder, or not 2:4. UnsupportedModelError: the format cannot hold this architecture or
         tokenizer. ShapeError: no linear fits packed-2of4. CheckpointError. OutputError: `output` is taken.
     """
-    if format not in FORMATS:
+    if not isinstance(format, str) or format not in FORMATS:
         raise ConfigError(
-            f"format {format!r}: not one of {', '.join(FORMATS)}; a plain Hugging Face folder is made by `slice`."
+            f"format {brief(format)}: not one of {', '.join(FORMATS)}; a plain Hugging Face folder is made by `slice`."
         )
     row = FORMATS[format]
     row.check()

@@ -2,16 +2,33 @@
 
 import hashlib
 import json
+import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
 from elastic_sparsity.errors import OutputError
+
+
+def is_file(path: str | Path) -> bool:
+    """Whether a file is there. A name that no file can have is none, where `Path.is_file` raises before Python 3.14."""
+    return os.path.isfile(path)  # noqa: PTH113
+
+
+def is_folder(path: str | Path) -> bool:
+    """Whether a folder is there; False for a name that none can have."""
+    return os.path.isdir(path)  # noqa: PTH112
+
+
+def strange_file(folder: Path) -> Path | None:
+    """What lies in a folder and is neither file nor folder: a library that opens a pipe would wait for ever."""
+    strange = (x for x in sorted(folder.iterdir()) if not (is_file(x) or is_folder(x)) and os.path.exists(x))  # noqa: PTH110
+    return next(strange, None)
 
 
 def file_sha256(path: Path) -> str:
@@ -25,16 +42,32 @@ def file_sha256(path: Path) -> str:
 
 def check_output_folder(folder: Path) -> None:
     """Raises: OutputError: unless `folder` can be made, or is an empty folder that can be replaced."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise OutputError(f"{folder}: already holds something; choose another output folder or move it away.")
-    if folder.is_mount():
-        raise OutputError(f"{folder}: is a mount point, which cannot be replaced; name a new folder inside it.")
+    try:
+        if folder.is_symlink():
+            raise OutputError(f"{folder}: is a link, which cannot be replaced; name the folder itself.")
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise OutputError(f"{folder}: already holds something; choose another output folder or move it away.")
+        if folder.is_mount():
+            raise OutputError(f"{folder}: is a mount point, which cannot be replaced; name a new folder inside it.")
+        _try_out(folder)
+    except OutputError:
+        raise
+    except (OSError, ValueError) as error:  # a name that is too long, or no name at all
+        raise OutputError(f"{folder}: cannot be made: {error}.") from error
+
+
+def _try_out(folder: Path) -> None:
+    """Makes a scratch folder beside `folder` and `folder` itself, and removes what it made."""
+    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     scratch = _scratch_beside(folder)
     try:
         scratch.mkdir(parents=True)
         scratch.rmdir()
-    except OSError as error:
-        raise OutputError(f"{folder}: cannot be made: {error}.") from error
+        folder.mkdir(exist_ok=True)
+    finally:
+        for parent in made:
+            with suppress(OSError):
+                parent.rmdir()
 
 
 def _scratch_beside(folder: Path) -> Path:
@@ -65,20 +98,59 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 def atomic_file(path: Path) -> Iterator[Path]:
     """A scratch name beside `path` that replaces it when the block ends well.
 
-    Raises: OutputError: if it cannot be written; what was there is then unchanged.
+    Raises: OutputError: if it cannot be written, or is a device or pipe; what was there is then unchanged.
     """
-    scratch = path.with_name(f".{path.name}.partial-{uuid.uuid4().hex[:8]}")
+    scratch = _scratch_beside(path)
     try:
+        _check_replaceable(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         yield scratch
         scratch.replace(path)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {error}; what was there is unchanged.") from error
     finally:
-        scratch.unlink(missing_ok=True)
+        with suppress(OSError):
+            scratch.unlink(missing_ok=True)
+
+
+def _check_replaceable(path: Path) -> None:
+    """A rename would replace a device too: as root, the machine's /dev/null."""
+    if path.exists() and not path.is_file():
+        raise OutputError(f"{path}: is no file; name another output file.")
+
+
+def check_output_file(path: Path) -> None:
+    """Raises: OutputError: unless a file can be made at `path`, or be replaced."""
+    try:
+        _check_replaceable(path)
+        made = [parent for parent in path.parents if not parent.exists()]
+        scratch = _scratch_beside(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            scratch.touch()
+        finally:
+            with suppress(OSError):
+                scratch.unlink(missing_ok=True)
+            for parent in made:
+                with suppress(OSError):
+                    parent.rmdir()
+    except OutputError:
+        raise
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{path}: cannot be made: {error}.") from error
+
+
+def sync_path(path: Path) -> None:
+    """Waits until the disk has a file's bytes, or a folder's names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, data: Any) -> None:
     """UTF-8 JSON under a temporary name, then renamed."""
     with atomic_file(path) as scratch:
-        scratch.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+        scratch.write_text(text, encoding="utf-8", errors="backslashreplace")  # half characters as JSON escapes them

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic_sparsity.errors import CheckpointError, ConfigError
+from elastic_sparsity.files import is_file, is_folder
 from elastic_sparsity.manifest import CONFIG_NAME, FileEntry, Manifest, by_density, read_manifest
 
 HUB_OPTIONS = frozenset({"revision", "cache_dir", "token", "endpoint", "local_files_only"})
@@ -15,7 +16,7 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 def is_hub_id(path: str | Path) -> bool:
     """Whether `path` is meant as "owner/name" on a hub: it looks so, and no folder has this name."""
-    return not Path(path).is_dir() and bool(_HUB_ID.fullmatch(str(path))) and not str(path).startswith((".", "~"))
+    return not is_folder(path) and bool(_HUB_ID.fullmatch(str(path))) and not str(path).startswith((".", "~"))
 
 
 def checkpoint_folder(
@@ -85,8 +86,8 @@ def elastic_folder(path: str | Path, **hub: Any) -> Path | None:
 
     Raises: ConfigError: unknown option.
     """
-    if Path(path).is_file() or not is_hub_id(path):  # "models/x.gguf" looks like a hub id too
-        return Path(path) if (Path(path) / CONFIG_NAME).is_file() else None
+    if is_file(path) or not is_hub_id(path):  # "models/x.gguf" looks like a hub id too
+        return Path(path) if is_file(Path(path) / CONFIG_NAME) else None
     try:
         return checkpoint_folder(path, **hub)
     except CheckpointError:

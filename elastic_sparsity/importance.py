@@ -5,6 +5,8 @@ Sources: Wanda (arXiv 2306.11695, eq. 1); the optimal-brain-surgeon saliency as 
 the stream the level will really see, and are refreshed for every block.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,9 @@ from elastic_sparsity.errors import NumericsError, ShapeError
 
 
 class InputStatistics:
-    """Streaming fp32 statistics of a linear's input.
+    """Streaming statistics of a linear's input: float32 within a batch, float64 over batches.
+
+    (float64, so that sums over several workers round to the same float32 as one worker's.)
 
     Args:
         width: input features I.
@@ -22,7 +26,7 @@ class InputStatistics:
     def __init__(self, width: int, *, gram: bool, device: torch.device | str = "cpu") -> None:
         self.width = width
         self.num_tokens = 0
-        self.square_sum_I = torch.zeros(width, dtype=torch.float32, device=device)
+        self._square_sum_I = torch.zeros(width, dtype=torch.float64, device=device)
         self.gram_II = torch.zeros(width, width, dtype=torch.float32, device=device) if gram else None
 
     def update(self, x: Tensor) -> None:
@@ -32,11 +36,23 @@ class InputStatistics:
         x_TI = x.detach().reshape(-1, self.width).float()
         self.num_tokens += x_TI.shape[0]
         if self.gram_II is None:
-            self.square_sum_I += x_TI.square().sum(dim=0)
+            self._square_sum_I += x_TI.square().sum(dim=0)
             return
         with torch.autocast(x.device.type, enabled=False):  # autocast would accumulate in bfloat16
             self.gram_II.addmm_(x_TI.T, x_TI)
-        self.square_sum_I = self.gram_II.diagonal().clone()
+
+    @property
+    def square_sum_I(self) -> Tensor:
+        """(I,) float32: sum of squares of every channel."""
+        return self._square_sum_I.float() if self.gram_II is None else self.gram_II.diagonal().clone()
+
+    def reduce(self, sum_: Callable[[list[Tensor]], None]) -> None:
+        """Adds up the statistics of several workers. `sum_` sums tensors in place over all of them."""
+        count = torch.tensor([self.num_tokens], dtype=torch.float64, device=self._square_sum_I.device)
+        sum_([count, self._square_sum_I])
+        self.num_tokens = int(count)
+        if self.gram_II is not None:
+            sum_([self.gram_II])
 
     def checked(self, where: str) -> "InputStatistics":
         """Itself, if it is finite and not empty.

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from elastic_sparsity.errors import ConfigError, LevelError
+from elastic_sparsity.errors import ConfigError, LevelError, brief
 
 MAX_SPARSITIES = 254  # drop levels are stored as uint8 and need one value more than there are levels
 
@@ -45,7 +45,8 @@ def parse_pattern(text: str) -> tuple[int, int]:
     Raises: ConfigError: unless 1 <= N < M <= 32.
     """
     kept, _, group_size = text.partition(":")
-    if not (kept.isdecimal() and group_size.isdecimal() and 1 <= int(kept) < int(group_size) <= 32):
+    plain = len(text) < 10 and text.isascii() and kept.isdecimal() and group_size.isdecimal()
+    if not (plain and 1 <= int(kept) < int(group_size) <= 32):
         raise ConfigError(f"ladder.patterns: {text!r} is not an N:M pattern; write e.g. '2:4' (1 <= N < M <= 32).")
     return int(kept), int(group_size)
 
@@ -145,14 +146,14 @@ class Ladder:
         """
         if isinstance(wanted, Level):
             wanted = wanted.name
-        text = str(wanted).strip().replace(" ", "")
+        text = brief(wanted) if isinstance(wanted, int) else str(wanted).strip().replace(" ", "")
         for level in self.levels:
             if level.pattern and text == level.name:
                 return level
             if level.pattern is None and _same_rate(text, level.sparsity):
                 return level
         names = ", ".join(level.name for level in self.levels)
-        raise LevelError(f"level {wanted!r} is not in this ladder; it has: {names}.")
+        raise LevelError(f"level {brief(wanted)} is not in this ladder; it has: {names}.")
 
 
 def _increasing(numbers: Sequence[float], gap: float = 0.0) -> bool:

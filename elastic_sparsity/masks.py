@@ -3,12 +3,14 @@
 Conventions: score higher = keep; mask True = keep; level 0 = densest. O = output rows, I = inputs of a linear.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from elastic_sparsity.errors import NumericsError, ShapeError
+
+SORTED_AT_ONCE = 1 << 22  # numbers
 
 
 def _checked(scores_OI: Tensor) -> Tensor:
@@ -35,11 +37,20 @@ def drop_levels(scores_OI: Tensor, keep_counts: Sequence[int]) -> Tensor:
     counts = list(keep_counts)
     if any(not 1 <= c <= width for c in counts) or counts != sorted(counts, reverse=True) or len(counts) > 254:
         raise ShapeError(f"keep_counts: {counts} must be non-increasing, within [1, {width}] and at most 254 long.")
-    order_OI = scores_OI.argsort(dim=1, descending=True, stable=True)
-    ranked_OI = torch.zeros_like(scores_OI, dtype=torch.uint8)
+    ranked_I = torch.zeros(width, dtype=torch.uint8, device=scores_OI.device)
     for count in counts:
-        ranked_OI[:, :count] += 1
-    return torch.empty_like(ranked_OI).scatter_(1, order_OI, ranked_OI)
+        ranked_I[:count] += 1
+    result_OI = torch.empty_like(scores_OI, dtype=torch.uint8)
+    for scores, result in _row_slices(scores_OI, result_OI):
+        order = scores.argsort(dim=1, descending=True, stable=True)
+        result.scatter_(1, order, ranked_I.expand_as(order))
+    return result_OI
+
+
+def _row_slices(*matrices: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Views of the same rows of several matrices: an order takes 8 bytes a number, too much of a large matrix."""
+    rows = max(1, SORTED_AT_ONCE // matrices[0].shape[1])
+    return zip(*(matrix.split(rows) for matrix in matrices), strict=True)
 
 
 def mask_at(drop_level_OI: Tensor, level: int) -> Tensor:
@@ -63,10 +74,14 @@ def pattern_mask(scores_OI: Tensor, kept: int, group_size: int, within_OI: Tenso
             f"pattern {kept}:{group_size}: input width {width} is no multiple of {group_size}; "
             f"leave this linear out or drop the pattern from the ladder."
         )
-    groups = scores_OI.float().reshape(rows, -1, group_size)
-    if within_OI is not None:
-        groups = groups.masked_fill(~within_OI.reshape(groups.shape), float("-inf"))
-    order = groups.argsort(dim=2, descending=True, stable=True)[..., :kept]
-    mask = torch.zeros(groups.shape, dtype=torch.bool, device=scores_OI.device).scatter_(2, order, True)
-    mask = mask.reshape(rows, width)
-    return mask if within_OI is None else mask & within_OI
+    result_OI = torch.zeros(rows, width, dtype=torch.bool, device=scores_OI.device)
+    allowed_OI = torch.ones(1, 1, dtype=torch.bool).expand(rows, width) if within_OI is None else within_OI
+    for scores, allowed, result in _row_slices(scores_OI, allowed_OI, result_OI):
+        groups = scores.float().reshape(scores.shape[0], -1, group_size)
+        if within_OI is not None:
+            groups = groups.masked_fill(~allowed.reshape(groups.shape), float("-inf"))
+        order = groups.argsort(dim=2, descending=True, stable=True)[..., :kept]
+        result.view(groups.shape).scatter_(2, order, True)
+        if within_OI is not None:
+            result &= allowed
+    return result_OI

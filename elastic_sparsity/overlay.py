@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from elastic_sparsity.checkpoint import ElasticCheckpoint
@@ -24,6 +24,7 @@ from elastic_sparsity.manifest import CONFIG_NAME, OVERLAY_NAME
 from elastic_sparsity.models import load_base
 from elastic_sparsity.packing import positions_of
 from elastic_sparsity.shells import listed_mask, shell_names, shell_of
+from elastic_sparsity.tensor_file_writer import write_tensors
 
 OVERLAY_FORMAT = "elastic_sparsity.overlay"
 OVERLAY_VERSION = 1
@@ -59,7 +60,7 @@ def write_overlay(path: str | Path, output: str | Path, base: str | None = None)
     with atomic_folder(Path(output)) as scratch:
         for file, tensors in stored.items():
             kept = {name: tensor for name, tensor in tensors.items() if name not in expected[sections[file]]}
-            save_file(kept, scratch / file, metadata=file_metadata(checkpoint.manifest.checkpoint_id))
+            write_tensors(scratch / file, kept, file_metadata(checkpoint.manifest.checkpoint_id))
         others = [e.file for entries in checkpoint.manifest.files.values() for e in entries if e.file not in stored]
         others = [file for file in others if (checkpoint.folder / file).exists()]  # a copy lacks what no level reads
         for file in [*others, *(entry.file for entry in checkpoint.manifest.extras)]:
@@ -103,11 +104,8 @@ def restore_overlay(path: str | Path, output: str | Path, base: str | None = Non
             if entry.file in kept:
                 found = values[sections[entry.file]]
                 added = {name: found[name] for name in missing.get(entry.file, ()) if name in found}
-                save_file(
-                    kept[entry.file] | added,
-                    scratch / entry.file,
-                    metadata=file_metadata(checkpoint.manifest.checkpoint_id),
-                )
+                metadata = file_metadata(checkpoint.manifest.checkpoint_id)
+                write_tensors(scratch / entry.file, kept[entry.file] | added, metadata)
             else:
                 _copy(folder / entry.file, scratch / entry.file)
             if file_sha256(scratch / entry.file) != entry.sha256:

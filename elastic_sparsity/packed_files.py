@@ -14,11 +14,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from elastic_sparsity.arch import architecture_of, is_transposed, weight_OI
+from elastic_sparsity.arch import architecture_of, config_object, is_transposed, weight_OI
 from elastic_sparsity.bitmask import PARTS, compress, restore
 from elastic_sparsity.errors import CheckpointError, ShapeError, UnsupportedModelError
+from elastic_sparsity.files import is_file
 from elastic_sparsity.semi_structured import fits_kernel, pack_2of4, unpack_2of4
-from elastic_sparsity.skeleton import config_object
 
 BITMASK_FILE = "bitmask.safetensors"
 PACKED_FILE = "packed-2of4.safetensors"
@@ -77,7 +77,7 @@ def load_packed(folder: str | Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     folder = Path(folder)
-    path = next((folder / name for name in (BITMASK_FILE, PACKED_FILE) if (folder / name).is_file()), None)
+    path = next((folder / name for name in (BITMASK_FILE, PACKED_FILE) if is_file(folder / name)), None)
     if path is None:
         raise CheckpointError(f"{folder}: holds neither {BITMASK_FILE} nor {PACKED_FILE}; export a level first.")
     try:

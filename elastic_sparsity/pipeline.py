@@ -2,246 +2,239 @@
 
 import importlib.metadata
 import logging
-import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from elastic_sparsity.adapters import ElasticLinear, elastic_linears, replace_module_
-from elastic_sparsity.arch import architecture_of, check_finite_weights, decoder_blocks, head_function, weight_OI
+from elastic_sparsity.adapters import elastic_linears
+from elastic_sparsity.allocator import return_freed_tensors_, usual_allocator_after
+from elastic_sparsity.arch import (
+    check_finite_weights,
+    head_function,
+    is_transposed,
+)
 from elastic_sparsity.attention import training_attention
-from elastic_sparsity.blocks import BlockRunner
-from elastic_sparsity.calibrate import block_statistics
+from elastic_sparsity.block_phase import Job, peak_bytes, restore_block_, run_block_phase_
+from elastic_sparsity.block_state import Lazy, linear_state, record_of, saved_record
 from elastic_sparsity.calibration_text import Progress, calibration_tokens, evaluation_windows, silent
 from elastic_sparsity.checkpoint import ElasticCheckpoint
 from elastic_sparsity.checkpoint_writer import write_checkpoint
 from elastic_sparsity.config import Recipe
 from elastic_sparsity.data import token_hash
-from elastic_sparsity.distill import BlockSettings, block_outputs, train_block_
-from elastic_sparsity.end_to_end import EndToEndSettings, train_end_to_end_
-from elastic_sparsity.files import check_output_folder
-from elastic_sparsity.importance import InputStatistics, importance_scores
-from elastic_sparsity.ladder import keep_count
-from elastic_sparsity.masks import drop_levels, mask_at, pattern_mask
-from elastic_sparsity.mixer import FeatureMixer
-from elastic_sparsity.models import BaseModel, load_base
-from elastic_sparsity.precision import autocast_factory, resolve_precision, weights_in
+from elastic_sparsity.distill import Share
+from elastic_sparsity.end_to_end import EndToEndSettings, Snapshots, train_end_to_end_
+from elastic_sparsity.errors import ConfigError, OutputError
+from elastic_sparsity.files import check_output_folder, write_json
+from elastic_sparsity.manifest import CONFIG_NAME
+from elastic_sparsity.model_shapes import read_shapes
+from elastic_sparsity.models import BaseModel, load_base, stream_base
+from elastic_sparsity.plan_sizes import Choices
+from elastic_sparsity.planning import choose, free_here
+from elastic_sparsity.precision import default_device, resolve_precision
+from elastic_sparsity.run_folder import RunFolder, is_unfinished, run_folder
+from elastic_sparsity.sharding import shard_block_, whole_tensors
 from elastic_sparsity.shells import LinearRecord
+from elastic_sparsity.workers import Workers
 
 log = logging.getLogger(__name__)
+RUN_NAME = "run.json"
 
 
-def optimize(recipe: Recipe, output: str | Path, progress: Progress = silent) -> ElasticCheckpoint:
+def optimize(
+    recipe: Recipe, output: str | Path, progress: Progress = silent, *, restart: bool = False
+) -> ElasticCheckpoint:
     """Runs a recipe and writes the elastic checkpoint to `output`.
 
-    Raises: ElasticSparsityError: bad recipe, model, text or output; nothing is then left at `output`.
-    """
-    output, started = Path(output), time.monotonic()
-    check_output_folder(output)
-    base = load_base(recipe.model.id, recipe.model.dtype)
-    if recipe.evaluation.source is not None:
-        evaluation_windows(recipe, base, None)  # a text that cannot be used should not cost a run
-    token_ids, _ = calibration_tokens(recipe, base, progress)
-    model, stored_dtype, installed = base.model, base.model.dtype, versions()
-    precision = resolve_precision(recipe.precision, model.device.type)
-    if precision == "float32":
-        model.float()
-    token_ids = token_ids.to(model.device)
-    generator = torch.Generator().manual_seed(recipe.seed)
-    trainable = resolve_trainable(recipe, model)
+    What is finished is kept in `<output>.run` until then: a run that was interrupted goes on from there when it is
+    called again, and ends with the same bytes. Under `accelerate launch` all processes share the work.
 
-    # Sparsity induction (arXiv 2602.21652) belongs here: it changes the base weights before anything is scored.
-    with training_attention(model):
-        block_losses, mixer_weights = run_block_phase_(
-            model, token_ids, recipe, trainable, precision, generator, progress
-        )
-        final_kl = run_end_to_end_(model, token_ids, recipe, trainable, precision, generator, progress)
-    record = {
-        "base_model": base.identity,
-        "recipe": recipe.model_dump(mode="json"),
-        "resolved": {"precision": precision, "trainable": trainable},
-        "data": {"calibration_sha256": token_hash(token_ids.cpu()), "calibration_tokens": token_ids.numel()},
-        "versions": installed,
-        "training": {
-            "block_losses": block_losses,
-            "end_to_end_kl": final_kl,
-            "seconds": round(time.monotonic() - started, 1),
-            "peak_bytes": peak_bytes(),
-        },
-    }
-    save_model_(model, base, recipe, output, record, stored_dtype, mixer_weights)
+    Args:
+        restart: begin anew, whatever an interrupted run left.
+    Raises: ElasticSparsityError: bad recipe, model, text or output; nothing is then left at `output`. ConfigError: if
+        another run was interrupted there.
+    """
+    output, started, workers = Path(output), time.monotonic(), Workers()
+    # What is there may be the unfinished run's own, from just before it was killed.
+    if workers.is_main and (restart or not is_unfinished(output)):
+        check_output_folder(output)
+    with run_folder(output, restart=restart, writes=workers.is_main) as folder, usual_allocator_after():
+        job, stored_dtype, identity = prepare(recipe, folder, workers, progress if workers.is_main else silent)
+        if (output / CONFIG_NAME).exists():
+            return ElasticCheckpoint(output)
+        # Sparsity induction (arXiv 2602.21652) belongs here: it changes the base weights before anything is scored.
+        with training_attention(job.base.model):
+            block_losses, mixer_weights = run_block_phase_(job)
+            final_kl = run_end_to_end_(job)
+        training = {"block_losses": block_losses, "end_to_end_kl": final_kl}
+        if workers.is_main:
+            save_run(job, output, {**identity, "training": training}, stored_dtype, mixer_weights)
+            record_run(output, time.monotonic() - started, workers)
+        workers.wait()
     return ElasticCheckpoint(output)
 
 
-def resolve_trainable(recipe: Recipe, model: Any) -> str:
-    """What the end-to-end phase trains: "base", "adapters" or "off"; decides "auto" by the memory there is."""
-    wanted = recipe.end_to_end
-    if wanted.trainable == "off" or not wanted.steps:
-        return "off"
-    if wanted.trainable != "auto":
-        return wanted.trainable
-    shapes = [weight_OI(block.get_submodule(p)).shape for block in decoder_blocks(model) for p in _paths(model)]
-    base = sum(o * i for o, i in shapes)
-    adapters = sum(recipe.group_ranks()) * sum(o + i for o, i in shapes)
-    tokens = wanted.batch_size * recipe.calibration.length
-    width, depth = model.config.hidden_size, len(decoder_blocks(model))
-    product = 2 if resolve_precision(recipe.precision, model.device.type) == "bfloat16" else 4  # bytes a number
-    # Saved for the backward pass: the effective weight and its mask; per token about 60 bytes a width and block
-    # (measured on SmolLM2-135M). Masks: drop level and one byte a pattern.
-    common = 64 * tokens * width * depth + (2 * product + 1 + len(recipe.ladder.patterns)) * base
-    free = torch.cuda.mem_get_info()[0] if model.device.type == "cuda" else psutil.virtual_memory().available
-    for choice, needed in (("base", (16 + product) * base + 16 * adapters), ("adapters", 16 * adapters)):
-        if needed + common < 0.9 * free:
-            return choice
-    log.warning("end-to-end phase is off: %.1f GB are free, it would need more; use a smaller batch", free / 1e9)
-    return "off"
-
-
-def _paths(model: Any) -> tuple[str, ...]:
-    return architecture_of(model.config.model_type).linears
-
-
-def run_block_phase_(
-    model: Any,
-    token_ids: Tensor,
-    recipe: Recipe,
-    trainable: str,
-    precision: str,
-    generator: torch.Generator,
-    progress: Progress,
-) -> tuple[list[dict[str, float]], Tensor]:
-    """Masks and trains block by block; leaves elastic linears in the model.
-
-    Returns: each block's losses by level, and its mixer weights (blocks, groups).
-    """
-    blocks, row, ladder = decoder_blocks(model), architecture_of(model.config.model_type), recipe.build_ladder()
-    autocast = autocast_factory(precision, model.device.type)
-    settings = BlockSettings(mixer_lr=recipe.mixer.lr, **recipe.block.model_dump(exclude={"samples"}))
-    runner = BlockRunner(model.base_model, list(blocks), token_ids[: recipe.block.samples], recipe.block.batch_size)
-    dense = runner.first_hidden()
-    streams: list[Tensor] = [dense] * ladder.num_groups
-    losses, mixed = [], []
-    for index, block in enumerate(blocks):
-        started, where, call = time.monotonic(), f"{row.blocks}.{index}", runner.call(index)
-        linears = {path: block.get_submodule(path) for path in row.linears}
-        gram = recipe.scores.method == "obs"
-        with weights_in(linears.values(), precision):
-            with autocast():
-                target = runner.map(call, dense)
-            statistics = block_statistics(runner, call, linears, streams, gram=gram, autocast=autocast, where=where)
-        elastic = attach_elastic_(block, linears, statistics, recipe, trainable, precision, generator)
-        mixer = FeatureMixer(recipe.mixer.mode, recipe.mixer_weights())
-        found = train_block_(call, elastic, ladder, streams, dense, target, mixer, settings, generator, where, autocast)
-        if index + 1 < len(blocks):
-            with autocast():
-                streams = block_outputs(call, runner.map, elastic, ladder, streams, dense, target, mixer, generator)
-        dense = target
-        losses.append(found)
-        mixed.append(mixer.weights.detach())
-        seconds = time.monotonic() - started
-        log.info(
-            "block %d/%d  %s  %.1f s  peak %.1f GB", index + 1, len(blocks), _losses(found), seconds, peak_bytes() / 1e9
-        )
-        progress("blocks", index + 1, len(blocks))
-    return losses, torch.stack(mixed).cpu()
-
-
-def attach_elastic_(
-    block: nn.Module,
-    linears: dict[str, nn.Module],
-    statistics: dict[str, InputStatistics],
-    recipe: Recipe,
-    trainable: str,
-    precision: str,
-    generator: torch.Generator,
-) -> list[ElasticLinear]:
-    """Scores and masks one block's linears and puts elastic ones in their place."""
-    ladder, made = recipe.build_ladder(), []
-    for path, linear in linears.items():
-        weight = weight_OI(linear)
-        scores = importance_scores(recipe.scores.method, weight, statistics[path], recipe.scores.damping, path)
-        counts = [keep_count(weight.shape[1], s) for s in ladder.sparsities]
-        drop_level = drop_levels(scores, counts) if counts else None
-        densest = mask_at(drop_level, 0) if drop_level is not None and recipe.scores.patterns == "within" else None
-        patterns = [pattern_mask(scores, *p, densest) for p in (level.pattern for level in ladder.levels) if p]
-        elastic = ElasticLinear(
-            linear,
-            ladder,
-            recipe.group_ranks(),
-            inheritance=recipe.adapters.inheritance,
-            drop_level_OI=drop_level,
-            pattern_masks=patterns,
-            train_base=trainable == "base" or recipe.block.base_lr > 0,
-            teacher_dtype=torch.bfloat16 if precision == "bfloat16" else weight.dtype,
-            generator=generator,
-        )
-        replace_module_(block, path, elastic)
-        made.append(elastic)
-    return made
-
-
-def run_end_to_end_(
-    model: Any,
-    token_ids: Tensor,
-    recipe: Recipe,
-    trainable: str,
-    precision: str,
-    generator: torch.Generator,
-    progress: Progress,
-) -> dict[str, float]:
-    """Trains all levels' logits towards the dense model's. Returns the final KL by level, empty if it is off."""
-    if trainable == "off":
-        return {}
-    autocast = autocast_factory(precision, model.device.type)
-    settings = EndToEndSettings(
-        **recipe.end_to_end.model_dump(exclude={"trainable", "base_lr"}),
-        base_lr=recipe.end_to_end.base_lr if trainable == "base" else 0.0,
+def prepare(
+    recipe: Recipe, folder: RunFolder, workers: Workers, progress: Progress
+) -> tuple[Job, torch.dtype, dict[str, Any]]:
+    """Model, text and choices of a run. Returns: the job, the base model's stored dtype, and what the run is."""
+    with workers.main_first():  # the others find downloads, conversions and sampled text in the cache
+        planned = settle(recipe, workers.count)
+        base = open_base(recipe, planned.weights)
+        if recipe.evaluation.source is not None:
+            evaluation_windows(recipe, base, None)  # a text that cannot be used should not cost a run
+        token_ids, _ = calibration_tokens(recipe, base, progress)
+    model, stored_dtype = base.model, base.model.dtype
+    precision = resolve_precision(recipe.precision, model.device.type)
+    if precision == "float32":
+        model.float()
+        if base.stream is not None:
+            base.stream.dtype = torch.float32
+    identity = {
+        "base_model": base.identity,
+        "recipe": recipe.model_dump(mode="json", exclude={"memory"}),
+        "data": {"calibration_sha256": token_hash(token_ids), "calibration_tokens": token_ids.numel()},
+        "versions": versions(),
+    }
+    with workers.main_first():
+        began = {**identity, "precision": precision, "device": model.device.type}
+        choices = folder.claim(began, {"trainable": planned.trainable})
+    job = Job(
+        recipe=recipe,
+        base=base,
+        token_ids_ST=token_ids.to(model.device),
+        trainable=choices["trainable"],
+        precision=precision,
+        activations=planned.activations,
+        workers=workers,
+        folder=folder,
+        generator=torch.Generator().manual_seed(recipe.seed),
+        progress=progress,
     )
-    with autocast():
+    if base.stream is not None and job.trainable != "off" and not job.sharded:
+        raise ConfigError(
+            "memory.weights: 'stream' with an end-to-end phase needs several processes that share the model, found "
+            f"{workers.count}; start it with accelerate launch or torchrun, or set end_to_end.trainable = 'off'."
+        )
+    return job, stored_dtype, {**identity, "resolved": {"precision": precision, "trainable": job.trainable}}
+
+
+def settle(recipe: Recipe, num_workers: int) -> Choices:
+    """What "auto" becomes, by the plan's figures and the memory that is free."""
+    shapes = read_shapes(recipe.model.id, recipe.model.dtype)
+    choices = choose(recipe, shapes, free_here(), default_device() == "cuda", num_workers)
+    if choices.trainable == "off" and recipe.end_to_end.trainable == "auto" and recipe.end_to_end.steps:
+        log.warning("end-to-end phase is off: its training does not fit into memory; `elastic-sparsity plan` says more")
+    return choices
+
+
+def open_base(recipe: Recipe, weights: str) -> BaseModel:
+    """The base model, whole in memory ("resident") or block by block ("stream")."""
+    if weights == "stream":
+        return_freed_tensors_()
+        return stream_base(recipe.model.id, recipe.model.dtype, torch.device(default_device()))
+    return load_base(recipe.model.id, recipe.model.dtype)
+
+
+def run_end_to_end_(job: Job) -> dict[str, float]:
+    """Trains all levels' logits towards the dense model's. Returns the final KL by level, empty if it is off."""
+    if job.trainable == "off":
+        return {}
+    model, wanted, workers = job.base.model, job.recipe.end_to_end, job.workers
+    settings = EndToEndSettings(
+        **wanted.model_dump(exclude={"trainable", "base_lr", "shard"}),
+        base_lr=wanted.base_lr if job.trainable == "base" else 0.0,
+    )
+    with job.autocast():
         head = head_function(model)
-    return train_end_to_end_(
+    if job.sharded:
+        share_out_(job)
+    share = Share(
+        places=workers.places(wanted.batch_size, "end_to_end.batch_size"),
+        num_samples=job.token_ids_ST.shape[0],
+        mean=workers.mean,
+        mean_gradients_=(lambda parameters: None) if job.sharded else workers.mean_gradients_,
+    )
+    snapshots = None  # of a model in parts nothing is kept before it is trained
+    if not job.sharded:
+        snapshots = Snapshots(start=job.folder.load_snapshot(), save=job.folder.save_snapshot)
+    found = train_end_to_end_(
         model,
         head,
-        recipe.build_ladder(),
-        token_ids,
+        job.recipe.build_ladder(),
+        job.token_ids_ST,
         settings,
-        generator,
-        autocast,
-        lambda done, total: progress("end to end", done, total),
+        job.generator,
+        job.autocast,
+        lambda done, total: job.progress("end to end", done, total),
+        share,
+        snapshots,
     )
+    if job.sharded:
+        collect(job)
+    return found
 
 
-def save_model_(
-    model: Any,
-    base: BaseModel,
-    recipe: Recipe,
-    output: Path,
-    record: dict[str, Any],
-    stored_dtype: torch.dtype,
-    mixer_weights: Tensor,
-) -> None:
-    """Writes a trained model's checkpoint.
+def share_out_(job: Job) -> None:
+    """Leaves every worker its part of each block; a block that is not in memory is read just before."""
+    for index, block in enumerate(job.blocks):
+        if job.base.stream is not None:
+            job.base.stream.load_block_(index, block)
+            restore_block_(job, index)
+        shard_block_(block, job.workers.count, job.workers.device.type)
+
+
+def collect(job: Job) -> None:
+    """Gathers the trained blocks, one at a time; the first worker keeps them in the run's folder."""
+    rest: dict[str, Tensor] = {}
+    for index, block in enumerate(job.blocks):
+        linears = dict(elastic_linears(block))
+        tensors = {f"{path}.{part}": t for path, e in linears.items() for part, t in linear_state(e, False).items()}
+        for name, whole in whole_tensors(block):
+            path, _, part = name.rpartition(".")
+            if path in linears and part != "bias":
+                tensors[name] = whole
+            else:
+                rest[f"{job.prefix}.{index}.{name}"] = whole
+        job.folder.save_trained(str(index), tensors)
+    job.folder.save_trained("rest", rest)
+    job.workers.wait()
+
+
+def save_run(job: Job, output: Path, record: dict[str, Any], stored_dtype: torch.dtype, mixer_weights: Tensor) -> None:
+    """Writes a trained model's checkpoint, linear by linear.
 
     Raises: NumericsError: if training left NaN or infinity; OutputError.
     """
-    check_finite_weights(model)
-    records = {
-        name: LinearRecord(
-            weight_OI=e.weight.detach(),
-            drop_level_OI=e.drop_level,
-            pattern_masks=e.pattern_masks,
-            pairs=[e.group_pair(group) for group in range(e.ladder.num_groups)],
-            transposed=e.transposed,
-        )
-        for name, e in elastic_linears(model)
-    }
-    parts = tuple(f"{name}.{part}" for name in records for part in ("weight", "lora_A", "lora_B"))
-    dense = {name: p.detach() for name, p in model.named_parameters() if name not in parts}
+    base, recipe = job.base, job.recipe
+    model, stream = base.model, base.stream
+    names = [f"{job.prefix}.{index}.{path}" for index in range(len(job.blocks)) for path in job.linears]
+
+    def record_of_file(name: str, transposed: bool) -> LinearRecord:
+        # A sharded model's state holds all weights, so that its stream, if it has one, is not asked.
+        stored = partial(model.get_parameter if stream is None else stream.read, f"{name}.weight")
+        return saved_record(job.linear_state(name), stored, transposed, recipe.group_ranks())
+
+    records: Mapping[str, LinearRecord]
+    shared: Mapping[str, Tensor]
+    if job.sharded:
+        records = Lazy(names, lambda name: record_of_file(name, model.get_submodule(name).transposed))
+        file = job.folder.open_trained("rest")
+        outside = {n: p.detach() for n, p in model.named_parameters() if not n.startswith(f"{job.prefix}.")}
+        shared = {**outside, **{name: file.read(name) for name in file.specs}}
+    elif stream is None:
+        check_finite_weights(model)
+        records = {name: record_of(linear) for name, linear in elastic_linears(model)}
+        parts = {f"{name}.{part}" for name in records for part in ("weight", "lora_A", "lora_B")}
+        shared = {n: p.detach() for n, p in model.named_parameters() if n not in parts}
+    else:
+        records = Lazy(names, lambda name: record_of_file(name, is_transposed(model.get_submodule(name))))
+        weights = {f"{name}.weight" for name in names}
+        shared = Lazy([name for name in stream.shapes if name not in weights], stream.read)
     dtype: str = recipe.checkpoint.dtype
     if dtype == "auto":
         dtype = str(stored_dtype).removeprefix("torch.")
@@ -255,7 +248,7 @@ def save_model_(
     write_checkpoint(
         output,
         records,
-        dense,
+        shared,
         ladder=recipe.build_ladder(),
         ranks=recipe.group_ranks(),
         inheritance=recipe.adapters.inheritance,
@@ -266,13 +259,13 @@ def save_model_(
     )
 
 
-def _losses(losses: dict[str, float]) -> str:
-    return " ".join(f"{name}={value:.4g}" for name, value in losses.items())
-
-
-def peak_bytes() -> int:
-    """Largest resident size this process has had."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def record_run(output: Path, seconds: float, workers: Workers) -> None:
+    """Adds run.json: what differs between equal runs, so no part of the checkpoint, which is complete without it."""
+    run = {"seconds": round(seconds, 1), "peak_bytes": peak_bytes()}
+    try:
+        write_json(output / RUN_NAME, {**run, "workers": workers.count, "traffic_bytes": workers.traffic})
+    except OutputError as error:
+        log.warning("%s", error)
 
 
 def versions(packages: Sequence[str] = ("elastic-sparsity", "torch", "transformers", "safetensors")) -> dict[str, str]:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from elastic_sparsity.errors import ConfigError
+from elastic_sparsity.errors import ConfigError, brief
 from elastic_sparsity.precision import DTYPES
 from elastic_sparsity.semi_structured import semi_structured_problem
 from elastic_sparsity.ways import DENSE, RUNTIMES, SEMI_STRUCTURED
@@ -24,7 +24,7 @@ def resolve_dtype(dtype: torch.dtype | str | None, stored: torch.dtype) -> torch
         return stored
     found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if found is None or found not in DTYPES.values():
-        raise ConfigError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)} or auto.")
+        raise ConfigError(f"dtype: {brief(dtype)} is not one of {', '.join(DTYPES)} or auto.")
     return found
 
 
@@ -47,9 +47,9 @@ def check_placement(device: Any, device_map: Any, offload_folder: Any) -> None:
         try:
             kind = torch.device(place).type
         except (RuntimeError, TypeError, ValueError):
-            raise ConfigError(f"device: {place!r} is no device; maps are {', '.join(AUTOMATIC)}.") from None
+            raise ConfigError(f"device: {brief(place)} is no device; maps are {', '.join(AUTOMATIC)}.") from None
         if kind == "meta" or (kind == "cuda" and not torch.cuda.is_available()):
-            raise ConfigError(f"device: {place!r} is not on this machine.")
+            raise ConfigError(f"device: {brief(place)} is not on this machine.")
 
 
 def check_runtime(runtime: str, device: Any, device_map: Any, dtype: torch.dtype | str | None) -> None:
@@ -58,20 +58,20 @@ def check_runtime(runtime: str, device: Any, device_map: Any, dtype: torch.dtype
     Raises: ConfigError.
     """
     if runtime not in RUNTIMES:
-        raise ConfigError(f"runtime: {runtime!r} is not one of {', '.join(RUNTIMES)}.")
+        raise ConfigError(f"runtime: {brief(runtime)} is not one of {', '.join(RUNTIMES)}.")
     if runtime == DENSE:
         return
     if runtime == SEMI_STRUCTURED:
         problem = semi_structured_problem("cuda" if device is None else device)
         if problem is not None:
-            raise ConfigError(f"runtime: {runtime!r} cannot run here: {problem}")
+            raise ConfigError(f"runtime: {brief(runtime)} cannot run here: {problem}")
         if device_map is not None or dtype in (torch.float32, "float32"):
-            raise ConfigError(f'runtime: {runtime!r} takes device="cuda", no device_map, and bfloat16 or float16.')
+            raise ConfigError(f'runtime: {brief(runtime)} takes device="cuda", no device_map, and bfloat16 or float16.')
         return
     if device_map is not None or (device is not None and torch.device(device).type != "cpu"):
-        raise ConfigError(f'runtime: {runtime!r} is for the CPU; leave device and device_map out, or use "dense".')
+        raise ConfigError(f'runtime: {brief(runtime)} is for the CPU; leave device and device_map out, or use "dense".')
     if dtype in (torch.float16, "float16"):
-        raise ConfigError(f'runtime: {runtime!r} has no float16; use dtype="bfloat16" or "float32".')
+        raise ConfigError(f'runtime: {brief(runtime)} has no float16; use dtype="bfloat16" or "float32".')
 
 
 def find_places(model: nn.Module, device_map: str | Places | None) -> Places | None:

@@ -8,7 +8,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from elastic_sparsity.errors import ConfigError, OutputError
+from elastic_sparsity.errors import ConfigError, OutputError, brief
 
 Row = Mapping[str, Any]
 
@@ -27,9 +27,9 @@ def parse_bytes(text: str) -> int:
 
     Raises: ConfigError.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?\s*", text, flags=re.IGNORECASE)
-    if match is None or (match[3] and not match[2]):
-        raise ConfigError(f"{text!r} is no size; write e.g. 60MB, 1.5GB or 512MiB.")
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?\s*", text, flags=re.IGNORECASE | re.ASCII)
+    if match is None or (match[3] and not match[2]) or len(text) > 40:
+        raise ConfigError(f"{brief(text)} is no size; write e.g. 60MB, 1.5GB or 512MiB.")
     return int(float(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index(match[2].lower() or " "))
 
 

@@ -2,18 +2,14 @@
 
 import contextlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from elastic_sparsity.arch import architecture_of, is_transposed
+from elastic_sparsity.arch import architecture_of, config_object, is_transposed
 from elastic_sparsity.checkpoint import ElasticCheckpoint, OpenLevel
 from elastic_sparsity.errors import CheckpointError, ElasticSparsityError, UnsupportedModelError
-
-# Fields of config.json that make transformers fetch and run a kernel, or list as many labels as they say.
-_IGNORED = ("attn_implementation", "_attn_implementation", "num_labels")
 
 
 def import_model_class(folder: Path) -> None:
@@ -72,13 +68,6 @@ def _model_config(checkpoint: ElasticCheckpoint) -> Any:
         if raw.get(key, len(blocks)) != len(blocks):
             raise CheckpointError(f"{path}: {key}: config.json has {raw[key]!r:.40} layers, the shells {len(blocks)}.")
     return config_object({**raw, "name_or_path": str(checkpoint.folder)})
-
-
-def config_object(raw: Mapping[str, Any]) -> Any:
-    """A config.json of a known family as transformers' object. AutoConfig would offer to run code that it names."""
-    from transformers import AutoConfig  # slow import, only here
-
-    return AutoConfig.for_model(**{key: value for key, value in raw.items() if key not in _IGNORED})
 
 
 def _check_fit(model: Any, checkpoint: ElasticCheckpoint, files: OpenLevel) -> None:

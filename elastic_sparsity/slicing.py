@@ -18,7 +18,7 @@ from elastic_sparsity.checkpoint import ElasticCheckpoint, OpenLevel
 from elastic_sparsity.choosing import choose_level
 from elastic_sparsity.decoding import FLOATS, Decoder, check_finite
 from elastic_sparsity.errors import CheckpointError, ConfigError
-from elastic_sparsity.files import atomic_folder, check_output_folder
+from elastic_sparsity.files import atomic_folder, check_output_folder, strange_file
 from elastic_sparsity.hub import checkpoint_folder, is_hub_id
 from elastic_sparsity.ladder import Level
 from elastic_sparsity.native import kernels
@@ -356,6 +356,8 @@ def load_tokenizer(path: str | Path) -> Any:
     from transformers import AutoTokenizer  # slow import, only here
 
     try:
+        if strange := strange_file(Path(path)):
+            raise OSError(f"{strange.name} is no file")
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise many types for one cause
         raise CheckpointError(f"{path}: the tokenizer cannot be loaded: {type(error).__name__}: {error}") from error

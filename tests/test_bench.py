@@ -202,7 +202,7 @@ def test_resident_bytes_count_what_is_tied_once():
         ({"batches": (8,)}, ConfigError, r"batches \[8\] must be above 0 and contain 1"),
         ({"batches": (1, 0)}, ConfigError, "must be above 0"),
         ({"batches": ()}, ConfigError, "contain 1"),
-        ({"prompt": 0}, ConfigError, "prompt: 0 is not above 0"),
+        ({"prompt": 0}, ConfigError, "prompt: 0 is not between 1 and 1000000"),
         ({"new_tokens": 0}, ConfigError, "new tokens: 0"),
         ({"repeats": 0}, ConfigError, "repeats: 0"),
         ({"threads": 0}, ConfigError, "threads: 0"),

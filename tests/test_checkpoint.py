@@ -1,8 +1,12 @@
 """The folder: round trip, shards, a level opens only its files, partial folders, damage gives a named error."""
 
 import json
+import os
 import shutil
 import sys
+import weakref
+from collections.abc import Mapping
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +14,7 @@ from test_shells import record_of
 
 from elastic_sparsity.checkpoint import ElasticCheckpoint
 from elastic_sparsity.checkpoint_writer import write_checkpoint
-from elastic_sparsity.errors import CheckpointError, NumericsError, OutputError
+from elastic_sparsity.errors import CheckpointError, NumericsError, OutputError, ShapeError
 from elastic_sparsity.files import atomic_folder, check_output_folder
 from elastic_sparsity.ladder import Ladder
 from elastic_sparsity.manifest import CONFIG_NAME, digest
@@ -44,6 +48,76 @@ def test_shards_read_as_one(tmp_path):
     (tmp_path / "c" / "shell-core-00002-of-00003.safetensors").unlink()
     with pytest.raises(CheckpointError, match="00002-of-00003.safetensors is missing"):
         ElasticCheckpoint(tmp_path / "c").open_level(ladder.levels[0])
+
+
+class Lazy(Mapping):
+    """Makes an item whenever it is asked for one, and counts how many of those it made are alive at once."""
+
+    def __init__(self, makers):
+        self.makers, self.alive, self.most, self.made = makers, set(), 0, 0
+
+    def __getitem__(self, name):
+        item, self.made = self.makers[name](), self.made + 1
+        tensor = item if isinstance(item, torch.Tensor) else item.weight_OI
+        number = self.made
+        self.alive.add(number)
+        weakref.finalize(tensor, self.alive.discard, number)
+        self.most = max(self.most, len(self.alive))
+        return item
+
+    def __iter__(self):
+        return iter(self.makers)
+
+    def __len__(self):
+        return len(self.makers)
+
+
+def test_lazy_mappings_give_the_same_files_with_one_item_alive_at_a_time(tmp_path):
+    ladder = Ladder(sparsities=(0.5, 0.75), patterns=("2:4",))
+
+    def linear(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return record_of(torch.randn(4, 8, generator=generator), torch.rand(4, 8, generator=generator), ladder)
+
+    linears = {f"w{i}": partial(linear, i) for i in range(5)}
+    shared = {f"n{i}": partial(torch.full, (3 + i,), float(i)) for i in range(5)} | {"steps": partial(torch.arange, 4)}
+    lazy = Lazy(linears), Lazy(shared)
+    eager = tuple({name: make() for name, make in makers.items()} for makers in (linears, shared))
+    for folder, found in (("lazy", lazy), ("eager", eager)):
+        write_checkpoint(
+            tmp_path / folder, *found, ladder=ladder, ranks=[1, 0, 1], inheritance="shared", dtype="bfloat16",
+            record={}, save_extras=lambda folder: None, optional={"mixer": {"weights": torch.ones(2)}},
+            max_shard_bytes=100,
+        )  # fmt: skip
+    for mapping, made in zip(lazy, (10, 12), strict=True):
+        assert (mapping.most, mapping.made, mapping.alive) == (1, made, set())
+    contents = [{p.name: p.read_bytes() for p in (tmp_path / x).iterdir()} for x in ("lazy", "eager")]
+    assert contents[0] == contents[1] and len(contents[0]) > 8
+    ElasticCheckpoint(tmp_path / "lazy").check_present()
+
+
+def test_files_have_the_permissions_that_the_umask_leaves(tmp_path):
+    ladder = Ladder(sparsities=(0.5,))
+    before = os.umask(0o022)
+    try:
+        write_checkpoint(
+            tmp_path / "c", {"w": record_of(torch.randn(4, 8), torch.rand(4, 8), ladder)}, {}, ladder=ladder,
+            ranks=[1], inheritance="shared", dtype="float32", record={}, save_extras=lambda folder: None,
+        )  # fmt: skip
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "c").iterdir()} == {0o644}
+
+
+def test_pairs_of_another_rank_are_refused_and_leave_nothing(tmp_path):
+    ladder = Ladder(sparsities=(0.5,))
+    records = {"w": record_of(torch.randn(4, 8), torch.rand(4, 8), ladder)}
+    with pytest.raises(ShapeError, match=r"w.lora_A: found torch.float32 \(1, 8\), expected torch.float32 \(2, 8\)"):
+        write_checkpoint(
+            tmp_path / "c", records, {}, ladder=ladder, ranks=[2], inheritance="shared", dtype="float32", record={},
+            save_extras=lambda folder: None,
+        )  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture
@@ -153,7 +227,7 @@ def test_a_taken_output_folder_is_refused_and_untouched(tmp_path):
     assert (tmp_path / "mine").read_text() == "precious"
 
 
-def test_values_that_do_not_fit_the_dtype_are_refused_before_anything_is_written(tmp_path):
+def test_values_that_do_not_fit_the_dtype_are_refused_and_leave_nothing(tmp_path):
     ladder = Ladder(sparsities=(0.5,))
     records = {"w": record_of(torch.full((4, 8), 1e5), torch.rand(4, 8), ladder)}
     with pytest.raises(NumericsError, match=r"w.values: NaN or infinite as torch.float16"):

@@ -53,7 +53,7 @@ def quick_recipe(tmp_path):
 def test_verbs_are_these():
     names = {command.name or command.callback.__name__ for command in cli.app.registered_commands}
     makers = {"demo", "train", "slice", "upgrade", "overlay", "restore", "export-peft", "export"}
-    assert names == makers | {"eval", "inspect", "doctor", "bench"}
+    assert names == makers | {"eval", "inspect", "doctor", "bench", "plan"}
 
 
 def test_train_slice_eval(capsys, tmp_path, quick_recipe, text_file):
@@ -245,15 +245,18 @@ def test_a_broken_tokenizer_is_named(capsys, tmp_path, tiny_checkpoint):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_full_disk_leaves_nothing(capsys, tmp_path, quick_recipe, monkeypatch):
+def test_a_full_disk_leaves_only_what_the_run_goes_on_from(capsys, tmp_path, quick_recipe, monkeypatch):
     import elastic_sparsity.checkpoint_writer as module
 
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "save_file", full)
-    expect_error(capsys, "No space left on device", "train", quick_recipe, "--output", tmp_path / "o" / "out", "-q")
-    assert list((tmp_path / "o").iterdir()) == []
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "TensorFileWriter", full)
+        expect_error(capsys, "No space left on device", "train", quick_recipe, "--output", tmp_path / "o" / "out", "-q")
+    assert [path.name for path in (tmp_path / "o").iterdir()] == ["out.run"]
+    assert run(capsys, "train", quick_recipe, "--output", tmp_path / "o" / "out", "-q")[0] == 0
+    assert [path.name for path in (tmp_path / "o").iterdir()] == ["out"]
 
 
 def test_the_installed_command_runs():

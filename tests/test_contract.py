@@ -11,12 +11,15 @@ from transformers import AutoModelForCausalLM
 from elastic_sparsity import ElasticModel, save_sliced
 from elastic_sparsity.adapters import elastic_linears, set_level_
 from elastic_sparsity.arch import architecture_of, decoder_blocks, head_function, weight_OI
+from elastic_sparsity.block_phase import Job, run_block_phase_
 from elastic_sparsity.blocks import BlockRunner
 from elastic_sparsity.checkpoint import ElasticCheckpoint
 from elastic_sparsity.ladder import keep_count
 from elastic_sparsity.models import BaseModel
-from elastic_sparsity.pipeline import run_block_phase_, save_model_
+from elastic_sparsity.pipeline import save_run
+from elastic_sparsity.run_folder import run_folder
 from elastic_sparsity.tiny import TINY_FAMILIES, byte_tokenizer, tiny_model
+from elastic_sparsity.workers import Workers
 
 IDS = torch.arange(4, 4 + 4 * 24).reshape(4, 24) % 260
 
@@ -31,9 +34,21 @@ def train_and_save(family, folder):
     model = tiny_model(family)
     model.requires_grad_(False)
     base = BaseModel(model, byte_tokenizer(), {"id": family, "sha256": ""})
-    generator = torch.Generator().manual_seed(0)
-    _, mixed = run_block_phase_(model, IDS, recipe, "base", "float32", generator, lambda *_: None)
-    save_model_(model, base, recipe, folder, {}, torch.float32, mixed)
+    with run_folder(folder) as run:
+        job = Job(
+            recipe=recipe,
+            base=base,
+            token_ids_ST=IDS,
+            trainable="base",
+            precision="float32",
+            activations="device",
+            workers=Workers(),
+            folder=run,
+            generator=torch.Generator().manual_seed(0),
+            progress=lambda *_: None,
+        )
+        _, mixed = run_block_phase_(job)
+        save_run(job, folder, {}, torch.float32, mixed)
     return model
 
 

@@ -12,6 +12,7 @@ from elastic_sparsity.adapters import ElasticLinear
 from elastic_sparsity.distill import (
     BLOCK_LOSSES,
     BlockSettings,
+    Share,
     block_outputs,
     cosine,
     draw_levels,
@@ -63,6 +64,7 @@ class Problem:
             return self.block(self.streams[level_index])
 
     def train(self, mixer: str | FeatureMixer = "own", seed: int = 0, **changes) -> dict[str, float]:
+        settings = replace(SETTINGS, **changes)
         return train_block_(
             self.block,
             [self.block],
@@ -71,10 +73,11 @@ class Problem:
             self.dense,
             self.target,
             FeatureMixer(mixer, (1.0, 1.0, 1.0)) if isinstance(mixer, str) else mixer,
-            replace(SETTINGS, **changes),
+            settings,
             torch.Generator().manual_seed(seed),
             "block 3",
             nullcontext,
+            Share(places=range(settings.batch_size), num_samples=self.target.shape[0]),
         )
 
 
@@ -218,10 +221,6 @@ def test_a_loss_that_is_not_finite_names_its_level(group, name):
         problem.train()
 
 
-def map_samples(call, hidden: Tensor) -> Tensor:
-    return torch.stack([call(sample) for sample in hidden])
-
-
 @pytest.mark.parametrize("mode", ["own", "dense", "learned", "fixed"])
 def test_block_outputs_are_the_next_streams(mode):
     problem = Problem()
@@ -237,7 +236,7 @@ def test_block_outputs_are_the_next_streams(mode):
         expected = [0.25 * expected[0] + 0.5 * expected[1] + 0.25 * expected[2]] * 3
     found = block_outputs(
         problem.block,
-        map_samples,
+        [slice(0, 3), slice(3, problem.dense.shape[0])],
         [problem.block],
         LADDER,
         problem.streams,
@@ -245,6 +244,7 @@ def test_block_outputs_are_the_next_streams(mode):
         problem.target,
         mixer,
         torch.Generator(),
+        lambda group: torch.empty_like(problem.dense),
     )
     assert len(found) == 3
     for ours, theirs in zip(found, expected, strict=True):

@@ -11,7 +11,6 @@ from elastic_sparsity import ElasticCheckpoint, ElasticModel, optimize
 from elastic_sparsity.adapters import elastic_linears
 from elastic_sparsity.errors import CheckpointError, NumericsError
 from elastic_sparsity.measure import measure
-from elastic_sparsity.pipeline import resolve_trainable
 from elastic_sparsity.tiny import byte_tokenizer, tiny_model
 
 IDS = torch.arange(4, 40)[None]
@@ -128,15 +127,3 @@ def test_a_level_that_overflows_its_dtype_is_refused(tmp_path):
     optimize(recipe, tmp_path / "c")
     with pytest.raises(CheckpointError, match=r"up_proj: weights are NaN or infinite in torch.float16"):
         ElasticModel.from_pretrained(tmp_path / "c", 0.5, dtype=torch.float16)
-
-
-def test_auto_trains_what_fits(monkeypatch):
-    model = tiny_model("llama")
-    recipe = tiny_recipe(end_to_end={"trainable": "auto"})
-
-    def free(count):
-        memory = type("Memory", (), {"available": count})
-        monkeypatch.setattr("elastic_sparsity.pipeline.psutil.virtual_memory", lambda: memory)
-        return resolve_trainable(recipe, model)
-
-    assert [free(10**9), free(700_000), free(10_000)] == ["base", "adapters", "off"]

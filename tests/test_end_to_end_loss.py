@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from elastic_sparsity.adapters import ElasticLinear, set_level_
+from elastic_sparsity.distill import Share
 from elastic_sparsity.end_to_end import HEAD_ROWS, EndToEndSettings, balanced_order, head_kl, train_end_to_end_
 from elastic_sparsity.errors import NumericsError
 from elastic_sparsity.ladder import Ladder, keep_count
@@ -144,15 +145,17 @@ def run(model: Toy, **changes) -> tuple[dict[str, float], list[tuple[int, int]]]
     numbers = {name: getattr(SETTINGS, name) for name in EndToEndSettings.__slots__} | changes
     done = []
     generator = torch.Generator().manual_seed(5)
+    settings = EndToEndSettings(**numbers)
     losses = train_end_to_end_(
         model,
         small_head(),
         LADDER,
         ids,
-        EndToEndSettings(**numbers),
+        settings,
         generator,
         nullcontext,
         lambda *progress: done.append(progress),
+        Share(places=range(settings.batch_size), num_samples=ids.shape[0]),
     )
     return losses, done
 

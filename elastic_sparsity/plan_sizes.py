@@ -1,0 +1,152 @@
+"""The vocabulary of a plan (stages, choices, terms, peaks) and the sizes that several of its terms are made of."""
+
+from dataclasses import dataclass
+
+from elastic_sparsity.config import Recipe
+from elastic_sparsity.ladder import keep_count
+from elastic_sparsity.model_shapes import ModelShapes
+from elastic_sparsity.shells import LinearSpec
+
+STAGES = ("load", "statistics", "scores", "training", "commit", "end to end", "saving")
+PER_BLOCK = STAGES[1:5]
+PLACES = ("device", "host", "disk")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choices:
+    """How a run will be done, nothing left to "auto".
+
+    Attributes:
+        weights: "resident" or "stream".
+        activations: "device", "host" or "disk".
+        trainable: of the end-to-end phase: "base", "adapters" or "off".
+        precision: "float32" or "bfloat16" products.
+        gpu: whether the device has memory of its own.
+    """
+
+    weights: str
+    activations: str
+    trainable: str
+    precision: str
+    gpu: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Term:
+    """Something that takes `bytes` of `place` during `stages`; `why` says how it was computed."""
+
+    name: str
+    bytes: int
+    place: str
+    stages: tuple[str, ...]
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Peak:
+    """The largest need of a place, in which stage it comes, and what it is made of."""
+
+    place: str
+    bytes: int
+    stage: str
+    terms: tuple[Term, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Numbers that several terms need."""
+
+    shapes: ModelShapes
+    recipe: Recipe
+    choices: Choices
+
+    @property
+    def product(self) -> int:
+        return 2 if self.choices.precision == "bfloat16" else 4
+
+    @property
+    def weight(self) -> int:
+        return 4 if self.choices.precision == "float32" else self.shapes.stored
+
+    @property
+    def moves_base(self) -> bool:
+        return self.recipe.block.base_lr > 0 or self.choices.trainable == "base"
+
+    @property
+    def dense(self) -> int:
+        """Bytes of the dense weight beside the trained one; `weight` itself if training does not move it."""
+        return min(self.product, self.weight) if self.moves_base else self.weight
+
+    @property
+    def adapter(self) -> int:
+        """Numbers of a block's adapters."""
+        return sum(self.recipe.group_ranks()) * self.shapes.block_sides
+
+    @property
+    def streams(self) -> int:
+        """Different hidden states that a block starts from, with the dense model's."""
+        mode = self.recipe.mixer.mode
+        return {"dense": 1, "fixed": 2}.get(mode, self.recipe.build_ladder().num_groups + 1)
+
+    @property
+    def stream(self) -> int:
+        """Bytes of one stream."""
+        return self.recipe.block.samples * self.recipe.calibration.length * self.shapes.width * self.weight
+
+    @property
+    def patterns(self) -> int:
+        return len(self.recipe.ladder.patterns)
+
+    @property
+    def masks(self) -> int:
+        """Bytes a weight of drop levels and pattern masks."""
+        return bool(self.recipe.ladder.sparsities) + self.patterns
+
+    @property
+    def trained_block(self) -> int:
+        """Bytes of a block after its training, as a model in memory keeps it."""
+        s = self.shapes
+        master = 4 * s.block_linears if self.moves_base else 0
+        return (self.dense + self.masks) * s.block_linears + master + 4 * self.adapter + self.weight * s.block_other
+
+    def kept_for_backward(self, tokens: int) -> int:
+        """Bytes of the activations that one block keeps for its backward pass, for so many tokens of a batch."""
+        s, p = self.shapes, self.product
+        inputs, outputs = sum(s.input_widths()), sum(linear.outputs for linear in s.linears)
+        gated = any(linear.path.endswith(("gate_proj", "gate_up_proj")) for linear in s.linears)
+        inner = max(linear.inputs for linear in s.linears)
+        relu = any(
+            linear.path == "fc1" for linear in s.linears
+        )  # OPT: keeps what it gives, which the next linear keeps
+        function = inner if gated else -inner if relu else 0
+        # Inputs and outputs of linears; the activation function's; norms and the loss in float32.
+        numbers = p * (inputs + outputs + function) + s.width * (4 * s.norms + self.weight + 4 * 2)
+        if s.head_norms:
+            numbers += 4 * (s.heads + s.kv_heads) * s.head_dim
+        return tokens * numbers + self.attention(tokens)
+
+    def attention(self, tokens: int) -> int:
+        """Bytes of attention's probabilities: kept by our bfloat16 kernel on a CPU only, half of T x T a head."""
+        if self.choices.gpu or self.product != 2:
+            return 0
+        return tokens * (self.recipe.calibration.length + 128) // 2 * self.shapes.heads * 2
+
+
+def checkpoint_bytes(z: Sizes) -> int:
+    """About the size of the checkpoint. Exact but for the values that only N:M levels keep."""
+    s, ladder = z.shapes, z.recipe.build_ladder()
+    dtype = {"float32": 4, "bfloat16": 2, "float16": 2}.get(z.recipe.checkpoint.dtype, s.stored)
+    total = s.rest * dtype + s.depth * (s.block_other * dtype + z.adapter * dtype)
+    for linear in s.linears:
+        kept = tuple(keep_count(linear.inputs, sparsity) for sparsity in ladder.sparsities)
+        uncovered, new = linear.size - linear.outputs * (kept[0] if kept else 0), []
+        for level in ladder.levels:
+            if level.pattern:
+                added = int(uncovered * level.pattern[0] / level.pattern[1])
+                new.append(added)
+                uncovered -= added
+        spec = LinearSpec(shape=(linear.outputs, linear.inputs), transposed=False, kept=kept, pattern_values=tuple(new))
+        for shell in range(len(kept) + len(new)):
+            sizes = {part: shape[0] for part, shape in spec.shell_shapes(shell).items()}
+            total += s.depth * sum(count * (dtype if part == "values" else 1) for part, count in sizes.items())
+    return total

@@ -1,0 +1,184 @@
+"""What an unfinished run keeps beside its output, so that it goes on after a crash from its last finished block.
+
+`<output>.run/` holds run.json (what the run is), block-0007.safetensors (a finished block, written under another name,
+synced and renamed: its presence commits the block), the hidden states that the next block starts from, and a snapshot
+of the end-to-end phase. All of it goes when the checkpoint is in place. One process at a time: a lock, which the system
+drops with its process.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from elastic_sparsity.errors import ConfigError, OutputError, brief
+from elastic_sparsity.files import atomic_file, sync_path, write_json
+from elastic_sparsity.tensor_file import TensorFile
+from elastic_sparsity.tensor_file_writer import write_tensors
+
+log = logging.getLogger(__name__)
+
+
+class RunFolder:
+    """Files of one unfinished run. Workers other than the first one only read.
+
+    Args:
+        path: the folder; made if missing.
+        writes: whether this process is the one that writes.
+    """
+
+    def __init__(self, path: Path, writes: bool = True) -> None:
+        self.path, self.writes = path, writes
+
+    def claim(self, what: Mapping[str, Any], decided: Mapping[str, Any]) -> dict[str, Any]:
+        """Says what the run is, or checks that it is the one that began here.
+
+        Args:
+            what: all that its result depends on.
+            decided: choices that depend on the machine's state at the time, e.g. free memory.
+        Returns: the choices of the run's first process.
+        Raises: ConfigError: if another run began here, naming what differs.
+        """
+        file = self.path / "run.json"
+        if not file.exists():
+            if self.writes:
+                write_json(file, {"run": what, "decided": decided})
+            return dict(decided)
+        try:
+            began = json.loads(file.read_text(encoding="utf-8"))
+            found, choices = began["run"], dict(began["decided"])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise OutputError(f"{file}: cannot be read; start again with --restart.") from None
+        differing = list(_differences(found, json.loads(json.dumps(what))))
+        if differing:
+            raise ConfigError(
+                f"{self.path}: holds an unfinished run that differs in {'; '.join(differing[:4])}. Put it back as it "
+                "was to go on, or give --restart to begin anew."
+            )
+        log.info("%s: going on with the unfinished run", self.path)
+        return choices
+
+    def _block(self, index: int) -> Path:
+        return self.path / f"block-{index:04d}.safetensors"
+
+    def finished_blocks(self) -> int:
+        """How many blocks, from the first on, are done."""
+        count = 0
+        while self._block(count).exists():
+            count += 1
+        return count
+
+    def save_block(self, index: int, tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> None:
+        """Commits a finished block."""
+        self._save(self._block(index), tensors, note)
+
+    def load_block(self, index: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and note of a finished block.
+
+        Raises: OutputError: if the file is damaged.
+        """
+        return self._load(self._block(index))
+
+    def open_block(self, index: int) -> TensorFile:
+        """A finished block, to read single tensors of."""
+        return TensorFile(self._block(index))
+
+    def save_trained(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keeps a block, by number, or the rest of a model after an end-to-end phase whose model is in parts."""
+        self._save(self.path / f"trained-{name}.safetensors", tensors, {})
+
+    def open_trained(self, name: str) -> TensorFile:
+        """What `save_trained` kept."""
+        return TensorFile(self.path / f"trained-{name}.safetensors")
+
+    def save_snapshot(self, tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> None:
+        """Replaces the end-to-end phase's snapshot."""
+        self._save(self.path / "end-to-end.safetensors", tensors, note)
+
+    def load_snapshot(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The end-to-end phase's snapshot, if there is one."""
+        path = self.path / "end-to-end.safetensors"
+        return self._load(path) if path.exists() else None
+
+    def _save(self, path: Path, tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> None:
+        if not self.writes:
+            return
+        with atomic_file(path) as scratch:
+            write_tensors(scratch, tensors, {"note": json.dumps(note)})  # on disk before it gets its name
+        sync_path(self.path)
+
+    def _load(self, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        try:
+            file = TensorFile(path)
+            return {name: file.read(name) for name in file.specs}, json.loads(file.metadata["note"])
+        except (ValueError, KeyError) as error:
+            raise OutputError(f"{path}: cannot be read: {error}; start again with --restart.") from error
+
+
+def _differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
+    """Paths at which two plain values differ, with both."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            yield from _differences(old.get(key), new.get(key), f"{where}.{key}" if where else str(key))
+    elif old != new:
+        yield f"{where} ({brief(old, 40)} then, {brief(new, 40)} now)"
+
+
+@contextmanager
+def run_folder(output: Path, *, restart: bool = False, writes: bool = True) -> Iterator[RunFolder]:
+    """The folder of the run that makes `output`, locked; removed if the run ends well, or before any block is done.
+
+    Args:
+        restart: throw away what an unfinished run left.
+        writes: False in every process of a run but the first, which holds the lock.
+    Raises: OutputError: if it cannot be made, or another process works on it.
+    """
+    folder = _folder_of(output)
+    if not writes:
+        yield RunFolder(folder, writes=False)
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / "lock", timeout=0)
+        lock.acquire()
+    except Timeout:
+        raise OutputError(f"{folder}: another process makes {output}; wait for it or name another output.") from None
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be made: {error}.") from error
+    made, done = RunFolder(folder), False
+    try:
+        if not (folder / "lock").exists():  # the one who had the lock ended, and removed the folder, just now
+            raise OutputError(f"{folder}: another process has just made {output}; look there first.")
+        if restart:
+            _empty(folder)
+        for scratch in output.parent.glob(f".{output.name}.partial-*"):  # of a process that was killed
+            shutil.rmtree(scratch, ignore_errors=True)
+        yield made
+        done = True
+    finally:
+        if done or not made.finished_blocks():
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
+            log.warning("%s keeps the finished blocks: run the same command again to go on from there", folder)
+        lock.release()
+
+
+def is_unfinished(output: Path) -> bool:
+    """Whether a run that makes `output` was interrupted."""
+    return (_folder_of(output) / "run.json").exists()
+
+
+def _folder_of(output: Path) -> Path:
+    return output.with_name(f"{output.name}.run")
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.name != "lock":
+            path.unlink()

@@ -1,0 +1,98 @@
+"""How much work a run is: token-passes and floating-point operations by kind, and seconds from a block's probe.
+
+A token-pass is one token through one block, or through the head. Arithmetic only.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from elastic_sparsity.plan_sizes import Sizes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """One kind of work.
+
+    Attributes:
+        phase: "block phase" or "end to end".
+        direction: "forward", or "forward and backward".
+        passes: token-passes.
+        flops: floating-point operations of matrix products, attention and merging.
+    """
+
+    name: str
+    phase: str
+    direction: str
+    passes: int
+    flops: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Timing:
+    """What a probe of one block took, in seconds.
+
+    Attributes:
+        tokens: of the batch that was timed.
+        forward: dense, one batch.
+        step: one training step of all groups.
+        masks: scores and masks of the block, from statistics that are there.
+        scale: the recipe's tokens a batch, over `tokens`.
+    """
+
+    tokens: int
+    forward: float
+    step: float
+    masks: float
+    scale: float
+
+
+def work_of(z: Sizes) -> list[Work]:
+    """Every kind of work of a run. The backward pass counts both gradients, that of the whole weight too (as we do)."""
+    s, block, wanted = z.shapes, z.recipe.block, z.recipe.end_to_end
+    groups, length = z.recipe.build_ladder().num_groups, z.recipe.calibration.length
+    tokens = block.samples * length
+    forward = 2 * s.block_linears + 2 * length * s.heads * s.head_dim  # causal: half of T keys a token on average
+    merge = 2 * sum(z.recipe.group_ranks()) * s.block_linears // 2  # half of the stacked rank on average
+    trained = block.steps * groups * block.batch_size * length
+    inputs = z.streams - 1 if z.recipe.mixer.mode in ("own", "learned", "fixed") else 1
+    outputs = 0 if z.recipe.mixer.mode == "dense" else groups
+    rows = [
+        ("dense targets", "block phase", "forward", s.depth * tokens, 0),
+        ("statistics", "block phase", "forward", s.depth * tokens * inputs, 0),
+        ("training", "block phase", "forward and backward", s.depth * trained, s.depth * block.steps * groups),
+        ("next inputs", "block phase", "forward", (s.depth - 1) * tokens * outputs, 0),
+    ]
+    if z.choices.trainable != "off":
+        steps = wanted.steps * wanted.batch_size * length
+        rows += [
+            ("dense logits", "end to end", "forward", s.depth * steps, 0),
+            ("training", "end to end", "forward and backward", s.depth * steps, s.depth * wanted.steps),
+        ]
+    found = [
+        Work(name=name, phase=phase, direction=direction, passes=passes,
+             flops=passes * forward * (1 if direction == "forward" else 3) + 3 * merges * merge)
+        for name, phase, direction, passes, merges in rows if passes
+    ]  # fmt: skip
+    if z.choices.trainable != "off":  # both models' logits, and the gradient of the student's final states
+        steps = wanted.steps * wanted.batch_size * length
+        flops = 3 * 2.0 * s.width * s.vocabulary * steps
+        found.append(
+            Work(name="head", phase="end to end", direction="forward and backward", passes=2 * steps, flops=flops)
+        )
+    return found
+
+
+def seconds_of(z: Sizes, works: Sequence[Work], timing: Timing) -> float:
+    """Seconds of a run's arithmetic as a block's probe suggests; reading, writing and evaluation are not in it."""
+    block, depth, groups = z.recipe.block, z.shapes.depth, z.recipe.build_ladder().num_groups
+    per_token = timing.forward / timing.tokens
+    step = timing.step * timing.scale
+    forwards = sum(w.passes for w in works if w.direction == "forward") * per_token
+    total = forwards + depth * (block.steps * step + timing.masks)
+    if z.choices.trainable != "off":
+        wanted = z.recipe.end_to_end
+        one_level = step / groups * wanted.batch_size / block.batch_size
+        total += depth * wanted.steps * one_level
+        head = next(w.flops for w in works if w.name == "head")
+        total += head / (2 * z.shapes.block_linears / per_token)  # at the rate of a block's products
+    return total
