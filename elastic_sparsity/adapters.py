@@ -8,6 +8,7 @@ Letters: O outputs, I inputs, R stacked rank.
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -52,9 +53,7 @@ class _MaskedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, mask: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            merged = torch.addmm(weight.float(), lora_B, lora_A) if lora_A.shape[0] else weight
-            effective = merged.to(x.dtype, copy=merged is weight)
-            as_integers(effective).mul_(mask)  # as in `merge`: a cast of the mask would cost more than the product
+            effective = _effective_weight(weight, lora_A, lora_B, mask, x.dtype)
             ctx.save_for_backward(x, lora_A, lora_B, mask, effective)
             return F.linear(x, effective)
 
@@ -69,12 +68,31 @@ class _MaskedLinear(torch.autograd.Function):
             if any(ctx.needs_input_grad[1:4]):
                 rows = grad_output.reshape(-1, grad_output.shape[-1])
                 product = rows.T @ x.reshape(-1, x.shape[-1])
-                as_integers(product).mul_(mask)
-                grad = product.float()
-                grad_W = grad if ctx.needs_input_grad[1] else None
-                grad_A = lora_B.T @ grad if ctx.needs_input_grad[2] else None
-                grad_B = grad @ lora_A.T if ctx.needs_input_grad[3] else None
+                grad_W, grad_A, grad_B = _weight_gradients(product, lora_A, lora_B, mask, ctx.needs_input_grad[1:4])
         return grad_x, grad_W, grad_A, grad_B, None
+
+
+def _effective_weight(weight_OI: Tensor, lora_A: Tensor, lora_B: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """`merge` for training: the same sum, rounded once to `dtype`, with the mask as bool."""
+    merged = torch.addmm(weight_OI.float(), lora_B, lora_A) if lora_A.shape[0] else weight_OI
+    effective = merged.to(dtype, copy=merged is weight_OI)
+    as_integers(effective).mul_(mask)  # casting the mask to `dtype` would cost more than the product
+    return effective
+
+
+def _weight_gradients(
+    grad_OI: Tensor, lora_A: Tensor, lora_B: Tensor, mask: Tensor, needed: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Float32 gradients of (weight, A, B) from the effective weight's `grad_OI`, which is overwritten.
+
+    Products are in the precision of `grad_OI`, as all products of the backward pass.
+    """
+    as_integers(grad_OI).mul_(mask)
+    return (
+        grad_OI.float() if needed[0] else None,
+        (lora_B.to(grad_OI.dtype).T @ grad_OI).float() if needed[1] else None,
+        (grad_OI @ lora_A.to(grad_OI.dtype).T).float() if needed[2] else None,
+    )
 
 
 class ElasticLinear(nn.Module):
@@ -119,6 +137,7 @@ class ElasticLinear(nn.Module):
         self.transposed = is_transposed(linear)
         self.slices = rank_slices(ranks)
         self.level: Level | None = None
+        self.held: list[Tensor] | None = None
         self.bias: nn.Parameter | None = linear.bias  # type: ignore[assignment]
         self.dense = dense.to(teacher_dtype).contiguous() if train_base else dense
         self.weight = nn.Parameter(
@@ -172,8 +191,25 @@ class ElasticLinear(nn.Module):
         if self.level is None:
             return F.linear(x, self.dense.to(x.dtype), bias)
         a, b = self._active_pair(self.level)
+        if self.held is not None:
+            if not self.held:
+                self.held.append(_effective_weight(self.weight, a, b, self.mask(self.level), x.dtype))
+            return F.linear(x, self.held[0], bias)
         y: Tensor = _MaskedLinear.apply(x, self.weight, a, b, self.mask(self.level))
         return y if bias is None else y + bias
+
+
+@contextmanager
+def merged_once(linears: Sequence[ElasticLinear]) -> Iterator[None]:
+    """Inside, every linear merges its level's weight at its first call only; neither level nor weights may change."""
+    for linear in linears:
+        linear.held = []
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for linear in linears:
+            linear.held = None
 
 
 def elastic_linears(module: nn.Module) -> Iterator[tuple[str, ElasticLinear]]:

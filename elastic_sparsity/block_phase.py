@@ -30,7 +30,7 @@ from elastic_sparsity.ladder import keep_count
 from elastic_sparsity.masks import drop_levels, mask_at, pattern_mask
 from elastic_sparsity.mixer import FeatureMixer
 from elastic_sparsity.models import BaseModel
-from elastic_sparsity.precision import DTYPES, autocast_factory
+from elastic_sparsity.precision import DTYPES, autocast_factory, weights_in
 from elastic_sparsity.run_folder import RunFolder
 from elastic_sparsity.workers import Workers
 
@@ -228,12 +228,13 @@ def _train_block(
     linears = {path: block.get_submodule(path) for path in job.linears}
     shape_TD, dtype = tuple(dense.shape[1:]), dense.dtype
     start = f"block{index + 1:04d}"
-    with job.autocast():
-        target = runner.map(call, dense, store.new(f"{start}-dense", shape_TD, dtype))
     gram = recipe.scores.method == "obs"
-    statistics = block_statistics(
-        runner, call, linears, streams, gram=gram, autocast=job.autocast, where=where, sum_=job.workers.sum_
-    )
+    with weights_in(linears.values(), job.precision):
+        with job.autocast():
+            target = runner.map(call, dense, store.new(f"{start}-dense", shape_TD, dtype))
+        statistics = block_statistics(
+            runner, call, linears, streams, gram=gram, autocast=job.autocast, where=where, sum_=job.workers.sum_
+        )
     elastic = attach_elastic_(job, block, linears, statistics)
     mixer = FeatureMixer(recipe.mixer.mode, recipe.mixer_weights())
     settings = BlockSettings(mixer_lr=recipe.mixer.lr, **recipe.block.model_dump(exclude={"samples"}))

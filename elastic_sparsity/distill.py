@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from elastic_sparsity.activations import Activations
-from elastic_sparsity.adapters import ElasticLinear
+from elastic_sparsity.adapters import ElasticLinear, merged_once
 from elastic_sparsity.blocks import BlockCall
 from elastic_sparsity.errors import NumericsError
 from elastic_sparsity.ladder import Ladder, Level
@@ -211,22 +211,26 @@ def block_outputs(
     levels = draw_levels(ladder, generator)
     inputs = [_Mixed(mixer, streams, dense_STD, level.group) for level in levels]
 
-    def run(level: Level, hidden: Tensor) -> Tensor:
+    def set_level(level: Level) -> None:
         for linear in linears:
             linear.level = level
-        return call(hidden)
 
     if mixer.mode == "fixed":  # one stream serves all groups; keep one, not K
         mixed = new(0)
         for batch in batches:
-            found = [run(level, source[batch]).to(mixed.dtype) for level, source in zip(levels, inputs, strict=True)]
+            found = []
+            for level, source in zip(levels, inputs, strict=True):
+                set_level(level)
+                found.append(call(source[batch]).to(mixed.dtype))
             mixed[batch] = mixer(found, dense_STD[batch], 0)
         outputs = [mixed] * len(levels)
     else:
         outputs = [new(level.group) for level in levels]
         for level, source, output in zip(levels, inputs, outputs, strict=True):
-            for batch in batches:
-                output[batch] = run(level, source[batch]).to(output.dtype)
+            set_level(level)
+            with merged_once(linears):
+                for batch in batches:
+                    output[batch] = call(source[batch]).to(output.dtype)
     for linear in linears:
         linear.level = None
     return outputs

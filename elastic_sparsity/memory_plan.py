@@ -161,9 +161,9 @@ def _block(z: Sizes) -> Iterator[Term]:
     widest = max(max(linear.inputs, linear.outputs) for linear in s.linears)
     yield Term(
         name="forward of one batch", place="device", stages=("statistics",),
-        bytes=tokens * (4 * widest * p + 6 * s.width * 4) + (s.largest_linear * p if p != z.weight else 0),
+        bytes=tokens * (4 * widest * p + 6 * s.width * 4) + (s.block_linears * p if p != z.weight else 0),
         why=f"per token 4 x widest ({widest:,}) x {p} + 6 x D x 4"
-        + (f", and the largest linear cast to {p} bytes" if p != z.weight else ""),
+        + (f", and W x {p}, cast once" if p != z.weight else ""),
     )  # fmt: skip
     yield Term(
         name="squares of one input", bytes=tokens * max(s.input_widths()) * (4 + (0 if p == 4 else 4)),

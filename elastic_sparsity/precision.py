@@ -1,11 +1,12 @@
 """In which dtype matrices are multiplied. Masters, statistics and losses are float32 everywhere."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -33,6 +34,19 @@ def resolve_precision(precision: str, device_type: str) -> str:
 def autocast_factory(precision: str, device_type: str) -> Callable[[], Any]:
     """A function that makes the autocast context of a resolved precision."""
     return partial(torch.autocast, device_type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
+
+
+@contextmanager
+def weights_in(linears: Iterable[nn.Module], precision: str) -> Iterator[None]:
+    """Inside, the linears' weights are in `precision`: autocast alone would cast a frozen weight at every call."""
+    kept = [(linear, linear.weight.data) for linear in linears]
+    for linear, weight in kept:
+        linear.weight.data = weight.to(DTYPES[precision])  # type: ignore[union-attr, assignment]
+    try:
+        yield
+    finally:
+        for linear, weight in kept:
+            linear.weight.data = weight  # type: ignore[union-attr, assignment]
 
 
 def as_integers(tensor: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from elastic_sparsity.adapters import (
     _MaskedLinear,
     elastic_linears,
     merge,
+    merged_once,
     replace_module_,
     set_level_,
 )
@@ -282,3 +283,27 @@ def test_ranks_and_pattern_masks_must_fit_the_ladder(ranks, num_patterns):
             teacher_dtype=torch.float32,
             generator=torch.Generator(),
         )
+
+
+def test_merged_once_gives_the_same_values_and_merges_at_the_first_call_only():
+    made, x = elastic(plain(), train_base=True), inputs()
+    expected = forward(made, 2, x).detach()
+    with merged_once([made]):
+        assert torch.equal(forward(made, 2, x), expected)
+        made.weight.data += 1.0
+        held = forward(made, 2, x)
+        assert torch.equal(held, expected)
+        assert not held.requires_grad
+    assert made.held is None
+    assert not torch.equal(forward(made, 2, x), expected)
+
+
+def test_groups_that_are_no_neighbours_are_summed_all_the_same():
+    """A pattern inside the densest level inherits its group and not those of the levels between."""
+    ladder = Ladder(sparsities=(0.25, 0.5, 0.75), patterns=("2:4",), pattern_parent="densest")
+    made = elastic(plain(), ladder)
+    level = ladder.levels[3]
+    assert made.active_groups(level) == [0, 3]
+    made.level = level
+    expected = F.linear(inputs(), made.merged(level), made.bias)
+    torch.testing.assert_close(made(inputs()), expected, rtol=1e-5, atol=1e-5)

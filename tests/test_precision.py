@@ -1,0 +1,21 @@
+"""Weights cast for a while."""
+
+import pytest
+import torch
+from torch import nn
+
+from elastic_sparsity.precision import weights_in
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_weights_are_cast_inside_and_the_same_memory_after(fails):
+    linear = nn.Linear(4, 3)
+    before = linear.weight.data_ptr(), linear.weight.detach().clone()
+    with pytest.raises(KeyError) if fails else torch.no_grad():
+        with weights_in([linear], "bfloat16"):
+            assert linear.weight.dtype == torch.bfloat16
+            assert torch.equal(linear.weight.detach(), before[1].bfloat16())
+            if fails:
+                raise KeyError
+    assert linear.weight.data_ptr() == before[0]
+    assert torch.equal(linear.weight.detach(), before[1])
