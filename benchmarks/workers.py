@@ -97,10 +97,10 @@ def main(
         differing, compared = masks_that_differ(folder / "1-0", folder / "2-0")
     runs = {n: sorted(rows, key=lambda row: row["seconds"])[rounds // 2] for n, rows in found.items()}
     loss = worst_ratio(runs[1]["training"], runs[2]["training"])
-    report(runs, differing, compared, loss, output)
+    report(runs, differing, compared, loss, output, rounds)
 
 
-def report(runs: dict[int, Any], differing: int, compared: int, loss: float, output: Path) -> None:
+def report(runs: dict[int, Any], differing: int, compared: int, loss: float, output: Path, rounds: int) -> None:
     """Table and JSON."""
     one, two = runs[1]["seconds"], runs[2]["seconds"]
     table = Table(title="one process against two, one thread each")
@@ -122,7 +122,8 @@ def report(runs: dict[int, Any], differing: int, compared: int, loss: float, out
     console.print(f"modelled speed-up (fixed part {fixed:.1f} s of {one:.1f} s): {model}")
     protocol = {
         "date": str(date.today()), "torch": torch.__version__, "elastic-sparsity": version("elastic-sparsity"),
-        "device": platform.processor() or platform.machine(), "cores": os.cpu_count(), "seed": 0, "model": SECTIONS,
+        "device": platform.processor() or platform.machine(), "cores": os.cpu_count(), "seed": 0, "rounds": rounds,
+        "model": SECTIONS,
         "recipe": RECIPE,
         "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE,
                                  check=False).stdout.strip(),
