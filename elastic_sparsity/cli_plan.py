@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
@@ -80,22 +81,20 @@ def limits_of(**texts: str | None) -> dict[str, int]:
 
 def as_json(plan: Plan) -> dict[str, Any]:
     """A plan as plain data."""
-    choices = {name: getattr(plan.choices, name) for name in plan.choices.__slots__}
-    fields = ("name", "bytes", "place", "stages", "why")
     return {
         "model": plan.model,
-        "choices": choices,
+        "choices": asdict(plan.choices),
         "limits": plan.limits,
         "fits": not plan.misfits,
         "peaks": [
             {"place": p.place, "bytes": p.bytes, "stage": p.stage, "terms": [t.name for t in p.terms]}
             for p in plan.peaks
         ],
-        "terms": [{field: getattr(term, field) for field in fields} for term in plan.terms],
-        "work": [{name: getattr(w, name) for name in w.__slots__} for w in plan.work],
-        "probe": None if plan.timing is None else {n: getattr(plan.timing, n) for n in plan.timing.__slots__},
+        "terms": [asdict(term) for term in plan.terms],
+        "work": [asdict(work) for work in plan.work],
+        "probe": None if plan.timing is None else asdict(plan.timing),
         "seconds": plan.seconds,
-        "knobs": [{name: getattr(k, name) for name in k.__slots__} for k in plan.knobs],
+        "knobs": [asdict(knob) for knob in plan.knobs],
     }
 
 

@@ -1,7 +1,7 @@
 """What a run will need, before any work: memory, disk, token-passes, operations, and from a probe the time."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -110,7 +110,7 @@ def plan(
     if not found.misfits:
         return found
     knobs = tuple(_knobs(recipe, shapes, found))
-    return Plan(**{**{name: getattr(found, name) for name in Plan.__slots__}, "knobs": knobs})
+    return replace(found, knobs=knobs)
 
 
 def choose(recipe: Recipe, shapes: ModelShapes, limits: dict[str, int], gpu: bool, num_workers: int = 1) -> Choices:
@@ -168,16 +168,12 @@ def _probe(recipe: Recipe, shapes: ModelShapes, choices: Choices, config_file: P
 
     stored = {2: torch.bfloat16, 4: torch.float32}[shapes.stored]
     dtype = torch.float32 if choices.precision == "float32" else DTYPES.get(recipe.model.dtype, stored)
-    one = Choices(**{**_as_dict(choices), "weights": "stream", "activations": "disk", "trainable": "off"})
+    one = replace(choices, weights="stream", activations="disk", trainable="off")
     needed = max(p.bytes for p in peaks(memory_terms(shapes, recipe, one)) if p.place != "disk")
     if needed > free_here()["host"]:
         raise ConfigError(f"--probe: one block needs {_gb(needed)} here, which is not free; give --no-probe.")
     config = model_config(recipe.model.id, config_file)
     return probe(recipe, config, choices.trainable, choices.precision, dtype)
-
-
-def _as_dict(choices: Choices) -> dict[str, Any]:
-    return {name: getattr(choices, name) for name in Choices.__slots__}
 
 
 def _knobs(recipe: Recipe, shapes: ModelShapes, found: Plan) -> Iterator[Knob]:
