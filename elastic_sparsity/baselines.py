@@ -3,7 +3,7 @@
 Block by block, each block calibrated on the output of the already pruned ones, as the public implementations do.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -30,11 +30,14 @@ def prune_one_shot_(
     *,
     damping: float = 0.01,
     batch_size: int = 4,
+    channel_scales: Mapping[str, Tensor] | None = None,
     autocast: Callable[[], Any],
     on_block: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Prunes all linears of the decoder blocks to one level, in place.
 
+    Args:
+        channel_scales: what `induction` learned, by linear name; they scale the scores that choose the masks.
     Raises: ConfigError: unknown method. NumericsError: bad statistics.
     """
     if method not in METHODS:
@@ -51,24 +54,47 @@ def prune_one_shot_(
         found = block_statistics(runner, call, linears, [hidden], gram=gram, autocast=autocast, where=where)
         for path, linear in linears.items():
             weight = weight_OI(linear)
-            weight.copy_(pruned_weight(weight, found[path], level, method, damping, f"{where}.{path}"))
+            scale_I = (channel_scales or {}).get(f"{where}.{path}")
+            weight.copy_(pruned_weight(weight, found[path], level, method, damping, f"{where}.{path}", scale_I))
         with autocast():
             hidden = runner.map(call, hidden)
         on_block(index + 1, len(blocks))
 
 
 def pruned_weight(
-    weight: Tensor, statistics: InputStatistics, level: Level, method: str, damping: float, where: str
+    weight: Tensor,
+    statistics: InputStatistics,
+    level: Level,
+    method: str,
+    damping: float,
+    where: str,
+    channel_scale_I: Tensor | None = None,
 ) -> Tensor:
-    """One (O, I) weight pruned to a level, float32."""
-    if method == "sparsegpt":
-        assert statistics.gram_II is not None
-        return sparsegpt(
-            weight, statistics.gram_II, sparsity=level.sparsity, pattern=level.pattern, damping=damping, where=where
-        )
-    scores = importance_scores(method, weight, statistics, damping, where)
+    """One (O, I) weight pruned to a level, float32.
+
+    "sparsegpt" with a channel scale compensates a mask that scaled Wanda scores chose: measured better than scaling its
+    own saliency, whose masks adapt to the compensation while the scale was learned without any.
+    """
+    if method != "sparsegpt":
+        scores = importance_scores(method, weight, statistics, damping, where, channel_scale_I)
+        return torch.where(level_mask(scores, level), weight.float(), 0.0)
+    assert statistics.gram_II is not None
+    mask_OI = None
+    if channel_scale_I is not None:
+        mask_OI = level_mask(importance_scores("wanda", weight, statistics, damping, where, channel_scale_I), level)
+    return sparsegpt(
+        weight,
+        statistics.gram_II,
+        sparsity=level.sparsity,
+        pattern=level.pattern,
+        damping=damping,
+        mask_OI=mask_OI,
+        where=where,
+    )
+
+
+def level_mask(scores_OI: Tensor, level: Level) -> Tensor:
+    """(O, I) bool: what a level alone keeps."""
     if level.pattern is not None:
-        mask = pattern_mask(scores, *level.pattern)
-    else:
-        mask = mask_at(drop_levels(scores, [keep_count(weight.shape[1], level.sparsity)]), 0)
-    return torch.where(mask, weight.float(), 0.0)
+        return pattern_mask(scores_OI, *level.pattern)
+    return mask_at(drop_levels(scores_OI, [keep_count(scores_OI.shape[1], level.sparsity)]), 0)

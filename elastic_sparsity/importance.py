@@ -116,12 +116,31 @@ def obs_scores(weight_OI: Tensor, gram_II: Tensor, damping: float, where: str = 
 
 
 def importance_scores(
-    method: str, weight_OI: Tensor, statistics: InputStatistics, damping: float, where: str
+    method: str,
+    weight_OI: Tensor,
+    statistics: InputStatistics,
+    damping: float,
+    where: str,
+    channel_scale_I: Tensor | None = None,
 ) -> Tensor:
-    """Scores by name: "magnitude", "wanda" or "obs" (which needs a gram)."""
+    """Scores by name: "magnitude", "wanda" or "obs" (which needs a gram).
+
+    Args:
+        channel_scale_I: learned scale of every input channel's importance (arXiv 2602.21652, eq. 11; see `induction`).
+            "obs" scores are squares and so take its square.
+    Raises: ShapeError: if the scale has another width than the weight.
+    """
+    if channel_scale_I is None:
+        scale_I = torch.ones(1, device=weight_OI.device)
+    elif channel_scale_I.shape == weight_OI.shape[1:]:
+        scale_I = channel_scale_I.to(weight_OI.device, torch.float32)
+    else:
+        raise ShapeError(
+            f"{where}: weight {tuple(weight_OI.shape)} against channel scale {tuple(channel_scale_I.shape)}."
+        )
     if method == "magnitude":
-        return magnitude_scores(weight_OI)
+        return magnitude_scores(weight_OI).mul_(scale_I)
     if method == "wanda":
-        return wanda_scores(weight_OI, statistics.square_sum_I)
+        return wanda_scores(weight_OI, statistics.square_sum_I).mul_(scale_I)
     assert method == "obs" and statistics.gram_II is not None
-    return obs_scores(weight_OI, statistics.gram_II, damping, where)
+    return obs_scores(weight_OI, statistics.gram_II, damping, where).mul_(scale_I.square())

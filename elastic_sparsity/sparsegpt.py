@@ -8,7 +8,7 @@ implementation the unstructured mask is chosen in blocks of 128 columns, over al
 import torch
 from torch import Tensor
 
-from elastic_sparsity.errors import NumericsError
+from elastic_sparsity.errors import NumericsError, ShapeError
 from elastic_sparsity.importance import inverse_hessian
 
 
@@ -30,6 +30,7 @@ def sparsegpt(
     pattern: tuple[int, int] | None = None,
     damping: float = 0.01,
     block_size: int = 128,
+    mask_OI: Tensor | None = None,
     where: str = "weight",
 ) -> Tensor:
     """The pruned and compensated weight.
@@ -39,6 +40,7 @@ def sparsegpt(
         gram_II: sum of x xT over calibration tokens, float32.
         sparsity: fraction of zeros, used when `pattern` is None; exact per block up to ties, not per row.
         pattern: (N, M) keeps N of every M along the input dimension.
+        mask_OI: bool, True = keep; None = chosen by saliency, weights already compensated, as the paper does.
     Returns: (O, I) float32.
     Raises: NumericsError: if the Hessian does not factor, naming `where`.
     """
@@ -49,6 +51,8 @@ def sparsegpt(
     if int(info):
         raise NumericsError(f"{where}: the inverse Hessian does not factor with damping {damping}; raise it.")
     width = weight.shape[1]
+    if mask_OI is not None and mask_OI.shape != weight.shape:
+        raise ShapeError(f"{where}: weight {tuple(weight.shape)} against mask {tuple(mask_OI.shape)}.")
     if pattern is not None:  # a group of M must not straddle two blocks
         block_size -= block_size % pattern[1]
     for start in range(0, width, block_size):
@@ -57,10 +61,12 @@ def sparsegpt(
         block = weight[:, start:end].clone()
         errors = torch.zeros_like(block)
         keep = torch.zeros_like(block, dtype=torch.bool)
-        if pattern is None:
+        if mask_OI is not None:
+            keep = mask_OI[:, start:end]
+        elif pattern is None:
             keep = _block_mask(block, local.diagonal(), sparsity)
         for j in range(end - start):
-            if pattern is not None and j % pattern[1] == 0:
+            if mask_OI is None and pattern is not None and j % pattern[1] == 0:
                 group = slice(j, j + pattern[1])
                 saliency = block[:, group].square() / local.diagonal()[group].square()
                 best = saliency.argsort(dim=1, descending=True, stable=True)[:, : pattern[0]]

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from elastic_sparsity.errors import NumericsError
+from elastic_sparsity.errors import NumericsError, ShapeError
 from elastic_sparsity.importance import magnitude_scores
 from elastic_sparsity.masks import drop_levels, mask_at, pattern_mask
 from elastic_sparsity.sparsegpt import sparsegpt
@@ -145,3 +145,14 @@ def test_a_gram_that_does_not_factor_names_the_weight():
     message = "model.layers.1.fc2: the input covariance does not factor with damping 0.01"
     with pytest.raises(NumericsError, match=re.escape(message)):
         sparsegpt(torch.ones(2, 2), torch.tensor([[1.0, 3.0], [3.0, 1.0]]), sparsity=0.5, where="model.layers.1.fc2")
+
+
+@pytest.mark.parametrize("level", [{"sparsity": 0.5}, {"sparsity": 0.0, "pattern": (2, 4)}])
+def test_a_mask_that_is_given_is_compensated_like_the_same_mask_chosen(level):
+    torch.manual_seed(0)
+    weight, x = torch.randn(12, 256), torch.randn(512, 256)
+    chosen = sparsegpt(weight, x.T @ x, **level)
+    given = sparsegpt(weight, x.T @ x, **level, mask_OI=chosen != 0)
+    assert torch.equal(chosen, given)
+    with pytest.raises(ShapeError, match="mask"):
+        sparsegpt(weight, x.T @ x, **level, mask_OI=torch.ones(12, 255, dtype=torch.bool))
