@@ -1,0 +1,207 @@
+"""A permutation or a rotation of the whole residual stream, absorbed by everything that writes to it or reads it.
+
+Source: QuaRot (arXiv 2404.00456): norm gains into the next linears, then one orthogonal matrix for the whole model.
+What we changed: any orthogonal matrix, an untied head only if its norm's gain demands it, and permutations, which
+every norm allows. A model with a parameter that the tables do not place is refused, not half changed.
+Letters: D model width. The new stream is h R; for a permutation h[order].
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from elastic_sparsity.arch import decoder_blocks, is_transposed
+from elastic_sparsity.errors import AbsorptionError, UnsupportedModelError
+from elastic_sparsity.folding import Draft, checked_permutation, real_values
+from elastic_sparsity.wiring import Wiring, linear_at, wiring_of
+
+ORTHOGONAL = 1e-10  # largest entry of R^T R - 1 in float64; float32's 1e-7 would be an error of every layer
+NUMBERS_AT_ONCE = 1 << 24  # of a parameter in float64: a head of 128k tokens would take gigabytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A parameter of which one dimension is the residual stream."""
+
+    parameter: nn.Parameter
+    dim: int
+    norm: bool = False
+
+
+def permute_residual_(model: nn.Module, order_D: Tensor) -> None:
+    """New channel d of the residual stream is the old one order[d]. Exact for every norm; tied embeddings stay tied.
+
+    Args:
+        model: a causal LM of a supported family.
+        order_D: (D,) int64 permutation.
+    Raises: ShapeError; AbsorptionError: if this is no permutation, or embeddings are of another width (OPT-350M);
+        UnsupportedModelError: if the model has parameters that its row does not place.
+    """
+    places = _places(model)
+    order_D = checked_permutation(order_D, (_width(model),), "order of the residual channels")
+    with torch.no_grad():
+        for place in places:
+            parameter = place.parameter
+            parameter.copy_(parameter.index_select(place.dim, order_D.to(parameter.device)))
+
+
+def rotate_residual_(model: nn.Module, rotation_DD: Tensor) -> int:
+    """The residual stream times an orthogonal matrix. RMS norms alone commute with it, once their gains are folded.
+
+    A gain that is the same for all channels commutes too, and is left where it is. The final norm's is folded into the
+    head; a tied head is untied for it and `config.tie_word_embeddings` set to False. Weights are written one by one.
+
+    Args:
+        model: a causal LM of a supported family with RMS norms.
+        rotation_DD: (D, D) floats, orthogonal to 1e-10: from `torch.linalg.qr` in float64.
+    Returns: how many parameters untying the head added; 0 if it was not tied, or could stay.
+    Raises: ShapeError, NumericsError; AbsorptionError: if this is not orthogonal, or the model has LayerNorms, or norms
+        after its branches with different gains (Gemma-2, Gemma-3), or embeddings of another width;
+        UnsupportedModelError: if the model has parameters that its row does not place.
+    """
+    row, blocks = wiring_of(model.config), decoder_blocks(model)
+    _places(model)
+    _check_norms(model, row)
+    width = _width(model)
+    rotation_DD = real_values(rotation_DD, (width, width), "rotation of the residual stream")
+    identity = torch.eye(width, dtype=torch.float64, device=rotation_DD.device)
+    error = float((rotation_DD.T @ rotation_DD - identity).abs().max())
+    if error > ORTHOGONAL:
+        raise AbsorptionError(
+            f"rotation of the residual stream: R^T R differs from 1 by up to {error:.1e}; expected at most "
+            f"{ORTHOGONAL:.0e}. Take Q of torch.linalg.qr of a float64 matrix."
+        )
+    for block in blocks:
+        _fold_gain_(block, row.attention_norm, row.attention_inputs, row)
+        _fold_gain_(block, row.mlp_norm, row.mlp_inputs, row)
+    added = _fold_final_gain_(model, row)
+    for place in _places(model):
+        if not place.norm:
+            _rotate_(place, rotation_DD)
+    return added
+
+
+@torch.no_grad()
+def _rotate_(place: _Place, rotation_DD: Tensor) -> None:
+    matrix_XD = place.parameter.movedim(place.dim, -1)
+    matrix_XD = matrix_XD[None] if matrix_XD.ndim == 1 else matrix_XD
+    rotation_DD = rotation_DD.to(matrix_XD.device)
+    for part in matrix_XD.split(max(1, NUMBERS_AT_ONCE // len(rotation_DD))):
+        part.copy_(part.double() @ rotation_DD)
+
+
+def _width(model: nn.Module) -> int:
+    return int(model.config.hidden_size)  # type: ignore[union-attr, arg-type]
+
+
+def _head(model: nn.Module) -> nn.Module:
+    head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
+    return head
+
+
+def _gain(norm: nn.Module, row: Wiring) -> Tensor:
+    weight: Tensor = norm.weight  # type: ignore[assignment]
+    return weight.detach().double() + row.gain_offset
+
+
+def _check_norms(model: nn.Module, row: Wiring) -> None:
+    """That rotations commute with every norm once the gains before linears are folded."""
+    for index, block in enumerate(decoder_blocks(model)):
+        for path in (row.attention_norm, row.mlp_norm, *row.post_norms):
+            norm = block.get_submodule(path) if path else None
+            where = f"block {index}, {path}"
+            if isinstance(norm, nn.LayerNorm):
+                raise AbsorptionError(
+                    f"{where}: found a LayerNorm, whose mean is not that of rotated channels; expected RMS norms. "
+                    "Permute the residual stream instead, or rotate inside heads."
+                )
+            if norm is not None and path in row.post_norms and len(_gain(norm, row).unique()) > 1:
+                raise AbsorptionError(
+                    f"{where}: found different gains on a branch's output, which the residual sum reads and no linear "
+                    "can take; expected one gain for all channels. Permute the residual stream instead."
+                )
+
+
+def _fold_gain_(block: nn.Module, path: str, readers: tuple[str, ...], row: Wiring) -> None:
+    draft = Draft(block)
+    weight_D = draft.parameter(path, "weight")
+    assert weight_D is not None, path
+    gain_D = weight_D + row.gain_offset
+    for reader in readers:
+        weight_OI = draft.weight_OI(reader)
+        weight_OI *= gain_D.to(weight_OI.device)
+    weight_D.fill_(1.0 - row.gain_offset)
+    draft.write_()
+
+
+def _fold_final_gain_(model: Any, row: Wiring) -> int:
+    """Unties the head if it must. Returns: parameters added."""
+    norm: Any = model.get_submodule(row.final_norm)
+    head: Any = _head(model)
+    embedding: Any = model.get_submodule(row.embeddings[0])
+    gain_D = _gain(norm, row)
+    if len(gain_D.unique()) == 1:
+        return 0
+    added = 0
+    if head.weight is embedding.weight:
+        head.weight = nn.Parameter(embedding.weight.detach().clone(), requires_grad=embedding.weight.requires_grad)
+        model.config.tie_word_embeddings = False
+        # transformers keeps its own list of what is tied, and would leave the head out of a saved file.
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+        added = head.weight.numel()
+    with torch.no_grad():
+        for part in head.weight.split(max(1, NUMBERS_AT_ONCE // len(gain_D))):
+            part.copy_(part.double() * gain_D.to(part.device))
+        norm.weight.fill_(1.0 - row.gain_offset)
+    return added
+
+
+def _places(model: nn.Module) -> list[_Place]:
+    """Every parameter that lies along the residual stream, each once.
+
+    Raises: AbsorptionError, UnsupportedModelError.
+    """
+    row, width = wiring_of(model.config), _width(model)
+    for path in row.embeddings:
+        found = int(model.get_submodule(path).weight.shape[1])  # type: ignore[union-attr, index, arg-type]
+        if found != width:
+            raise AbsorptionError(
+                f"{path}: found embeddings of width {found}; expected the model's {width}. A projection lies in "
+                "between (OPT-350M), which is not handled; change the blocks alone."
+            )
+    places = [_Place(model.get_submodule(path).weight, 1) for path in row.embeddings]  # type: ignore[arg-type]
+    inner: list[Tensor | None] = []  # parameters along something else
+    for block in decoder_blocks(model):
+        for path in (row.attention_norm, row.mlp_norm, *row.post_norms):
+            places += _norm_places(block, path)
+        for path in (*row.attention_inputs, *row.mlp_inputs):
+            linear = linear_at(block, path)
+            places.append(_Place(linear.weight, 0 if is_transposed(linear) else 1))  # type: ignore[arg-type]
+            inner.append(linear.bias)  # type: ignore[arg-type]
+        for path in (row.out, row.down):
+            linear = linear_at(block, path)
+            places.append(_Place(linear.weight, 1 if is_transposed(linear) else 0))  # type: ignore[arg-type]
+            places += [_Place(linear.bias, 0)] if linear.bias is not None else []  # type: ignore[arg-type]
+        inner += [parameter for path in row.head_norms for parameter in block.get_submodule(path).parameters()]
+    places += _norm_places(model, row.final_norm)
+    head = _head(model)
+    places.append(_Place(head.weight, 1))  # type: ignore[arg-type]
+    inner.append(getattr(head, "bias", None))
+    unique = list({id(place.parameter): place for place in places}.values())
+    known = {id(place.parameter) for place in unique} | {id(parameter) for parameter in inner}
+    extra = [name for name, parameter in model.named_parameters() if id(parameter) not in known]
+    if extra:
+        raise UnsupportedModelError(
+            f"{', '.join(extra[:5])}: found {len(extra)} parameters that the row of {model.config.model_type} does not "  # type: ignore[union-attr]
+            "place; expected a plain model of this family, without adapters."
+        )
+    return unique
+
+
+def _norm_places(root: nn.Module, path: str) -> Iterator[_Place]:
+    norm = dict(root.named_modules()).get(path) if path else None  # OPT may leave the final norm out
+    for parameter in norm.parameters() if norm is not None else ():
+        yield _Place(parameter, 0, norm=True)
