@@ -216,7 +216,7 @@ def scale_pair_(block: nn.Module, pair: Pair, scales: Tensor) -> None:
         pair: of this block, or of one of the same shapes.
         scales: (pair.num_values,) floats, none zero; above zero if `pair.positive`.
     Raises: ShapeError, NumericsError, AbsorptionError: on scales that are not so, or results that overflow the dtype;
-        the block is then as before.
+        UnsupportedModelError: if a linear is none any more, or carries adapters. The block is then as before.
     """
     scales = real_values(scales, (pair.num_values,), f"scales of {pair.name}")
     bad = scales[scales <= 0 if pair.positive else scales == 0]
@@ -225,12 +225,20 @@ def scale_pair_(block: nn.Module, pair: Pair, scales: Tensor) -> None:
             f"scales of {pair.name}: {len(bad)} of {pair.num_values} are not allowed, first {float(bad[0])}; expected "
             f"{'scales above zero, which a ReLU passes' if pair.positive else 'no zero'}. Clamp them first."
         )
-    draft = Draft(block)
+    draft = _draft(block, pair)
     for side in pair.multiplied:
         _multiply_(draft, side, scales)
     for side in pair.divided:
         _multiply_(draft, side, 1 / scales)
     draft.write_()
+
+
+def _draft(block: nn.Module, pair: Pair) -> Draft:
+    """Adapters may have been attached since the pair was built."""
+    for side in (*pair.multiplied, *pair.divided):
+        if side.inputs or pair.kind != "norm":
+            linear_at(block, side.path)
+    return Draft(block)
 
 
 def _multiply_(draft: Draft, side: Side, factors: Tensor) -> None:
@@ -255,14 +263,13 @@ def shift_pair_(block: nn.Module, pair: Pair, shifts: Tensor) -> None:
     Args:
         pair: one of `shift_pairs` of this block.
         shifts: (pair.num_values,) floats.
-    Raises: ShapeError, NumericsError, AbsorptionError: if a bias is missing, or an activation lies in between; the
-        block is then as before.
+    Raises: as `scale_pair_`; AbsorptionError: if a bias is missing, or an activation lies in between.
     """
     reason = _no_shift(block, pair)
     if reason:
         raise AbsorptionError(f"shift of {pair.name}: {reason}; use the pairs that shift_pairs() lists.")
     shifts = real_values(shifts, (pair.num_values,), f"shifts of {pair.name}")
-    draft = Draft(block)
+    draft = _draft(block, pair)
     for side in pair.divided:
         bias = draft.parameter(side.path, "bias")
         assert bias is not None

@@ -149,8 +149,6 @@ def _fold_final_gain_(model: Any, row: Wiring) -> int:
     if head.weight is embedding.weight:
         head.weight = nn.Parameter(embedding.weight.detach().clone(), requires_grad=embedding.weight.requires_grad)
         model.config.tie_word_embeddings = False
-        # transformers keeps its own list of what is tied, and would leave the head out of a saved file.
-        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
         added = head.weight.numel()
     with torch.no_grad():
         for part in head.weight.split(max(1, NUMBERS_AT_ONCE // len(gain_D))):

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from exact import VARIANTS, changed, logits, model_of, random, random_scales, weights
+from exact import IDS, VARIANTS, changed, logits, model_of, random, random_scales, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
@@ -364,7 +364,10 @@ def test_adapters_and_other_shapes_are_refused():
     block = first_block(model)
     with pytest.raises(UnsupportedModelError, match=r"\[32, 16, 16\] outputs .* expected \[32, 32, 32\] for 4 query"):
         scale_pairs(block, type("Config", (), {"model_type": "llama", "num_attention_heads": 4}))
+    pair = pair_named(block, model.config, "v_o")
     block.self_attn.v_proj.adapter = torch.nn.Linear(2, 2)
+    with pytest.raises(UnsupportedModelError, match="self_attn.v_proj: found Linear with parameters .*adapter.weight"):
+        scale_pair_(block, pair, torch.ones(16))
     with pytest.raises(UnsupportedModelError, match="self_attn.v_proj: found Linear with parameters .*adapter.weight"):
         scale_pairs(block, model.config)
     replace_module_(block, "self_attn.v_proj", torch.nn.Identity())
@@ -417,6 +420,15 @@ def test_a_folded_model_is_an_ordinary_one(family, tmp_path):
     stock = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     assert torch.equal(logits(stock), logits(model))
     check_function_kept(before, logits(stock), torch.float32)
+
+
+def test_the_oracle_is_float64_throughout():
+    """transformers' own float32 casts would hide every error below 1e-8."""
+    model = model_of("llama")
+    with torch.no_grad():
+        as_it_stands = model(IDS, use_cache=False).logits
+    error = float((as_it_stands - logits(model)).abs().max() / as_it_stands.abs().max())
+    assert 1e-9 < error < 1e-6
 
 
 def test_the_gate():

@@ -36,8 +36,15 @@ def random_factors(block, config, seed=0):
     return torch.polar(2**size, 3 * angle)
 
 
+def random_matrices(block, config, seed=0):
+    """Neither diagonal nor orthogonal, of condition 16 at most, so that float32 can tell a fold from an error."""
+    num_kv, size = heads_of(block, config).value_KC.shape
+    turned = torch.linalg.qr(random(num_kv, size, size, seed=seed)).Q
+    return turned * 2 ** random(num_kv, 1, size, seed=seed).clamp(-2, 2)
+
+
 def mix(block, config, seed):
-    mix_values_(block, config, random(*heads_shape(block, config), seed=seed))
+    mix_values_(block, config, random_matrices(block, config, seed))
 
 
 def turn(block, config, seed):
@@ -45,16 +52,11 @@ def turn(block, config, seed):
 
 
 def reorder_values(block, config, seed):
-    permute_values_(block, config, random_orders(*heads_shape(block, config)[:2], seed=seed))
+    permute_values_(block, config, random_orders(*heads_of(block, config).value_KC.shape, seed=seed))
 
 
 def reorder_mlp(block, config, seed):
     permute_mlp_(block, config, random_orders(len(mlp_rows(block, config)[0][1]), seed=seed))
-
-
-def heads_shape(block, config):
-    num_kv, size = heads_of(block, config).value_KC.shape
-    return num_kv, size, size
 
 
 EVERYWHERE = (mix, reorder_values, reorder_mlp)
