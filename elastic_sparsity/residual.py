@@ -26,12 +26,12 @@ NUMBERS_AT_ONCE = 1 << 24  # of a parameter in float64: a head of 128k tokens wo
 class _Place:
     """A parameter of which one dimension is the residual stream."""
 
-    parameter: nn.Parameter
+    parameter: Tensor
     dim: int
     norm: bool = False
 
 
-def permute_residual_(model: nn.Module, order_D: Tensor) -> None:
+def permute_residual_(model: Any, order_D: Tensor) -> None:
     """New channel d of the residual stream is the old one order[d]. Exact for every norm; tied embeddings stay tied.
 
     Args:
@@ -41,14 +41,14 @@ def permute_residual_(model: nn.Module, order_D: Tensor) -> None:
         UnsupportedModelError: if the model has parameters that its row does not place.
     """
     places = _places(model)
-    order_D = checked_permutation(order_D, (_width(model),), "order of the residual channels")
+    order_D = checked_permutation(order_D, (model.config.hidden_size,), "order of the residual channels")
     with torch.no_grad():
         for place in places:
             parameter = place.parameter
             parameter.copy_(parameter.index_select(place.dim, order_D.to(parameter.device)))
 
 
-def rotate_residual_(model: nn.Module, rotation_DD: Tensor) -> int:
+def rotate_residual_(model: Any, rotation_DD: Tensor) -> int:
     """The residual stream times an orthogonal matrix. RMS norms alone commute with it, once their gains are folded.
 
     A gain that is the same for all channels commutes too, and is left where it is. The final norm's is folded into the
@@ -65,7 +65,7 @@ def rotate_residual_(model: nn.Module, rotation_DD: Tensor) -> int:
     row, blocks = wiring_of(model.config), decoder_blocks(model)
     _places(model)
     _check_norms(model, row)
-    width = _width(model)
+    width = model.config.hidden_size
     rotation_DD = real_values(rotation_DD, (width, width), "rotation of the residual stream")
     identity = torch.eye(width, dtype=torch.float64, device=rotation_DD.device)
     error = float((rotation_DD.T @ rotation_DD - identity).abs().max())
@@ -93,21 +93,12 @@ def _rotate_(place: _Place, rotation_DD: Tensor) -> None:
         part.copy_(part.double() @ rotation_DD)
 
 
-def _width(model: nn.Module) -> int:
-    return int(model.config.hidden_size)  # type: ignore[union-attr, arg-type]
+def _gain(norm: Any, row: Wiring) -> Tensor:
+    gain: Tensor = norm.weight.detach().double() + row.gain_offset
+    return gain
 
 
-def _head(model: nn.Module) -> nn.Module:
-    head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
-    return head
-
-
-def _gain(norm: nn.Module, row: Wiring) -> Tensor:
-    weight: Tensor = norm.weight  # type: ignore[assignment]
-    return weight.detach().double() + row.gain_offset
-
-
-def _check_norms(model: nn.Module, row: Wiring) -> None:
+def _check_norms(model: Any, row: Wiring) -> None:
     """That rotations commute with every norm once the gains before linears are folded."""
     for index, block in enumerate(decoder_blocks(model)):
         for path in (row.attention_norm, row.mlp_norm, *row.post_norms):
@@ -139,9 +130,8 @@ def _fold_gain_(block: nn.Module, path: str, readers: tuple[str, ...], row: Wiri
 
 def _fold_final_gain_(model: Any, row: Wiring) -> int:
     """Unties the head if it must. Returns: parameters added."""
-    norm: Any = model.get_submodule(row.final_norm)
-    head: Any = _head(model)
-    embedding: Any = model.get_submodule(row.embeddings[0])
+    norm, head = model.get_submodule(row.final_norm), model.get_output_embeddings()
+    embedding = model.get_submodule(row.embeddings[0])
     gain_D = _gain(norm, row)
     if len(gain_D.unique()) == 1:
         return 0
@@ -157,46 +147,60 @@ def _fold_final_gain_(model: Any, row: Wiring) -> int:
     return added
 
 
-def _places(model: nn.Module) -> list[_Place]:
+def _places(model: Any) -> list[_Place]:
     """Every parameter that lies along the residual stream, each once.
 
     Raises: AbsorptionError, UnsupportedModelError.
     """
-    row, width = wiring_of(model.config), _width(model)
-    for path in row.embeddings:
-        found = int(model.get_submodule(path).weight.shape[1])  # type: ignore[union-attr, index, arg-type]
-        if found != width:
-            raise AbsorptionError(
-                f"{path}: found embeddings of width {found}; expected the model's {width}. A projection lies in "
-                "between (OPT-350M), which is not handled; change the blocks alone."
-            )
-    places = [_Place(model.get_submodule(path).weight, 1) for path in row.embeddings]  # type: ignore[arg-type]
-    inner: list[Tensor | None] = []  # parameters along something else
+    row, head = wiring_of(model.config), model.get_output_embeddings()
+    places = [_Place(_embedding(model, path), 1) for path in row.embeddings]
+    inner = [getattr(head, "bias", None)]  # parameters along something else
     for block in decoder_blocks(model):
-        for path in (row.attention_norm, row.mlp_norm, *row.post_norms):
-            places += _norm_places(block, path)
-        for path in (*row.attention_inputs, *row.mlp_inputs):
-            linear = linear_at(block, path)
-            places.append(_Place(linear.weight, 0 if is_transposed(linear) else 1))  # type: ignore[arg-type]
-            inner.append(linear.bias)  # type: ignore[arg-type]
-        for path in (row.out, row.down):
-            linear = linear_at(block, path)
-            places.append(_Place(linear.weight, 1 if is_transposed(linear) else 0))  # type: ignore[arg-type]
-            places += [_Place(linear.bias, 0)] if linear.bias is not None else []  # type: ignore[arg-type]
-        inner += [parameter for path in row.head_norms for parameter in block.get_submodule(path).parameters()]
-    places += _norm_places(model, row.final_norm)
-    head = _head(model)
-    places.append(_Place(head.weight, 1))  # type: ignore[arg-type]
-    inner.append(getattr(head, "bias", None))
+        placed, others = _block_places(block, row)
+        places += placed
+        inner += others
+    places += [*_norm_places(model, row.final_norm), _Place(head.weight, 1)]
     unique = list({id(place.parameter): place for place in places}.values())
     known = {id(place.parameter) for place in unique} | {id(parameter) for parameter in inner}
     extra = [name for name, parameter in model.named_parameters() if id(parameter) not in known]
     if extra:
         raise UnsupportedModelError(
-            f"{', '.join(extra[:5])}: found {len(extra)} parameters that the row of {model.config.model_type} does not "  # type: ignore[union-attr]
+            f"{', '.join(extra[:5])}: found {len(extra)} parameters that the row of {model.config.model_type} does not "
             "place; expected a plain model of this family, without adapters."
         )
     return unique
+
+
+def _embedding(model: Any, path: str) -> Tensor:
+    weight: Tensor = model.get_submodule(path).weight
+    width = model.config.hidden_size
+    if weight.shape[1] != width:
+        raise AbsorptionError(
+            f"{path}: found embeddings of width {weight.shape[1]}; expected the model's {width}. A projection lies in "
+            "between (OPT-350M), which is not handled; change the blocks alone."
+        )
+    if weight.is_meta:
+        raise UnsupportedModelError(f"{path}: found no values (meta device); load the model first.")
+    return weight
+
+
+def _block_places(block: nn.Module, row: Wiring) -> tuple[list[_Place], list[Tensor | None]]:
+    """The block's parameters along the residual stream, and the others."""
+    norms = (row.attention_norm, row.mlp_norm, *row.post_norms)
+    places = [place for path in norms for place in _norm_places(block, path)]
+    others: list[Tensor | None] = [
+        parameter for path in row.head_norms for parameter in block.get_submodule(path).parameters()
+    ]
+    for path in (*row.attention_inputs, *row.mlp_inputs):
+        linear = linear_at(block, path)
+        places.append(_Place(linear.weight, 0 if is_transposed(linear) else 1))
+        others.append(linear.bias)
+    for path in (row.out, row.down):
+        linear = linear_at(block, path)
+        places.append(_Place(linear.weight, 1 if is_transposed(linear) else 0))
+        if linear.bias is not None:
+            places.append(_Place(linear.bias, 0))
+    return places, others
 
 
 def _norm_places(root: nn.Module, path: str) -> Iterator[_Place]:

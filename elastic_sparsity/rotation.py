@@ -128,8 +128,7 @@ def permute_mlp_(block: nn.Module, config: Any, order_F: Tensor) -> None:
 @torch.no_grad()
 def _permute_outputs_(block: nn.Module, path: str, new: Tensor, old: Tensor) -> None:
     linear = linear_at(block, path)
-    bias: Tensor | None = linear.bias  # type: ignore[assignment]
-    for rows in (view_OI(linear), bias):
+    for rows in (view_OI(linear), linear.bias):
         if rows is not None:
             rows[new.flatten()] = rows[old.flatten()]
 

@@ -6,7 +6,7 @@ Letters: K key/value heads, R queries that share one of them, C channels of a he
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -147,30 +147,36 @@ def wiring_of(config: Any) -> Wiring:
     return replace(row, attention_norm="", mlp_norm="", post_norms=(row.attention_norm, row.mlp_norm), final_norm="")
 
 
-def linear_at(block: nn.Module, path: str) -> nn.Module:
-    """A linear of the block whose function its weight and bias alone decide.
+def linear_at(block: nn.Module, path: str) -> nn.Linear:
+    """A linear of the block whose function its weight and bias alone decide. May be a `Conv1D`, which has both too.
 
-    Raises: UnsupportedModelError: if the path leads to none, or adapters or parametrisations sit on it.
+    Raises: UnsupportedModelError: if the path leads to none, or adapters or parametrisations sit on it, or its weights
+        are not loaded or no floats.
     """
     found = dict(block.named_modules()).get(path)
     plain = isinstance(found, nn.Linear) or (found is not None and is_transposed(found))
-    names = {name for name, _ in found.named_parameters()} if found is not None else set()
-    if found is None or not plain or not {"weight"} <= names <= {"weight", "bias"}:
+    parameters = dict(found.named_parameters()) if found is not None else {}
+    if not plain or not {"weight"} <= set(parameters) <= {"weight", "bias"}:
         raise UnsupportedModelError(
-            f"{path}: found {type(found).__name__} with parameters {sorted(names)}; expected a plain linear layer with "
-            "a weight and perhaps a bias. Fold before adapters, masks or quantisation are attached."
+            f"{path}: found {type(found).__name__} with parameters {sorted(parameters)}; expected a plain linear layer "
+            "with a weight and perhaps a bias. Fold before adapters, masks or quantisation are attached."
         )
-    return found
+    weight = parameters["weight"]
+    if weight.is_meta or not weight.is_floating_point():
+        raise UnsupportedModelError(
+            f"{path}: found {weight.dtype} weights on {weight.device}; expected floats in memory. Load the model first."
+        )
+    return cast(nn.Linear, found)
 
 
-def outputs_of(linear: nn.Module) -> int:
+def outputs_of(linear: nn.Linear) -> int:
     """Output features, also of `Conv1D`."""
-    return int(linear.weight.shape[1 if is_transposed(linear) else 0])  # type: ignore[union-attr, index, arg-type]
+    return linear.weight.shape[1 if is_transposed(linear) else 0]
 
 
-def inputs_of(linear: nn.Module) -> int:
+def inputs_of(linear: nn.Linear) -> int:
     """Input features, also of `Conv1D`."""
-    return int(linear.weight.shape[0 if is_transposed(linear) else 1])  # type: ignore[union-attr, index, arg-type]
+    return linear.weight.shape[0 if is_transposed(linear) else 1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

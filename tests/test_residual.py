@@ -198,3 +198,12 @@ def test_large_matrices_are_done_in_parts(monkeypatch):
     rotate_residual_(parts, rotation())
     for name, parameter in whole.named_parameters():
         torch.testing.assert_close(parts.get_parameter(name), parameter, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("change", [permute_residual_, rotate_residual_])
+def test_weights_that_are_not_there_are_refused(change):
+    model = tiny_model("llama").to("meta")
+    with pytest.raises(
+        UnsupportedModelError, match="embed_tokens: found no values .meta device.; load the model first"
+    ):
+        change(model, None)

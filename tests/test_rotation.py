@@ -6,7 +6,7 @@ from exact import VARIANTS, changed, logits, model_of, random, random_orders, we
 
 from elastic_sparsity.absorption import pair_named, scale_pair_
 from elastic_sparsity.arch import decoder_blocks, weight_OI
-from elastic_sparsity.errors import AbsorptionError, NumericsError, ShapeError
+from elastic_sparsity.errors import AbsorptionError, NumericsError, ShapeError, UnsupportedModelError
 from elastic_sparsity.folding import TOLERANCES, check_function_kept
 from elastic_sparsity.rotation import mix_values_, permute_mlp_, permute_values_, turn_query_key_
 from elastic_sparsity.tiny import TINY_FAMILIES, tiny_model
@@ -237,3 +237,15 @@ def test_bad_arguments_are_refused_and_change_nothing(fold, argument, error, mes
     with pytest.raises(error, match=f"(?s){message}"):
         fold(decoder_blocks(model)[0], model.config, argument)
     assert not changed(old, model)
+
+
+def test_weights_that_are_not_there_are_refused():
+    """On the meta device a permutation would do nothing, and say nothing."""
+    model = tiny_model("llama").to("meta")
+    with pytest.raises(UnsupportedModelError, match="down_proj: found torch.float32 weights on meta; expected floats"):
+        permute_mlp_(decoder_blocks(model)[0], model.config, torch.arange(64))
+    model = tiny_model("llama")
+    down = decoder_blocks(model)[0].mlp.down_proj
+    down.weight = torch.nn.Parameter(down.weight.detach().to(torch.int8), requires_grad=False)
+    with pytest.raises(UnsupportedModelError, match="down_proj: found torch.int8 weights on cpu; expected floats"):
+        permute_mlp_(decoder_blocks(model)[0], model.config, torch.arange(64))
