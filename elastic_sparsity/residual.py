@@ -8,14 +8,14 @@ Letters: D model width. The new stream is h R; for a permutation h[order].
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from elastic_sparsity.arch import decoder_blocks, is_transposed
 from elastic_sparsity.errors import AbsorptionError, UnsupportedModelError
-from elastic_sparsity.folding import Draft, checked_permutation, real_values
+from elastic_sparsity.folding import checked_permutation, real_values
 from elastic_sparsity.wiring import Wiring, linear_at, wiring_of
 
 ORTHOGONAL = 1e-10  # largest entry of R^T R - 1 in float64; float32's 1e-7 would be an error of every layer
@@ -24,13 +24,15 @@ NUMBERS_AT_ONCE = 1 << 24  # of a parameter in float64: a head of 128k tokens wo
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """A parameter of which one dimension is the residual stream."""
+    """A parameter of which one dimension is the residual stream; `reads` = gain of the norm in between, as stored."""
 
     parameter: Tensor
     dim: int
     norm: bool = False
+    reads: Tensor | None = None
 
 
+@torch.no_grad()
 def permute_residual_(model: Any, order_D: Tensor) -> None:
     """New channel d of the residual stream is the old one order[d]. Exact for every norm; tied embeddings stay tied.
 
@@ -42,17 +44,17 @@ def permute_residual_(model: Any, order_D: Tensor) -> None:
     """
     places = _places(model)
     order_D = checked_permutation(order_D, (model.config.hidden_size,), "order of the residual channels")
-    with torch.no_grad():
-        for place in places:
-            parameter = place.parameter
-            parameter.copy_(parameter.index_select(place.dim, order_D.to(parameter.device)))
+    for place in places:
+        parameter = place.parameter
+        parameter.copy_(parameter.index_select(place.dim, order_D.to(parameter.device)))
 
 
+@torch.no_grad()
 def rotate_residual_(model: Any, rotation_DD: Tensor) -> int:
-    """The residual stream times an orthogonal matrix. RMS norms alone commute with it, once their gains are folded.
+    """The residual stream times an orthogonal matrix. RMS norms alone commute with it, once linears took their gains.
 
-    A gain that is the same for all channels commutes too, and is left where it is. The final norm's is folded into the
-    head; a tied head is untied for it and `config.tie_word_embeddings` set to False. Weights are written one by one.
+    A gain that is the same for all channels commutes too: with such a final norm a tied head stays tied; otherwise it
+    is untied to take the gain, and `config.tie_word_embeddings` set to False. Every weight is rounded once.
 
     Args:
         model: a causal LM of a supported family with RMS norms.
@@ -62,7 +64,7 @@ def rotate_residual_(model: Any, rotation_DD: Tensor) -> int:
         after its branches with different gains (Gemma-2, Gemma-3), or embeddings of another width;
         UnsupportedModelError: if the model has parameters that its row does not place.
     """
-    row, blocks = wiring_of(model.config), decoder_blocks(model)
+    row = wiring_of(model.config)
     _places(model)
     _check_norms(model, row)
     width = model.config.hidden_size
@@ -74,23 +76,25 @@ def rotate_residual_(model: Any, rotation_DD: Tensor) -> int:
             f"rotation of the residual stream: R^T R differs from 1 by up to {error:.1e}; expected at most "
             f"{ORTHOGONAL:.0e}. Take Q of torch.linalg.qr of a float64 matrix."
         )
-    for block in blocks:
-        _fold_gain_(block, row.attention_norm, row.attention_inputs, row)
-        _fold_gain_(block, row.mlp_norm, row.mlp_inputs, row)
-    added = _fold_final_gain_(model, row)
-    for place in _places(model):
+    added = _untie_head_(model, row)
+    places = _places(model)
+    for place in places:
         if not place.norm:
-            _rotate_(place, rotation_DD)
+            _rotate_(place, rotation_DD, row.gain_offset)
+    for place in places:
+        if place.reads is not None:
+            place.reads.fill_(1.0 - row.gain_offset)
     return added
 
 
-@torch.no_grad()
-def _rotate_(place: _Place, rotation_DD: Tensor) -> None:
-    matrix_XD = place.parameter.movedim(place.dim, -1)
-    matrix_XD = matrix_XD[None] if matrix_XD.ndim == 1 else matrix_XD
-    rotation_DD = rotation_DD.to(matrix_XD.device)
-    for part in matrix_XD.split(max(1, NUMBERS_AT_ONCE // len(rotation_DD))):
-        part.copy_(part.double() @ rotation_DD)
+def _rotate_(place: _Place, rotation_DD: Tensor, gain_offset: float) -> None:
+    matrix_XD = torch.atleast_2d(place.parameter.movedim(place.dim, -1))
+    matrix_DD = rotation_DD.to(matrix_XD.device)
+    if place.reads is not None:
+        gain_D = place.reads.double() + gain_offset
+        matrix_DD = gain_D.to(matrix_XD.device)[:, None] * matrix_DD
+    for part in matrix_XD.split(max(1, NUMBERS_AT_ONCE // len(matrix_DD))):
+        part.copy_(part.double() @ matrix_DD)
 
 
 def _gain(norm: Any, row: Wiring) -> Tensor:
@@ -116,35 +120,15 @@ def _check_norms(model: Any, row: Wiring) -> None:
                 )
 
 
-def _fold_gain_(block: nn.Module, path: str, readers: tuple[str, ...], row: Wiring) -> None:
-    draft = Draft(block)
-    weight_D = draft.parameter(path, "weight")
-    assert weight_D is not None, path
-    gain_D = weight_D + row.gain_offset
-    for reader in readers:
-        weight_OI = draft.weight_OI(reader)
-        weight_OI *= gain_D.to(weight_OI.device)
-    weight_D.fill_(1.0 - row.gain_offset)
-    draft.write_()
-
-
-def _fold_final_gain_(model: Any, row: Wiring) -> int:
-    """Unties the head if it must. Returns: parameters added."""
-    norm, head = model.get_submodule(row.final_norm), model.get_output_embeddings()
-    embedding = model.get_submodule(row.embeddings[0])
-    gain_D = _gain(norm, row)
-    if len(gain_D.unique()) == 1:
+def _untie_head_(model: Any, row: Wiring) -> int:
+    """Gives a tied head weights of its own if it must take a gain. Returns: parameters added."""
+    head, embedding = model.get_output_embeddings(), model.get_submodule(row.embeddings[0])
+    gain_D = _gain(model.get_submodule(row.final_norm), row)
+    if head.weight is not embedding.weight or len(gain_D.unique()) == 1:
         return 0
-    added = 0
-    if head.weight is embedding.weight:
-        head.weight = nn.Parameter(embedding.weight.detach().clone(), requires_grad=embedding.weight.requires_grad)
-        model.config.tie_word_embeddings = False
-        added = head.weight.numel()
-    with torch.no_grad():
-        for part in head.weight.split(max(1, NUMBERS_AT_ONCE // len(gain_D))):
-            part.copy_(part.double() * gain_D.to(part.device))
-        norm.weight.fill_(1.0 - row.gain_offset)
-    return added
+    head.weight = nn.Parameter(embedding.weight.detach().clone(), requires_grad=embedding.weight.requires_grad)
+    model.config.tie_word_embeddings = False
+    return int(head.weight.numel())
 
 
 def _places(model: Any) -> list[_Place]:
@@ -159,8 +143,10 @@ def _places(model: Any) -> list[_Place]:
         placed, others = _block_places(block, row)
         places += placed
         inner += others
-    places += [*_norm_places(model, row.final_norm), _Place(head.weight, 1)]
-    unique = list({id(place.parameter): place for place in places}.values())
+    final = list(_norm_places(model, row.final_norm))
+    places += [*final, _Place(head.weight, 1, reads=final[0].parameter if final else None)]
+    # Of tied weights the embedding's place counts, which reads no norm.
+    unique = list({id(place.parameter): place for place in reversed(places)}.values())
     known = {id(place.parameter) for place in unique} | {id(parameter) for parameter in inner}
     extra = [name for name, parameter in model.named_parameters() if id(parameter) not in known]
     if extra:
@@ -191,9 +177,12 @@ def _block_places(block: nn.Module, row: Wiring) -> tuple[list[_Place], list[Ten
     others: list[Tensor | None] = [
         parameter for path in row.head_norms for parameter in block.get_submodule(path).parameters()
     ]
-    for path in (*row.attention_inputs, *row.mlp_inputs):
+    readers = [(path, row.attention_norm) for path in row.attention_inputs]
+    readers += [(path, row.mlp_norm) for path in row.mlp_inputs]
+    for path, norm in readers:
         linear = linear_at(block, path)
-        places.append(_Place(linear.weight, 0 if is_transposed(linear) else 1))
+        gain = block.get_submodule(norm).weight if norm else None
+        places.append(_Place(linear.weight, 0 if is_transposed(linear) else 1, reads=cast(Tensor | None, gain)))
         others.append(linear.bias)
     for path in (row.out, row.down):
         linear = linear_at(block, path)

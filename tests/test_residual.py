@@ -191,6 +191,21 @@ def test_a_parameter_without_a_place_is_refused(change):
     assert not changed(old, model)
 
 
+def test_a_rotated_weight_is_rounded_once():
+    model = model_of("gemma2", torch.bfloat16)
+    block = decoder_blocks(model)[0]
+    for other in decoder_blocks(model):
+        other.post_attention_layernorm.weight.data.zero_()
+        other.post_feedforward_layernorm.weight.data.zero_()
+    old = weights(block)
+    rotate_residual_(model, rotation())
+    gain = 1 + old["pre_feedforward_layernorm.weight"].double()
+    up = (old["mlp.up_proj.weight"].double() * gain) @ rotation()
+    torch.testing.assert_close(block.mlp.up_proj.weight, up.to(torch.bfloat16), rtol=0, atol=1e-6)
+    down = rotation().T @ old["mlp.down_proj.weight"].double()
+    torch.testing.assert_close(block.mlp.down_proj.weight, down.to(torch.bfloat16), rtol=0, atol=1e-6)
+
+
 def test_large_matrices_are_done_in_parts(monkeypatch):
     whole, parts = model_of("llama-tied"), model_of("llama-tied")
     rotate_residual_(whole, rotation())
