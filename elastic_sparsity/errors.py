@@ -40,6 +40,10 @@ class UnsupportedModelError(ElasticSparsityError):
     """The model has no row in the architecture table, or does not look as its row says."""
 
 
+class AbsorptionError(ElasticSparsityError):
+    """A change of weights that would change the model's function, or did."""
+
+
 class CheckpointError(ElasticSparsityError):
     """An elastic checkpoint is missing, damaged, or does not hold what was asked."""
 

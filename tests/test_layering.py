@@ -51,6 +51,11 @@ ALLOWED = {
     # layer 2: know Hugging Face models
     "arch": {"torch", "transformers", "errors"},
     "tiny": {"torch", "transformers", "arch"},
+    "wiring": {"torch", "arch", "errors"},
+    "folding": {"torch", "arch", "errors"},
+    "absorption": {"torch", "errors", "folding", "wiring"},
+    "rotation": {"torch", "arch", "errors", "folding", "wiring"},
+    "residual": {"torch", "arch", "errors", "folding", "wiring"},
     "weight_stream": {"torch", "transformers", "accelerate", "arch", "errors", "tensor_file"},
     "models": {
         "torch", "safetensors", "transformers", "gguf", "arch", "errors", "files", "precision", "tiny", "weight_stream",
