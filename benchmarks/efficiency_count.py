@@ -176,5 +176,5 @@ def elastic_model(recipe: Any, ids: torch.Tensor, precision: str) -> Any:
         )  # fmt: skip
         for block in job.blocks:
             linears = {path: block.get_submodule(path) for path in job.linears}
-            attach_elastic_(job, block, linears, dict.fromkeys(linears))  # type: ignore[arg-type]
+            attach_elastic_(job, block, linears, dict.fromkeys(linears), "block")  # type: ignore[arg-type]
     return base.model

@@ -104,6 +104,19 @@ def decoder_blocks(model: nn.Module) -> nn.ModuleList:
     return blocks
 
 
+def linears_of(model: nn.Module) -> dict[str, nn.Module]:
+    """All linears that get sparsified, by name, in the order in which data flows.
+
+    Raises: as `decoder_blocks` does.
+    """
+    row = architecture_of(model.config.model_type)  # type: ignore[union-attr, arg-type]
+    return {
+        f"{row.blocks}.{index}.{path}": block.get_submodule(path)
+        for index, block in enumerate(decoder_blocks(model))
+        for path in row.linears
+    }
+
+
 def check_finite_weights(model: nn.Module) -> None:
     """Raises: NumericsError: listing every parameter that holds NaN or infinity."""
     bad = [name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()]

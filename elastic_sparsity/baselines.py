@@ -70,25 +70,18 @@ def pruned_weight(
     where: str,
     channel_scale_I: Tensor | None = None,
 ) -> Tensor:
-    """One (O, I) weight pruned to a level, float32.
-
-    "sparsegpt" with a channel scale compensates a mask that scaled Wanda scores chose: measured better than scaling its
-    own saliency, whose masks adapt to the compensation while the scale was learned without any.
-    """
+    """One (O, I) weight pruned to a level, float32."""
     if method != "sparsegpt":
         scores = importance_scores(method, weight, statistics, damping, where, channel_scale_I)
         return torch.where(level_mask(scores, level), weight.float(), 0.0)
     assert statistics.gram_II is not None
-    mask_OI = None
-    if channel_scale_I is not None:
-        mask_OI = level_mask(importance_scores("wanda", weight, statistics, damping, where, channel_scale_I), level)
     return sparsegpt(
         weight,
         statistics.gram_II,
         sparsity=level.sparsity,
         pattern=level.pattern,
         damping=damping,
-        mask_OI=mask_OI,
+        channel_scale_I=channel_scale_I,
         where=where,
     )
 

@@ -7,9 +7,9 @@ from. A base model may be whole in memory, or one block at a time (`weight_strea
 import logging
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -46,6 +46,7 @@ class Job:
         trainable: what the end-to-end phase will train: "base", "adapters" or "off".
         precision: "float32" or "bfloat16" products.
         activations: where hidden states live: "device", "host" or "disk".
+        channel_scales: what induction learned, by linear name; empty without it.
     """
 
     recipe: Recipe
@@ -58,6 +59,7 @@ class Job:
     folder: RunFolder
     generator: torch.Generator
     progress: Callable[[str, int, int], None]
+    channel_scales: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def sharded(self) -> bool:
@@ -235,7 +237,7 @@ def _train_block(
         statistics = block_statistics(
             runner, call, linears, streams, gram=gram, autocast=job.autocast, where=where, sum_=job.workers.sum_
         )
-    elastic = attach_elastic_(job, block, linears, statistics)
+    elastic = attach_elastic_(job, block, linears, statistics, where)
     mixer = FeatureMixer(recipe.mixer.mode, recipe.mixer_weights())
     settings = BlockSettings(mixer_lr=recipe.mixer.lr, **recipe.block.model_dump(exclude={"samples"}))
     losses = train_block_(
@@ -264,13 +266,13 @@ def _train_block(
 
 
 def attach_elastic_(
-    job: Job, block: nn.Module, linears: dict[str, nn.Module], statistics: dict[str, InputStatistics]
+    job: Job, block: nn.Module, linears: dict[str, nn.Module], statistics: dict[str, InputStatistics], where: str
 ) -> list[ElasticLinear]:
-    """Scores and masks one block's linears and puts elastic ones in their place."""
+    """Scores and masks the linears of the block at `where` and puts elastic ones in their place."""
     recipe, ladder, made = job.recipe, job.recipe.build_ladder(), []
     for path, linear in linears.items():
-        weight = weight_OI(linear)
-        scores = importance_scores(recipe.scores.method, weight, statistics[path], recipe.scores.damping, path)
+        weight, scale_I = weight_OI(linear), job.channel_scales.get(f"{where}.{path}")
+        scores = importance_scores(recipe.scores.method, weight, statistics[path], recipe.scores.damping, path, scale_I)
         counts = [keep_count(weight.shape[1], s) for s in ladder.sparsities]
         drop_level = drop_levels(scores, counts) if counts else None
         densest = mask_at(drop_level, 0) if drop_level is not None and recipe.scores.patterns == "within" else None

@@ -79,6 +79,21 @@ class ScoresSection(_Section):
     """N:M masks chosen freely, or within the densest unstructured level (stores no extra value, zeros more)."""
 
 
+class InductionSection(_Section):
+    """Scales of the input channels' importance, learned before anything is pruned; the model itself is not changed."""
+
+    steps: NonNegative = 0
+    """Optimiser steps, one level each; 0 = none. Needs the whole model in memory."""
+    batch_size: Batch = 2
+    lr: Rate = 3e-2
+    temperature: Above = 0.5
+    """Width of the relaxed masks' edge, in units of the scores' logarithm."""
+    samples: Positive = 64
+    """How many of the calibration samples give the input norms."""
+    held_out: Positive = 8
+    """Calibration samples, the last ones, that judge the scales: without a gain there they are not used."""
+
+
 class AdapterSection(_Section):
     ranks: Rank | tuple[Rank, ...] = 8
     """Rank of every group, or one a group."""
@@ -148,6 +163,7 @@ class Recipe(_Section):
     ladder: LadderSection
     evaluation: EvaluationSection = EvaluationSection()
     scores: ScoresSection = ScoresSection()
+    induction: InductionSection = InductionSection()
     adapters: AdapterSection = AdapterSection()
     mixer: MixerSection = MixerSection()
     block: BlockSection = BlockSection()
@@ -175,6 +191,13 @@ class Recipe(_Section):
             raise ConfigError(
                 "memory.weights: 'stream' keeps one block in memory, end_to_end needs all of them; set "
                 "end_to_end.trainable = 'off', or end_to_end.shard = true with several workers."
+            )
+        if self.memory.weights == "stream" and self.induction.steps:
+            raise ConfigError("induction.steps: needs the whole model in memory, but memory.weights is 'stream'.")
+        if self.induction.steps and self.induction.held_out >= self.calibration.samples:
+            raise ConfigError(
+                f"induction.held_out: {self.induction.held_out} of {self.calibration.samples} calibration.samples "
+                "leave none to learn from."
             )
         if self.block.samples > self.calibration.samples:
             raise ConfigError(

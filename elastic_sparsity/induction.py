@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from elastic_sparsity.adapters import replace_module_
-from elastic_sparsity.arch import architecture_of, decoder_blocks, weight_OI
+from elastic_sparsity.arch import linears_of, weight_OI
 from elastic_sparsity.blocks import input_hooks
 from elastic_sparsity.distill import Share, cosine, own_samples
 from elastic_sparsity.end_to_end import HeadFn, balanced_order, head_kl
@@ -50,12 +50,14 @@ class Induced:
 
     Attributes:
         scales: positive float32 (I,) by linear name, geometric mean 1; all ones if learning did not help.
+        input_norms: (I,) float32, L2 norms of the dense model's inputs over the tokens they were taken from.
         kl_before, kl_after: mean KL to the dense model (nats a token) by level on held-out samples, with scores as
             they were and scaled.
         used: whether the scales lowered it (the mean of its logarithm over the levels).
     """
 
     scales: dict[str, Tensor]
+    input_norms: dict[str, Tensor]
     kl_before: dict[str, float]
     kl_after: dict[str, float]
     used: bool
@@ -153,6 +155,10 @@ def learn_channel_scales(
     norms = _square_sums(model, train_ST[: settings.samples], share, settings.batch_size, autocast, sum_)
     with _scaled(model, method, norms, settings.temperature) as linears:
         before = _held_out_kl(model, linears, head, ladder, held_ST, share, settings.batch_size, autocast)
+        if method == "magnitude":  # closed form: the scale that makes magnitude Wanda's score
+            for name, linear in linears.items():
+                start_I = norms[name].square_sum_I.clamp_min(torch.finfo(torch.float32).tiny).log() / 2
+                linear.log_scale_I.data.copy_(start_I - start_I.mean())
         _train_(model, linears, head, ladder, train_ST, settings, generator, autocast, share, on_step)
         after = _held_out_kl(model, linears, head, ladder, held_ST, share, settings.batch_size, autocast)
         if not all(torch.isfinite(linear.log_scale_I).all() for linear in linears.values()):
@@ -162,7 +168,8 @@ def learn_channel_scales(
                   for name, linear in linears.items()}  # fmt: skip
     shown = " ".join(f"{name} {before[name]:.3g} -> {after[name]:.3g}" for name in before)
     log.info("induction: KL to dense on held-out samples: %s%s", shown, "" if used else "; no gain, not used")
-    return Induced(scales=scales, kl_before=before, kl_after=after, used=used)
+    input_norms = {name: statistics.square_sum_I.sqrt() for name, statistics in norms.items()}
+    return Induced(scales=scales, input_norms=input_norms, kl_before=before, kl_after=after, used=used)
 
 
 def _split(token_ids_ST: Tensor, settings: InductionSettings) -> tuple[Tensor, Tensor]:
@@ -181,12 +188,6 @@ def _normalised(log_scale_I: Tensor) -> Tensor:
     return (log_scale - log_scale.mean()).exp()
 
 
-def linear_names(model: Any) -> list[str]:
-    """All linears that will be pruned, in the order of the blocks."""
-    row = architecture_of(model.config.model_type)
-    return [f"{row.blocks}.{index}.{path}" for index in range(len(decoder_blocks(model))) for path in row.linears]
-
-
 @torch.no_grad()
 def _square_sums(
     model: Any,
@@ -197,7 +198,7 @@ def _square_sums(
     sum_: Callable[[list[Tensor]], None],
 ) -> dict[str, InputStatistics]:
     """Input statistics of all linears in the dense model."""
-    linears = {name: model.get_submodule(name) for name in linear_names(model)}
+    linears = linears_of(model)
     found = {
         name: InputStatistics(weight_OI(x).shape[1], gram=False, device=weight_OI(x).device)
         for name, x in linears.items()
@@ -293,7 +294,7 @@ def _train_(
     on_step: Callable[[int, int], None],
 ) -> None:
     """Adam on the log scales, one level a step."""
-    parameters = [linear.log_scale_I for linear in linears.values()]
+    parameters: list[Tensor] = [linear.log_scale_I for linear in linears.values()]
     optimizer = torch.optim.Adam(parameters, lr=settings.lr, betas=(0.9, 0.95), fused=True)
     for step, level in enumerate(balanced_order(ladder.levels, settings.steps, generator)):
         optimizer.param_groups[0]["lr"] = settings.lr * cosine(step, settings.steps, settings.warmup)

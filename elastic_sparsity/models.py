@@ -13,16 +13,18 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 
-from elastic_sparsity.arch import architecture_of, check_finite_weights, config_object
+from elastic_sparsity.arch import architecture_of, check_finite_weights, config_object, linears_of
 from elastic_sparsity.errors import ConfigError, ElasticSparsityError, UnsupportedModelError, brief
-from elastic_sparsity.files import is_file, is_folder, strange_file
+from elastic_sparsity.files import file_sha256, is_file, is_folder, strange_file
+from elastic_sparsity.induction_file import FILE_NAME, load_scales
 from elastic_sparsity.precision import DTYPES, default_device
 from elastic_sparsity.tiny import byte_tokenizer, tiny_model
 from elastic_sparsity.weight_stream import WeightStream, empty_model
@@ -58,6 +60,8 @@ class BaseModel:
     identity: dict[str, str]
     stream: WeightStream | None = None
     """Where the blocks' weights come from if the model is not whole in memory."""
+    channel_scales: dict[str, Tensor] = field(default_factory=dict)
+    """What `elastic-sparsity induce` learned, if the folder holds it."""
 
 
 def cache_folder() -> Path:
@@ -85,7 +89,13 @@ def load_base(model_id: str, dtype: str = "auto") -> BaseModel:
     architecture_of(model.config.model_type)
     check_finite_weights(model)
     model.eval().requires_grad_(False).to(default_device())
-    return BaseModel(model, tokenizer, {"id": model_id, "sha256": weights_hash(model)})
+    identity = {"id": model_id, "sha256": weights_hash(model)}
+    scales = load_scales(Path(model_id), linears_of(model)) if is_folder(model_id) else {}
+    return BaseModel(model, tokenizer, identity | _scales_identity(Path(model_id), scales), channel_scales=scales)
+
+
+def _scales_identity(folder: Path, scales: dict[str, Tensor]) -> dict[str, str]:
+    return {"induction_sha256": file_sha256(folder / FILE_NAME)} if scales else {}
 
 
 def stream_base(model_id: str, dtype: str, device: torch.device) -> BaseModel:
@@ -109,7 +119,9 @@ def stream_base(model_id: str, dtype: str, device: torch.device) -> BaseModel:
     _check_left_out(folder, stream.unused, model)
     sha256 = stream.checked_hash()
     stream.load_rest_()
-    return BaseModel(model, tokenizer, {"id": model_id, "sha256": sha256}, stream)
+    scales = load_scales(folder, linears_of(model))
+    identity = {"id": model_id, "sha256": sha256} | _scales_identity(folder, scales)
+    return BaseModel(model, tokenizer, identity, stream, scales)
 
 
 def _check_id(model_id: str) -> None:

@@ -4,6 +4,7 @@ import importlib.metadata
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from elastic_sparsity.distill import Share
 from elastic_sparsity.end_to_end import EndToEndSettings, Snapshots, train_end_to_end_
 from elastic_sparsity.errors import ConfigError, OutputError
 from elastic_sparsity.files import check_output_folder, is_file, write_json
+from elastic_sparsity.inducing import learn
 from elastic_sparsity.manifest import CONFIG_NAME
 from elastic_sparsity.model_shapes import read_shapes
 from elastic_sparsity.models import BaseModel, load_base, stream_base
@@ -66,11 +68,11 @@ def optimize(
         job, stored_dtype, identity = prepare(recipe, folder, workers, progress if workers.is_main else silent)
         if is_file(output / CONFIG_NAME):
             return ElasticCheckpoint(output)
-        # Sparsity induction (arXiv 2602.21652) belongs here: it changes the base weights before anything is scored.
         with training_attention(job.base.model):
+            job, induced = run_induction(job)
             block_losses, mixer_weights = run_block_phase_(job)
             final_kl = run_end_to_end_(job)
-        training = {"block_losses": block_losses, "end_to_end_kl": final_kl}
+        training = {"induction": induced, "block_losses": block_losses, "end_to_end_kl": final_kl}
         if workers.is_main:
             save_run(job, output, {**identity, "training": training}, stored_dtype, mixer_weights)
             record_run(output, time.monotonic() - started, workers)
@@ -115,12 +117,36 @@ def prepare(
         generator=torch.Generator().manual_seed(recipe.seed),
         progress=progress,
     )
+    if base.stream is not None and recipe.induction.steps:
+        raise ConfigError(
+            "induction.steps: needs the whole model in memory, which does not fit; set it to 0, or induce the model on "
+            "a larger machine (elastic-sparsity induce) and use what that writes."
+        )
     if base.stream is not None and job.trainable != "off" and not job.sharded:
         raise ConfigError(
             "memory.weights: 'stream' with an end-to-end phase needs several processes that share the model, found "
             f"{workers.count}; start it with accelerate launch or torchrun, or set end_to_end.trainable = 'off'."
         )
     return job, stored_dtype, {**identity, "resolved": {"precision": precision, "trainable": job.trainable}}
+
+
+def run_induction(job: Job) -> tuple[Job, dict[str, Any]]:
+    """Learns how much every input channel counts, before anything is scored (arXiv 2602.21652).
+
+    Returns: the job with the scales, and KL by level before and after; empty if the recipe asks for none, in which case
+    scales that came with the base model are used.
+    """
+    if not job.recipe.induction.steps:
+        # Magnitudes of a model that `induce` wrote have its scales in them already.
+        kept = {} if job.recipe.scores.method == "magnitude" else job.base.channel_scales
+        return replace(job, channel_scales=kept), {}
+    found = job.folder.load_induction()
+    if found is None:
+        learned = learn(job.recipe, job.base, job.token_ids_ST, job.precision, job.workers, job.progress)
+        found = learned.scales, {"kl_before": learned.kl_before, "kl_after": learned.kl_after, "used": learned.used}
+        job.folder.save_induction(*found)
+    scales = {name: scale.to(job.base.model.device) for name, scale in found[0].items()}
+    return replace(job, channel_scales=scales), found[1]
 
 
 def settle(recipe: Recipe, num_workers: int) -> Choices:

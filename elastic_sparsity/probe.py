@@ -75,7 +75,7 @@ def _timed(job: Job, runner: BlockRunner, batch: int) -> Timing:
     linears = {path: block.get_submodule(path) for path in job.linears}
     gram = recipe.scores.method == "obs"
     statistics = block_statistics(runner, call, linears, [hidden], gram=gram, autocast=job.autocast, where="probe")
-    elastic, masks = _seconds(lambda: attach_elastic_(job, block, linears, statistics))
+    elastic, masks = _seconds(lambda: attach_elastic_(job, block, linears, statistics, "block"))
     mixer = FeatureMixer(recipe.mixer.mode, recipe.mixer_weights())
     settings = {"mixer_lr": recipe.mixer.lr, **recipe.block.model_dump(exclude={"samples"})}
     settings |= {"steps": 1, "batch_size": batch}

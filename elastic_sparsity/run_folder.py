@@ -1,9 +1,10 @@
 """What an unfinished run keeps beside its output, so that it goes on after a crash from its last finished block.
 
-`<output>.run/` holds run.json (what the run is), block-0007.safetensors (a finished block, written under another name,
-synced and renamed: its presence commits the block), the hidden states that the next block starts from, and a snapshot
-of the end-to-end phase. All of it goes when the checkpoint is in place. One process at a time: a lock, which the system
-drops with its process. Each file's sha256 covers what the run is: a damaged one, or one of another run, is refused.
+`<output>.run/` holds run.json (what the run is), induction.safetensors (scales that were learned first),
+block-0007.safetensors (a finished block, written under another name, synced and renamed: its presence commits the
+block), the hidden states that the next block starts from, and a snapshot of the end-to-end phase. All of it goes when
+the checkpoint is in place. One process at a time: a lock, which the system drops with its process. Each file's sha256
+covers what the run is: a damaged one, or one of another run, is refused.
 """
 
 import glob
@@ -30,7 +31,7 @@ from elastic_sparsity.tensor_file_writer import write_tensors
 log = logging.getLogger(__name__)
 # What a run may have left; whatever else lies in the folder is somebody's, and stays.
 _OWN = re.compile(
-    r"lock|run\.json|(block-\d{4}|end-to-end|trained-\w+)\.safetensors|[\w-]+\.activations|\..+\.partial-[0-9a-f]{8}"
+    r"lock|run\.json|(block-\d{4}|induction|end-to-end|trained-\w+)\.safetensors|[\w-]+\.activations|\..+\.partial-[0-9a-f]{8}"
 )
 
 
@@ -88,6 +89,20 @@ class RunFolder:
         while is_file(self._block(count)):
             count += 1
         return count
+
+    def save_induction(self, tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> None:
+        """Keeps what the induction stage learned."""
+        self._save(self.path / "induction.safetensors", tensors, note)
+
+    def load_induction(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """What `save_induction` kept, if anything."""
+        path = self.path / "induction.safetensors"
+        return self._load(path) if is_file(path) else None
+
+    @property
+    def is_worth_keeping(self) -> bool:
+        """Whether a run that goes on from here is spared any work."""
+        return bool(self.finished_blocks()) or is_file(self.path / "induction.safetensors")
 
     def save_block(self, index: int, tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> None:
         """Commits a finished block."""
@@ -186,10 +201,10 @@ def run_folder(output: Path, *, restart: bool = False, writes: bool = True) -> I
         yield made
         done = True
     finally:
-        if done or not made.finished_blocks():
+        if done or not made.is_worth_keeping:
             shutil.rmtree(folder, ignore_errors=True)
         else:
-            log.warning("%s keeps the finished blocks: run the same command again to go on from there", folder)
+            log.warning("%s keeps what is finished: run the same command again to go on from there", folder)
         lock.release()
 
 

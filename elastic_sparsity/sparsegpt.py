@@ -12,9 +12,9 @@ from elastic_sparsity.errors import NumericsError, ShapeError
 from elastic_sparsity.importance import inverse_hessian
 
 
-def _block_mask(weight_OB: Tensor, diagonal_B: Tensor, sparsity: float) -> Tensor:
+def _block_mask(weight_OB: Tensor, divisor_B: Tensor, sparsity: float) -> Tensor:
     """True = keep; the lowest-saliency share of the whole block goes."""
-    saliency = weight_OB.square() / diagonal_B.square()
+    saliency = weight_OB.square() / divisor_B.square()
     drop = int(saliency.numel() * sparsity)
     if not drop:
         return torch.ones_like(saliency, dtype=torch.bool)
@@ -30,7 +30,7 @@ def sparsegpt(
     pattern: tuple[int, int] | None = None,
     damping: float = 0.01,
     block_size: int = 128,
-    mask_OI: Tensor | None = None,
+    channel_scale_I: Tensor | None = None,
     where: str = "weight",
 ) -> Tensor:
     """The pruned and compensated weight.
@@ -40,7 +40,8 @@ def sparsegpt(
         gram_II: sum of x xT over calibration tokens, float32.
         sparsity: fraction of zeros, used when `pattern` is None; exact per block up to ties, not per row.
         pattern: (N, M) keeps N of every M along the input dimension.
-        mask_OI: bool, True = keep; None = chosen by saliency, weights already compensated, as the paper does.
+        channel_scale_I: learned scale of every input channel's importance (see `induction`): it helps to choose the
+            masks, and changes no compensation.
     Returns: (O, I) float32.
     Raises: NumericsError: if the Hessian does not factor, naming `where`.
     """
@@ -51,8 +52,11 @@ def sparsegpt(
     if int(info):
         raise NumericsError(f"{where}: the inverse Hessian does not factor with damping {damping}; raise it.")
     width = weight.shape[1]
-    if mask_OI is not None and mask_OI.shape != weight.shape:
-        raise ShapeError(f"{where}: weight {tuple(weight.shape)} against mask {tuple(mask_OI.shape)}.")
+    divisor_I = factor.diagonal().clone()  # saliency is (weight / divisor)^2
+    if channel_scale_I is not None:
+        if channel_scale_I.shape != (width,):
+            raise ShapeError(f"{where}: {width} inputs against channel scale {tuple(channel_scale_I.shape)}.")
+        divisor_I /= channel_scale_I.to(divisor_I)
     if pattern is not None:  # a group of M must not straddle two blocks
         block_size -= block_size % pattern[1]
     for start in range(0, width, block_size):
@@ -61,14 +65,12 @@ def sparsegpt(
         block = weight[:, start:end].clone()
         errors = torch.zeros_like(block)
         keep = torch.zeros_like(block, dtype=torch.bool)
-        if mask_OI is not None:
-            keep = mask_OI[:, start:end]
-        elif pattern is None:
-            keep = _block_mask(block, local.diagonal(), sparsity)
+        if pattern is None:
+            keep = _block_mask(block, divisor_I[start:end], sparsity)
         for j in range(end - start):
-            if mask_OI is None and pattern is not None and j % pattern[1] == 0:
+            if pattern is not None and j % pattern[1] == 0:
                 group = slice(j, j + pattern[1])
-                saliency = block[:, group].square() / local.diagonal()[group].square()
+                saliency = block[:, group].square() / divisor_I[start:end][group].square()
                 best = saliency.argsort(dim=1, descending=True, stable=True)[:, : pattern[0]]
                 keep[:, group] = torch.zeros_like(saliency, dtype=torch.bool).scatter_(1, best, True)
             column = block[:, j]

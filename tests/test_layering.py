@@ -17,6 +17,7 @@ ALLOWED = {
     "precision": {"torch"},
     "importance": {"torch", "errors"},
     "masks": {"torch", "errors"},
+    "soft_mask": {"torch", "errors"},
     "mixer": {"torch", "errors"},
     "sparsegpt": {"torch", "errors", "importance"},
     "packing": {"torch", "numpy", "errors"},
@@ -58,9 +59,11 @@ ALLOWED = {
     "residual": {"torch", "arch", "errors", "folding", "wiring"},
     "weight_stream": {"torch", "transformers", "accelerate", "arch", "errors", "tensor_file"},
     "models": {
-        "torch", "safetensors", "transformers", "gguf", "arch", "errors", "files", "precision", "tiny", "weight_stream",
+        "torch", "safetensors", "transformers", "gguf", "arch", "errors", "files", "induction_file", "precision",
+        "tiny", "weight_stream",
     },
     "model_shapes": {"torch", "transformers", "arch", "errors", "files", "models", "precision", "tiny"},
+    "induction_file": {"torch", "arch", "errors", "files", "tensor_file", "tensor_file_writer"},
     "data": {"torch", "datasets", "errors", "files"},
     "blocks": {"torch", "activations", "errors"},
     "attention": {"torch", "transformers"},
@@ -80,6 +83,13 @@ ALLOWED = {
     "calibration_text": {"torch", "safetensors", "config", "data", "errors", "files", "models", "precision"},
     "distill": {"torch", "activations", "adapters", "blocks", "errors", "ladder", "mixer"},
     "end_to_end": {"torch", "adapters", "arch", "distill", "errors", "ladder"},
+    "induction": {
+        "torch", "adapters", "arch", "blocks", "distill", "end_to_end", "errors", "importance", "ladder", "soft_mask",
+    },
+    "inducing": {
+        "torch", "absorption", "arch", "attention", "calibration_text", "config", "distill", "errors", "files",
+        "folding", "induction", "induction_file", "models", "precision", "workers",
+    },
     "block_phase": {
         "torch", "activations", "adapters", "arch", "block_state", "blocks", "calibrate", "config", "distill", "errors",
         "importance", "ladder", "masks", "mixer", "models", "precision", "run_folder", "workers",
@@ -122,7 +132,8 @@ ALLOWED = {
     "pipeline": {
         "torch", "adapters", "allocator", "arch", "attention", "block_phase", "block_state", "calibration_text",
         "checkpoint", "model_shapes", "plan_sizes", "planning",
-        "checkpoint_writer", "config", "data", "distill", "end_to_end", "errors", "files", "manifest", "models",
+        "checkpoint_writer", "config", "data", "distill", "end_to_end", "errors", "files", "inducing", "manifest",
+        "models",
         "precision", "run_folder", "sharding", "shells", "workers",
     },
     "measure": {
@@ -137,9 +148,11 @@ ALLOWED = {
     "__main__": {"cli"},
     "cli_device": {"bench", "device_profile", "device_report", "doctor", "errors", "files", "precision", "terminal"},
     "cli_export": {"transformers", "exports", "terminal"},
+    "cli_induce": {"config", "inducing", "terminal"},
     "cli_plan": {"config", "errors", "planning", "report"},
     "cli": {
-        "transformers", "checkpoint", "choosing", "cli_device", "cli_export", "cli_plan", "config", "errors", "files",
+        "transformers", "checkpoint", "choosing", "cli_device", "cli_export", "cli_induce", "cli_plan", "config",
+        "errors", "files",
         "hub", "inspection", "measure", "overlay", "peft_export", "pipeline", "precision", "report", "slicing",
         "terminal", "transfer", "verify", "workers",
     },

@@ -1,4 +1,4 @@
-"""Thresholds and hard masks against sorting; the channel gradient against the relaxed problem, solved and differenced."""
+"""Thresholds and hard masks against sorting; the channel gradient against the relaxed problem, differenced."""
 
 import pytest
 import torch

@@ -147,12 +147,12 @@ def test_a_gram_that_does_not_factor_names_the_weight():
         sparsegpt(torch.ones(2, 2), torch.tensor([[1.0, 3.0], [3.0, 1.0]]), sparsity=0.5, where="model.layers.1.fc2")
 
 
-@pytest.mark.parametrize("level", [{"sparsity": 0.5}, {"sparsity": 0.0, "pattern": (2, 4)}])
-def test_a_mask_that_is_given_is_compensated_like_the_same_mask_chosen(level):
-    torch.manual_seed(0)
-    weight, x = torch.randn(12, 256), torch.randn(512, 256)
-    chosen = sparsegpt(weight, x.T @ x, **level)
-    given = sparsegpt(weight, x.T @ x, **level, mask_OI=chosen != 0)
-    assert torch.equal(chosen, given)
-    with pytest.raises(ShapeError, match="mask"):
-        sparsegpt(weight, x.T @ x, **level, mask_OI=torch.ones(12, 255, dtype=torch.bool))
+def test_channel_scales_choose_and_ones_do_not():
+    weight, x = problem(12, 256)
+    plain = sparsegpt(weight, x.T @ x, sparsity=0.5)
+    assert torch.equal(plain, sparsegpt(weight, x.T @ x, sparsity=0.5, channel_scale_I=torch.ones(256)))
+    scale = torch.ones(256)
+    scale[7] = 1e6
+    assert (sparsegpt(weight, x.T @ x, sparsity=0.9, channel_scale_I=scale)[:, 7] != 0).all()
+    with pytest.raises(ShapeError, match="channel scale"):
+        sparsegpt(weight, x.T @ x, sparsity=0.5, channel_scale_I=torch.ones(255))

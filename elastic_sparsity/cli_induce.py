@@ -1,0 +1,71 @@
+"""The command `induce`: a model that computes the same and is easier to prune."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from elastic_sparsity.config import make_recipe
+from elastic_sparsity.terminal import plain, say
+
+
+def register(app: typer.Typer, progress: Callable[[bool], AbstractContextManager[Any]]) -> None:
+    """Adds the command to an app. `progress` shows bars while a command works, unless it shall be quiet."""
+
+    @app.command()
+    def induce(
+        model: Annotated[str, typer.Argument(help="Model folder, hub id or .gguf file.")],
+        output: Annotated[Path, typer.Option(help="Folder for the induced model.")],
+        calibration: Annotated[str, typer.Option(help='Text file, hub data set or "self".')] = "self",
+        levels: Annotated[str, typer.Option(help="Levels it will be pruned to.")] = "0.5,0.6,0.7,2:4",
+        steps: Annotated[int, typer.Option(help="Optimiser steps, one level each.")] = 120,
+        samples: Annotated[int, typer.Option(help="Calibration samples.")] = 256,
+        length: Annotated[int, typer.Option(help="Tokens of a sample.")] = 256,
+        seed: Annotated[int, typer.Option(help="Of the samples and of the order of levels.")] = 0,
+        quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No bars and no log, only the result.")] = False,
+    ) -> None:
+        """Learn how much every input channel counts, and write a plain Hugging Face model that computes the same.
+
+        Its weights' magnitudes follow what was learned, and a file beside them serves Wanda, OBS, SparseGPT and elastic
+        runs of this package.
+        """
+        names = [name.strip() for name in levels.split(",")]
+        recipe = make_recipe(
+            {
+                "seed": seed,
+                "model": {"id": model},
+                "calibration": {"source": calibration, "samples": samples, "length": length},
+                "ladder": {
+                    "sparsities": [_number(name) for name in names if ":" not in name],
+                    "patterns": [name for name in names if ":" in name],
+                },
+                "induction": {"steps": steps, "samples": min(64, samples), "held_out": max(1, min(8, samples // 4))},
+                "block": {"samples": min(128, samples)},
+            },
+            "induce",
+        )
+        from elastic_sparsity.inducing import induce as write_induced
+
+        with progress(quiet) as report:
+            found = write_induced(recipe, output, report)
+        table = Table(title="KL to the dense model on held-out samples, nats a token (Wanda's masks)")
+        for column in ("level", "before", "after"):
+            table.add_column(column, justify="left" if column == "level" else "right")
+        for name, before in found.kl_before.items():
+            table.add_row(plain(name), f"{before:.3f}", f"{found.kl_after[name]:.3f}")
+        Console().print(table)
+        if not found.used:
+            say("No gain: the scales were left out; try more --steps or other --calibration text.")
+        say(f"{output}: induced model")
+
+
+def _number(text: str) -> float | str:
+    """What is no number goes to the recipe's own check, which names it."""
+    try:
+        return float(text)
+    except ValueError:
+        return text

@@ -1,0 +1,133 @@
+"""The induction stage of a recipe, within a run and on its own (`elastic-sparsity induce`)."""
+
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elastic_sparsity.absorption import Pair, scale_pair_, scale_pairs
+from elastic_sparsity.arch import architecture_of, decoder_blocks, head_function
+from elastic_sparsity.attention import training_attention
+from elastic_sparsity.calibration_text import Progress, calibration_tokens, silent
+from elastic_sparsity.config import Recipe
+from elastic_sparsity.distill import Share
+from elastic_sparsity.errors import ConfigError
+from elastic_sparsity.files import atomic_folder, check_output_folder
+from elastic_sparsity.folding import check_function_kept
+from elastic_sparsity.induction import Induced, InductionSettings, learn_channel_scales
+from elastic_sparsity.induction_file import save_scales
+from elastic_sparsity.models import BaseModel, load_base
+from elastic_sparsity.precision import autocast_factory, resolve_precision
+from elastic_sparsity.workers import Workers
+
+log = logging.getLogger(__name__)
+SEED = 1_000_003  # apart from the run's own generator, so that the stage changes no later random choice
+LOG_WIDEST = math.log(1e3)  # absorbed scales stay within this factor: a channel that is never active has norm 0
+TRIED_TOKENS = 64
+
+
+def learn(
+    recipe: Recipe, base: BaseModel, token_ids_ST: Tensor, precision: str, workers: Workers, progress: Progress = silent
+) -> Induced:
+    """Runs a recipe's `induction` section on a model that is whole in memory; the model comes back as it was.
+
+    Raises: ConfigError, NumericsError.
+    """
+    wanted, model = recipe.induction, base.model
+    autocast = autocast_factory(precision, model.device.type)
+    with autocast():
+        head = head_function(model)
+    share = Share(
+        places=workers.places(wanted.batch_size, "induction.batch_size"),
+        num_samples=token_ids_ST.shape[0],
+        mean=workers.mean,
+        mean_gradients_=workers.mean_gradients_,
+    )
+    return learn_channel_scales(
+        model,
+        head,
+        recipe.build_ladder(),
+        token_ids_ST,
+        "magnitude" if recipe.scores.method == "magnitude" else "wanda",
+        InductionSettings(**wanted.model_dump()),
+        torch.Generator().manual_seed(recipe.seed + SEED),
+        autocast,
+        share,
+        lambda done, total: progress("induction", done, total),
+        workers.sum_,
+    )
+
+
+def induce(recipe: Recipe, output: str | Path, progress: Progress = silent) -> Induced:
+    """Writes a plain Hugging Face model that computes what the base model computes but is easier to prune.
+
+    Norms and linears absorb scales (`absorption`) such that the magnitude of a weight is its scaled importance: any
+    pruner that goes by magnitude profits. Scores with activations undo such scales, so what was learned is written
+    beside the model too (`induction_file`), for this package's Wanda, OBS, SparseGPT and elastic runs.
+
+    Raises: ConfigError: steps = 0, or anything the base model or text is refused for. AbsorptionError: if the logits
+        moved. OutputError.
+    """
+    if not recipe.induction.steps:
+        raise ConfigError("induction.steps: 0 steps learn nothing; expected 1 or more.")
+    if recipe.scores.method == "magnitude":
+        raise ConfigError("scores.method: 'magnitude' would learn scales that know no input; use 'wanda'.")
+    output = Path(output)
+    check_output_folder(output)
+    base = load_base(recipe.model.id, recipe.model.dtype)
+    token_ids_ST, _ = calibration_tokens(recipe, base, progress)
+    token_ids_ST, model = token_ids_ST.to(base.model.device), base.model
+    dtype = model.dtype
+    with training_attention(model):
+        found = learn(
+            recipe, base, token_ids_ST, resolve_precision(recipe.precision, model.device.type), Workers(), progress
+        )
+    model.float()
+    before = _logits(model, token_ids_ST)
+    absorb_importance_(model, {name: found.input_norms[name] * found.scales[name] for name in found.scales})
+    error = check_function_kept(before, _logits(model, token_ids_ST), torch.float32)
+    log.info("induction: absorbed; the logits moved by %.1e of their largest, which is rounding", error)
+    with atomic_folder(output) as scratch:
+        model.to(dtype).save_pretrained(scratch)
+        base.tokenizer.save_pretrained(scratch)
+        save_scales(scratch, found.scales)
+    return found
+
+
+@torch.no_grad()
+def _logits(model: Any, token_ids_ST: Tensor) -> Tensor:
+    logits: Tensor = model(token_ids_ST[:1, :TRIED_TOKENS], use_cache=False).logits
+    return logits
+
+
+def absorb_importance_(model: Any, importance: Mapping[str, Tensor]) -> None:
+    """Folds every input channel's importance into the weights, wherever the architecture has an exact pair for it.
+
+    The function is kept; a weight's magnitude becomes |weight| times the importance of its input, up to a common factor
+    of the linear. Linears that share a producer share the scale: the geometric mean of what they ask for.
+
+    Args:
+        importance: positive (I,) by linear name.
+    """
+    prefix = architecture_of(model.config.model_type).blocks
+    for index, block in enumerate(decoder_blocks(model)):
+        for pair in scale_pairs(block, model.config):
+            if pair.consumers:
+                scale_pair_(block, pair, _wanted_scales(pair, f"{prefix}.{index}", importance))
+
+
+def _wanted_scales(pair: Pair, where: str, importance: Mapping[str, Tensor]) -> Tensor:
+    """(pair.num_values,) float64: geometric means over all input channels that take a value, 1 on average."""
+    sums, counts = (torch.zeros(pair.num_values, dtype=torch.float64) for _ in range(2))
+    for side in pair.multiplied:
+        wanted = importance[f"{where}.{side.path}"].double().cpu()[side.channels_N.cpu()]
+        logs = wanted.clamp_min(torch.finfo(torch.float32).tiny).log()
+        logs = logs - logs.median()
+        sums.index_add_(0, side.values_N.cpu(), logs.clamp(-LOG_WIDEST, LOG_WIDEST))
+        counts.index_add_(0, side.values_N.cpu(), torch.ones_like(logs))
+    logs = sums / counts
+    return (logs - logs.mean()).exp()
