@@ -1,0 +1,202 @@
+"""Induction in a run and on its own: kept for a resume, absorbed exactly, read from its file, refused if damaged."""
+
+import shutil
+
+import pytest
+import torch
+from conftest import tiny_recipe
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from elastic_sparsity import inducing, optimize, pipeline
+from elastic_sparsity.absorption import scale_pairs
+from elastic_sparsity.arch import architecture_of, decoder_blocks, linears_of, weight_OI
+from elastic_sparsity.config import make_recipe
+from elastic_sparsity.errors import ConfigError, OutputError
+from elastic_sparsity.inducing import absorb_importance_, induce
+from elastic_sparsity.induction_file import FILE_NAME, FORMAT, load_scales
+from elastic_sparsity.models import load_base
+from elastic_sparsity.slicing import load_level
+from elastic_sparsity.tiny import TINY_FAMILIES, tiny_model
+
+STAGE = {"steps": 6, "batch_size": 2, "lr": 0.05, "samples": 4, "held_out": 4}
+CALIBRATION = {"source": "self", "samples": 16, "length": 16}
+
+
+def recipe(**sections):
+    return tiny_recipe(**{"induction": STAGE, "calibration": CALIBRATION, **sections})
+
+
+def test_a_run_learns_scales_and_records_them(tmp_path):
+    found = optimize(recipe(), tmp_path / "elastic").config["training"]["induction"]
+    assert found["kl_before"].keys() == found["kl_after"].keys() == {"0.5", "0.6", "0.7", "2:4"}
+    assert isinstance(found["used"], bool)
+    without = optimize(recipe(induction={"steps": 0}), tmp_path / "without")
+    assert without.config["training"]["induction"] == {}
+
+
+def test_scales_reach_the_masks(tmp_path, monkeypatch):
+    """One channel of every linear that must survive everywhere."""
+    learned = inducing.learn
+
+    def favour_channel_3(*args):
+        found = learned(*args)
+        for scale in found.scales.values():
+            scale[3] = 1e9
+        return found
+
+    monkeypatch.setattr(pipeline, "learn", favour_channel_3)
+    checkpoint = optimize(recipe(end_to_end={"trainable": "off"}), tmp_path / "elastic")
+    for level in checkpoint.ladder.levels:
+        for name, linear in linears_of(load_level(checkpoint, level, torch.float32)).items():
+            assert (linear.weight[:, 3] != 0).all(), (level, name)
+            assert (linear.weight == 0).any(), (level, name)
+
+
+def test_a_run_goes_on_behind_the_stage(tmp_path, monkeypatch):
+    whole = optimize(recipe(), tmp_path / "whole").folder
+
+    def crash(job):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "run_block_phase_", crash)
+        with pytest.raises(KeyboardInterrupt):
+            optimize(recipe(), tmp_path / "again")
+    assert (tmp_path / "again.run" / "induction.safetensors").is_file()
+
+    def not_again(*args):
+        raise AssertionError("learned a second time")
+
+    monkeypatch.setattr(pipeline, "learn", not_again)
+    again = optimize(recipe(), tmp_path / "again").folder
+    for path in whole.glob("*"):
+        if path.name != "run.json":
+            assert path.read_bytes() == (again / path.name).read_bytes(), path.name
+
+
+def test_a_damaged_stage_is_refused(tmp_path, monkeypatch):
+    def crash(job):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "run_block_phase_", crash)
+    with pytest.raises(KeyboardInterrupt):
+        optimize(recipe(), tmp_path / "elastic")
+    path = tmp_path / "elastic.run" / "induction.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(OutputError, match="--restart"):
+        optimize(recipe(), tmp_path / "elastic")
+
+
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+@torch.no_grad()
+def test_absorbed_importance_is_in_the_magnitudes(family):
+    model, plain = tiny_model(family), tiny_model(family)
+    ids = torch.arange(40).reshape(2, 20)
+    widths = {name: weight_OI(linear).shape[1] for name, linear in linears_of(model).items()}
+    by_width = {w: torch.rand(w, generator=torch.Generator().manual_seed(w)) + 0.2 for w in set(widths.values())}
+    absorb_importance_(model, {name: by_width[width] for name, width in widths.items()})
+    assert torch.allclose(model(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-5)
+    prefix, seen = architecture_of(model.config.model_type).blocks, 0
+    for index, block in enumerate(decoder_blocks(model)):
+        # The inputs of the attention's output belong to several heads, which share a scale, so they are left out.
+        for path in (p for pair in scale_pairs(block, model.config) if pair.kind != "value" for p in pair.consumers):
+            before, after = (
+                weight_OI(plain.get_submodule(f"{prefix}.{index}.{path}")),
+                weight_OI(block.get_submodule(path)),
+            )
+            ratio, wanted = (after / before).double(), by_width[before.shape[1]].double()
+            # Rows may have been divided too, each by one number.
+            assert torch.allclose(ratio / ratio[:, :1], (wanted / wanted[0]).expand_as(ratio), rtol=1e-3), path
+            seen += 1
+    assert seen >= (2 if family == "opt-350m" else 4)
+
+
+def test_channels_that_share_a_producer_get_the_geometric_mean():
+    model = tiny_model("llama")
+    plain = tiny_model("llama")
+    ones = {name: torch.ones(weight_OI(linear).shape[1]) for name, linear in linears_of(model).items()}
+    name = "model.layers.0.self_attn.q_proj"
+    ones[name] = ones[name].clone()
+    ones[name][0] = 8.0  # k and v ask for 1: 8 ** (1 / 3) = 2
+    absorb_importance_(model, ones)
+    ratio = (model.get_submodule(name).weight / plain.get_submodule(name).weight)[0].detach()
+    assert float(ratio[0] / ratio[1]) == pytest.approx(2.0, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def induced(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("induced")
+    text = folder / "text.txt"
+    text.write_text("the fox of the zeros is here again and there. " * 200)
+    wanted = recipe(calibration={**CALIBRATION, "source": str(text)})
+    found = induce(wanted, folder / "model")
+    return folder / "model", found, text
+
+
+def test_an_induced_model_is_a_plain_one_that_computes_the_same(induced):
+    folder, _, _ = induced
+    ids = torch.arange(60).reshape(3, 20)
+    stock, original = AutoModelForCausalLM.from_pretrained(folder), tiny_model("llama")
+    with torch.no_grad():
+        assert torch.allclose(stock(ids).logits, original(ids).logits, atol=1e-5)
+    assert stock.num_parameters() == original.num_parameters()
+    weight = stock.get_submodule("model.layers.0.mlp.down_proj").weight
+    assert not torch.allclose(weight, original.get_submodule("model.layers.0.mlp.down_proj").weight, rtol=1e-2)
+
+
+def test_scales_come_back_with_the_model(induced, tmp_path):
+    folder, found, text = induced
+    base = load_base(str(folder))
+    assert base.channel_scales.keys() == found.scales.keys()
+    assert all(torch.equal(base.channel_scales[name], scale) for name, scale in found.scales.items())
+    assert "induction_sha256" in base.identity
+    plain = tmp_path / "plain"
+    shutil.copytree(folder, plain)
+    (plain / FILE_NAME).unlink()
+    assert load_base(str(plain)).channel_scales == {}
+
+
+def test_damaged_files_are_refused(induced, tmp_path):
+    folder, found, _ = induced
+    linears = linears_of(tiny_model("llama"))
+    first = next(iter(linears))
+    good = load_file(folder / FILE_NAME)
+
+    def refused(match, tensors=None, metadata=FORMAT):
+        save_file(good if tensors is None else tensors, tmp_path / FILE_NAME, metadata)
+        with pytest.raises(ConfigError, match=match):
+            load_scales(tmp_path, linears)
+
+    refused("expected", metadata={**FORMAT, "format_version": "9"})
+    refused("expected", metadata={"format": "pt"})
+    refused("another model", {name: x for name, x in good.items() if name != first})
+    refused("another model", {**good, "model.layers.9.self_attn.q_proj": torch.ones(3)})
+    refused("expected float32", {**good, first: torch.ones(5)})
+    refused("expected float32", {**good, first: good[first].half()})
+    refused("positive", {**good, first: -good[first]})
+    refused("positive", {**good, first: torch.full_like(good[first], float("nan"))})
+    whole = (folder / FILE_NAME).read_bytes()
+    (tmp_path / FILE_NAME).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_scales(tmp_path, linears)
+
+
+def test_what_induce_refuses(tmp_path):
+    with pytest.raises(ConfigError, match=r"induction\.steps"):
+        induce(recipe(induction={"steps": 0}), tmp_path / "x")
+    with pytest.raises(ConfigError, match="magnitude"):
+        induce(recipe(scores={"method": "magnitude"}), tmp_path / "x")
+    with pytest.raises(ConfigError, match="held_out"):
+        recipe(induction={**STAGE, "held_out": 16})
+    with pytest.raises(ConfigError, match="whole model"):
+        recipe(memory={"weights": "stream"}, end_to_end={"trainable": "off"})
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "mine").write_text("")
+    with pytest.raises(OutputError):
+        induce(recipe(), full)
+    assert [p.name for p in tmp_path.iterdir()] == ["full"]
+    assert make_recipe(recipe().model_dump()).induction.steps == 6
