@@ -13,6 +13,7 @@ from rich.table import Table
 
 from elastic_sparsity.config import read_recipe
 from elastic_sparsity.errors import ConfigError
+from elastic_sparsity.plan_sizes import STAGES
 from elastic_sparsity.planning import Plan, free_here
 from elastic_sparsity.planning import plan as plan_run
 from elastic_sparsity.report import human_bytes, parse_bytes
@@ -120,7 +121,7 @@ def terms_table(plan: Plan) -> Table:
     at_peak = {id(term) for peak in plan.peaks for term in peak.terms}
     for peak in plan.peaks:
         for term in (term for term in plan.terms if term.place == peak.place):
-            stages = "all" if len(term.stages) == 7 else ", ".join(term.stages)
+            stages = "all" if term.stages == STAGES else ", ".join(term.stages)
             star = " *" if id(term) in at_peak else ""
             table.add_row(term.place, term.name + star, human_bytes(term.bytes), stages, term.why)
         table.add_section()

@@ -27,16 +27,18 @@ CHARACTERS = 40  # a token of the calibration, as `calibration_text` reads of a 
 def memory_terms(shapes: ModelShapes, recipe: Recipe, choices: Choices) -> list[Term]:
     """Every term of a run."""
     sizes = Sizes(shapes, recipe, choices)
-    terms = [*_process(sizes), *_weights(sizes), *_reading(sizes), *_streams(sizes), *_block(sizes)]
+    terms = [*_process(sizes), *_weights(sizes), *_reading(sizes), *_induction(sizes)]
+    terms += [*_streams(sizes), *_block(sizes)]
     terms += [*_training(sizes), *_end_to_end(sizes), *_saving(sizes), *_disk(sizes)]
     if not choices.gpu:
         terms = [replace(term, place="host") if term.place == "device" else term for term in terms]
-    return [term for term in [*terms, *_holes(terms, choices, shapes)] if term.bytes]
+    return [term for term in [*terms, *_holes(terms, choices, shapes, recipe)] if term.bytes]
 
 
-def _holes(terms: Sequence[Term], choices: Choices, shapes: ModelShapes) -> Iterator[Term]:
+def _holes(terms: Sequence[Term], choices: Choices, shapes: ModelShapes, recipe: Recipe) -> Iterator[Term]:
     """What allocators lose."""
-    stages = [stage for stage in STAGES if stage != "end to end" or choices.trainable != "off"]
+    left_out = {"end to end" if choices.trainable == "off" else "", "" if recipe.induction.steps else "induction"}
+    stages = [stage for stage in STAGES if stage not in left_out]
     if choices.gpu:
         why = f"{CUDA_SLACK:.0%} of the stage's rest, for torch's caching allocator; assumed, not measured"
         for stage in stages:
@@ -46,7 +48,8 @@ def _holes(terms: Sequence[Term], choices: Choices, shapes: ModelShapes) -> Iter
         kept = ("other blocks, trained", "hidden states")
         passing = [t for t in terms if t.place == "host" and set(t.stages) <= set(PER_BLOCK) and t.name not in kept]
         yield Term(
-            name="holes", bytes=_total(passing, "host", "training"), place="host", stages=tuple(stages[1:]),
+            name="holes", bytes=_total(passing, "host", "training"), place="host",
+            stages=tuple(stage for stage in stages if stage not in ("load", "induction")),
             why="what a block needs for its training, once again: tensors below 32 MiB come from the C library's heap, "
             "which keeps it (measured: 0.5 to 1.3 times that, another with every run; none with streamed weights)",
         )  # fmt: skip
@@ -90,7 +93,8 @@ def _weights(z: Sizes) -> Iterator[Term]:
     linears, other = s.block_linears, s.block_other
     if z.choices.weights == "resident":
         yield Term(
-            name="all blocks", bytes=s.depth * (linears + other) * w, place="device", stages=("load",),
+            name="all blocks", bytes=s.depth * (linears + other) * w, place="device",
+            stages=("load", "induction") if z.recipe.induction.steps else ("load",),
             why=f"{s.depth} x ({linears:,} + {other:,}) numbers x {w}",
         )  # fmt: skip
         yield Term(
@@ -133,6 +137,31 @@ def _reading(z: Sizes) -> Iterator[Term]:
             bytes=s.stored * (s.total if whole else s.largest),
             why="the model is loaded into host memory first" if whole else "one tensor at a time",
         )  # fmt: skip
+
+
+def _induction(z: Sizes) -> Iterator[Term]:
+    s, p, wanted, stage = z.shapes, z.product, z.recipe.induction, ("induction",)
+    if not wanted.steps:
+        return
+    tokens = wanted.batch_size * z.recipe.calibration.length
+    yield Term(
+        name="masked weights", bytes=s.depth * s.block_linears * p, place="device", stages=stage,
+        why=f"{s.depth} x W x {p}, kept for the backward pass",
+    )  # fmt: skip
+    yield Term(
+        name="activations kept for the backward pass", bytes=s.depth * z.kept_for_backward(tokens), place="device",
+        stages=stage,
+        why=f"{s.depth} blocks x {z.kept_for_backward(tokens) // tokens:,} bytes a token x {tokens:,} tokens",
+    )  # fmt: skip
+    yield Term(
+        name="scores of the largest linear", bytes=20 * s.largest_linear, place="device", stages=stage,
+        why=f"L {s.largest_linear:,} x 20: scores, saliency, margins and temporaries in float32",
+    )  # fmt: skip
+    head = s.vocabulary * s.width * p if p != z.weight else 0
+    yield Term(
+        name="head and logits", bytes=head + 128 * s.vocabulary * (3 * 4 + 4 * p) + 6 * tokens * s.width * 4,
+        place="device", stages=stage, why="as in the end-to-end phase",
+    )  # fmt: skip
 
 
 def _streams(z: Sizes) -> Iterator[Term]:
@@ -307,7 +336,7 @@ def _disk(z: Sizes) -> Iterator[Term]:
     s, moved = z.shapes, 4 * z.shapes.block_linears if z.recipe.block.base_lr > 0 else 0
     each = z.masks * s.block_linears + 4 * z.adapter + moved
     yield Term(
-        name="finished blocks", bytes=s.depth * each, place="disk", stages=STAGES[4:],
+        name="finished blocks", bytes=s.depth * each, place="disk", stages=STAGES[5:],
         why=f"{s.depth} x (masks a byte each, float32 adapters{', float32 weights' if moved else ''}), until the end",
     )  # fmt: skip
     yield Term(

@@ -14,7 +14,7 @@ class Work:
     """One kind of work.
 
     Attributes:
-        phase: "block phase" or "end to end".
+        phase: "induction", "block phase" or "end to end".
         direction: "forward", or "forward and backward".
         passes: token-passes.
         flops: floating-point operations of matrix products, attention and merging.
@@ -56,7 +56,17 @@ def work_of(z: Sizes) -> list[Work]:
     trained = block.steps * groups * block.batch_size * length
     inputs = z.streams - 1 if z.recipe.mixer.mode in ("own", "learned", "fixed") else 1
     outputs = 0 if z.recipe.mixer.mode == "dense" else groups
-    rows = [
+    rows = []
+    if z.recipe.induction.steps:
+        learned = z.recipe.induction.steps * z.recipe.induction.batch_size * length
+        judged = 4 * len(z.recipe.build_ladder().levels) * z.recipe.induction.held_out * length
+        given = min(z.recipe.induction.samples, z.recipe.calibration.samples) * length
+        rows += [
+            ("input norms, held-out KL", "induction", "forward", s.depth * (given + judged), 0),
+            ("dense logits", "induction", "forward", s.depth * learned, 0),
+            ("scales", "induction", "forward and backward", s.depth * learned, 0),
+        ]
+    rows += [
         ("dense targets", "block phase", "forward", s.depth * tokens, 0),
         ("statistics", "block phase", "forward", s.depth * tokens * inputs, 0),
         ("training", "block phase", "forward and backward", s.depth * trained, s.depth * block.steps * groups),
@@ -73,12 +83,13 @@ def work_of(z: Sizes) -> list[Work]:
              flops=passes * forward * (1 if direction == "forward" else 3) + 3 * merges * merge)
         for name, phase, direction, passes, merges in rows if passes
     ]  # fmt: skip
-    if z.choices.trainable != "off":  # both models' logits, and the gradient of the student's final states
-        steps = wanted.steps * wanted.batch_size * length
-        flops = 3 * 2.0 * s.width * s.vocabulary * steps
-        found.append(
-            Work(name="head", phase="end to end", direction="forward and backward", passes=2 * steps, flops=flops)
-        )
+    # Both models' logits, and the gradient of the student's final states.
+    induced = z.recipe.induction.steps * z.recipe.induction.batch_size * length
+    trained = wanted.steps * wanted.batch_size * length if z.choices.trainable != "off" else 0
+    for phase, steps in (("induction", induced), ("end to end", trained)):
+        flops, both = 3 * 2.0 * s.width * s.vocabulary * steps, "forward and backward"
+        if steps:
+            found.append(Work(name="head", phase=phase, direction=both, passes=2 * steps, flops=flops))
     return found
 
 
@@ -89,10 +100,14 @@ def seconds_of(z: Sizes, works: Sequence[Work], timing: Timing) -> float:
     step = timing.step * timing.scale
     forwards = sum(w.passes for w in works if w.direction == "forward") * per_token
     total = forwards + depth * (block.steps * step + timing.masks)
+    induction = z.recipe.induction
+    if induction.steps:  # a step masks every linear, and makes every weight's gradient
+        one_level = step / groups * induction.batch_size / block.batch_size
+        total += depth * induction.steps * (one_level + timing.masks / 2)
     if z.choices.trainable != "off":
         wanted = z.recipe.end_to_end
         one_level = step / groups * wanted.batch_size / block.batch_size
         total += depth * wanted.steps * one_level
-        head = next(w.flops for w in works if w.name == "head")
-        total += head / (2 * z.shapes.block_linears / per_token)  # at the rate of a block's products
+    head = sum(w.flops for w in works if w.name == "head")
+    total += head / (2 * z.shapes.block_linears / per_token)  # at the rate of a block's products
     return total

@@ -149,7 +149,7 @@ ALLOWED = {
     "cli_device": {"bench", "device_profile", "device_report", "doctor", "errors", "files", "precision", "terminal"},
     "cli_export": {"transformers", "exports", "terminal"},
     "cli_induce": {"config", "inducing", "terminal"},
-    "cli_plan": {"config", "errors", "planning", "report"},
+    "cli_plan": {"config", "errors", "plan_sizes", "planning", "report"},
     "cli": {
         "transformers", "checkpoint", "choosing", "cli_device", "cli_export", "cli_induce", "cli_plan", "config",
         "errors", "files",
