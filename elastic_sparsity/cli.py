@@ -39,7 +39,7 @@ def main() -> None:
     try:
         app()
     except ElasticSparsityError as error:
-        console = Console(stderr=True, soft_wrap=True)
+        console = Console(emoji=False, stderr=True, soft_wrap=True)
         console.print("[bold red]error:[/]", end=" ", highlight=False)
         console.print(plain(str(error)), markup=False, highlight=False)
         sys.exit(2)
@@ -52,7 +52,7 @@ def _progress(quiet: bool) -> Iterator[Any]:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    console = Console(stderr=True, quiet=quiet)
+    console = Console(emoji=False, stderr=True, quiet=quiet)
     handler = RichHandler(console=console, show_path=False, markup=False)
     logger = logging.getLogger("elastic_sparsity")
     logger.handlers, logger.propagate = [handler], False
@@ -134,7 +134,7 @@ def _run(recipe: Recipe, output: Path, quiet: bool, restart: bool) -> None:
     workers.close()
     if not workers.is_main:
         return
-    console = Console()
+    console = Console(emoji=False)
     if rows:
         protocol = checkpoint.config["quality"]["protocol"]
         title = f"{protocol['text']}, {protocol['windows'][0]} windows of {protocol['windows'][1]} tokens"
@@ -240,7 +240,7 @@ def inspect(
     if json:
         typer.echo(dumps({"levels": found, "layer_types": types, "checks": checks}, indent=2))
     else:
-        console = Console()
+        console = Console(emoji=False)
         console.print(levels_table(found, checkpoint))
         console.print(layer_table(types, [level["title"] for level in found]))
         if verify:
@@ -326,7 +326,7 @@ def eval_command(
             progress=progress,
         )
     counts = protocol["windows"]
-    Console().print(results_table(rows, f"{protocol['text']}, {counts[0]} windows of {counts[1]} tokens"))
+    Console(emoji=False).print(results_table(rows, f"{protocol['text']}, {counts[0]} windows of {counts[1]} tokens"))
     if output is not None:
         write_json(output, {"protocol": protocol, "rows": rows})
 

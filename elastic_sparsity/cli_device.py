@@ -58,7 +58,7 @@ def register(app: typer.Typer, progress: ProgressContext) -> None:
                 name=name,
                 progress=report,
             )
-        console = Console()
+        console = Console(emoji=False)
         for table in (speed_table, sizes_table, shapes_table, lines_table):
             console.print(table(profile))
         for line in verdict_lines(profile):
@@ -80,7 +80,7 @@ def doctor(
     if json:
         typer.echo(dumps(as_json(facts, rows), indent=2))
         return
-    console = Console()
+    console = Console(emoji=False)
     console.print(machine_table(facts))
     console.print(ways_table(rows))
 

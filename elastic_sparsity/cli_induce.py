@@ -57,7 +57,7 @@ def register(app: typer.Typer, progress: Callable[[bool], AbstractContextManager
             table.add_column(column, justify="left" if column == "level" else "right")
         for name, before in found.kl_before.items():
             table.add_row(plain(name), f"{before:.3f}", f"{found.kl_after[name]:.3f}")
-        Console().print(table)
+        Console(emoji=False).print(table)
         if not found.used:
             say("No gain: the scales were left out; try more --steps or other --calibration text.")
         say(f"{output}: induced model")

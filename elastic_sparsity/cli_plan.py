@@ -58,7 +58,7 @@ def register(app: typer.Typer, recipe_path: Callable[[str], Path]) -> None:
         if json:
             typer.echo(dumps(as_json(found), indent=2))
         else:
-            show(found, Console())
+            show(found, Console(emoji=False))
         found.check()
 
 

@@ -16,4 +16,4 @@ def title(text: str) -> str:
 
 def say(text: str) -> None:
     """Prints one result to stdout, unwrapped; brackets are no markup."""
-    Console(soft_wrap=True).print(plain(text), markup=False)
+    Console(emoji=False, soft_wrap=True).print(plain(text), markup=False)

@@ -264,3 +264,10 @@ def test_the_installed_command_runs():
         [sys.executable, "-m", "elastic_sparsity", "--help"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0 and "demo" in done.stdout
+
+
+def test_names_are_shown_as_they_are(capsys):
+    """rich would make a picture of the name between two colons."""
+    code, stdout, _ = run(capsys, "plan", "smoke", "--no-probe")
+    assert code == 0
+    assert "random:llama: weights" in stdout
