@@ -183,6 +183,10 @@ EVAL_OPTIONS = ("--window", "--max-windows", "--precision", "--reference", "--le
 BENCH_OPTIONS = ("--batch", "--prompt", "--new-tokens", "--repeats", "--threads", "--device", "--way", "--level")
 
 
+INDUCE_OPTIONS = ("--levels", "--length", "--seed", "--calibration")
+ONE_STEP = ("--steps", "1", "--samples", "6", "--length", "8", "-q")
+
+
 def test_command_lines(ledger, tiny_checkpoint, text_file, quick, tmp_path):
     """Options with bad values, then arguments thrown together."""
     numbers = {
@@ -190,6 +194,12 @@ def test_command_lines(ledger, tiny_checkpoint, text_file, quick, tmp_path):
         ("eval", tiny_checkpoint, "--text", text_file, "-q"): EVAL_OPTIONS,
         ("slice", tiny_checkpoint, "--output", ledger.out): ("--dtype", "--format", "--level"),
         ("export", tiny_checkpoint, "--output", ledger.out): ("--dtype", "--format", "--level"),
+        ("induce", "random:llama", "--output", ledger.out, *ONE_STEP): (
+            "--levels",
+            "--length",
+            "--seed",
+            "--calibration",
+        ),
         ("plan", quick, "--no-probe"): ("--device-memory", "--host-memory", "--disk", "--config", "--model"),
     }
     for command, options in numbers.items():
@@ -204,6 +214,7 @@ def test_command_lines(ledger, tiny_checkpoint, text_file, quick, tmp_path):
     first = {
         **{command: [tiny_checkpoint] for command in commands},
         "train": [quick],
+        "induce": ["random:llama", *ONE_STEP],
         "plan": [quick, "--no-probe"],
         "upgrade": [tmp_path],
     }

@@ -8,7 +8,7 @@ from random import Random
 
 import pytest
 import torch
-from conftest import merging_tokenizer
+from conftest import merging_tokenizer, tiny_recipe
 from hostile import REFUSED, edited, fingerprint, replaced
 from hostile_inputs import make, make_overlay
 from hostile_models import Workshop, models
@@ -33,6 +33,8 @@ from elastic_sparsity import levels as list_levels
 from elastic_sparsity.bench import bench
 from elastic_sparsity.data import read_text
 from elastic_sparsity.device_profile import profile_path, read_profile
+from elastic_sparsity.inducing import induce
+from elastic_sparsity.induction_file import FILE_NAME
 from elastic_sparsity.inspection import layer_types
 from elastic_sparsity.models import load_base, stream_base
 from elastic_sparsity.tiny import tiny_model
@@ -92,6 +94,26 @@ def test_base_models(ledger, good_model, tmp_path, quick, streamed, text_file):
         ledger.api("stream_base", lambda: stream(value), case=repr(value))
         recipe = (quick, streamed)[number % 2]
         ledger.cli("train", recipe, f"--model={value}", "--output", ledger.out, "-q")
+
+
+def test_induced_models(ledger, tmp_path, text_file):
+    """Damaged scales beside a good model, and bad models to induce."""
+    command = ["induce", "--steps", 1, "--samples", 6, "--length", 8, "--calibration", text_file, "-q", "--output"]
+    made = tmp_path / "good"
+    induce(tiny_recipe(induction={"steps": 1, "held_out": 2}), made)
+    good, random = (made / FILE_NAME).read_bytes(), Random(11)
+    folder = shutil.copytree(made, tmp_path / "bad")
+    for number in range(80):
+        header = int.from_bytes(good[:8], "little") + 8
+        head = header if number % 2 else len(good)
+        cut = good[: number * len(good) // 21] if number <= 20 else edited(good[:head], random) + good[head:]
+        (folder / FILE_NAME).write_bytes(cut)
+        case = f"induced {number}"
+        ledger.api("load_base", lambda: load_base(str(folder)), case=case, inputs=[folder])
+        if number % 4 == 0:
+            ledger.cli("eval", folder, "--text", text_file, *ONE_WINDOW, inputs=[folder], case=case)
+        if number % 4 == 1:
+            ledger.cli(*command, ledger.out, folder, inputs=[folder], case=case)
 
 
 def test_gguf_files(ledger, tmp_path, quick):
