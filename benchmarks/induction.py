@@ -178,5 +178,4 @@ def log(text: str) -> None:
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
     main()

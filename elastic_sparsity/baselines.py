@@ -71,23 +71,20 @@ def pruned_weight(
     channel_scale_I: Tensor | None = None,
 ) -> Tensor:
     """One (O, I) weight pruned to a level, float32."""
-    if method != "sparsegpt":
-        scores = importance_scores(method, weight, statistics, damping, where, channel_scale_I)
-        return torch.where(level_mask(scores, level), weight.float(), 0.0)
-    assert statistics.gram_II is not None
-    return sparsegpt(
-        weight,
-        statistics.gram_II,
-        sparsity=level.sparsity,
-        pattern=level.pattern,
-        damping=damping,
-        channel_scale_I=channel_scale_I,
-        where=where,
-    )
-
-
-def level_mask(scores_OI: Tensor, level: Level) -> Tensor:
-    """(O, I) bool: what a level alone keeps."""
+    if method == "sparsegpt":
+        assert statistics.gram_II is not None
+        return sparsegpt(
+            weight,
+            statistics.gram_II,
+            sparsity=level.sparsity,
+            pattern=level.pattern,
+            damping=damping,
+            channel_scale_I=channel_scale_I,
+            where=where,
+        )
+    scores = importance_scores(method, weight, statistics, damping, where, channel_scale_I)
     if level.pattern is not None:
-        return pattern_mask(scores_OI, *level.pattern)
-    return mask_at(drop_levels(scores_OI, [keep_count(scores_OI.shape[1], level.sparsity)]), 0)
+        mask = pattern_mask(scores, *level.pattern)
+    else:
+        mask = mask_at(drop_levels(scores, [keep_count(weight.shape[1], level.sparsity)]), 0)
+    return torch.where(mask, weight.float(), 0.0)

@@ -30,8 +30,8 @@ def register(app: typer.Typer, progress: Callable[[bool], AbstractContextManager
     ) -> None:
         """Learn how much every input channel counts, and write a plain Hugging Face model that computes the same.
 
-        Its weights' magnitudes follow what was learned, and a file beside them serves Wanda, OBS, SparseGPT and elastic
-        runs of this package.
+        Its weights' magnitudes follow what was learned; elastic runs that score by activations read it from a file
+        beside them.
         """
         names = [name.strip() for name in levels.split(",")]
         recipe = make_recipe(

@@ -241,12 +241,30 @@ def _step_loss(
     autocast: Callable[[], torch.autocast],
     gradient_checkpointing: bool = False,
 ) -> Tensor:
+    return kl_to_dense(model, head, ids_BT, level, autocast, partial(set_level_, model), gradient_checkpointing)
+
+
+def kl_to_dense(
+    model: nn.Module,
+    head: HeadFn,
+    ids_BT: Tensor,
+    level: Level,
+    autocast: Callable[[], torch.autocast],
+    switch_: Callable[[Level | None], None],
+    gradient_checkpointing: bool = False,
+) -> Tensor:
+    """Mean KL of a level to the dense model, which is the same model switched to its dense weights.
+
+    Args:
+        ids_BT: token ids.
+        switch_: sets all linears to a level; None = dense. The model is left at `level`.
+    """
     body: nn.Module = model.base_model  # type: ignore[assignment]
     with autocast():
-        set_level_(model, None)
+        switch_(None)
         with torch.no_grad():
             teacher = body(ids_BT, use_cache=False).last_hidden_state
-        set_level_(model, level)
+        switch_(level)
         with _checkpointed(model, gradient_checkpointing):
             student = body(ids_BT, use_cache=False).last_hidden_state
         return head_kl(student, teacher, head)

@@ -130,17 +130,18 @@ def importance_scores(
             "obs" scores are squares and so take its square.
     Raises: ShapeError: if the scale has another width than the weight.
     """
-    if channel_scale_I is None:
-        scale_I = torch.ones(1, device=weight_OI.device)
-    elif channel_scale_I.shape == weight_OI.shape[1:]:
-        scale_I = channel_scale_I.to(weight_OI.device, torch.float32)
+    if method == "magnitude":
+        scores = magnitude_scores(weight_OI)
+    elif method == "wanda":
+        scores = wanda_scores(weight_OI, statistics.square_sum_I)
     else:
+        assert method == "obs" and statistics.gram_II is not None
+        scores = obs_scores(weight_OI, statistics.gram_II, damping, where)
+    if channel_scale_I is None:
+        return scores
+    if channel_scale_I.shape != weight_OI.shape[1:]:
         raise ShapeError(
             f"{where}: weight {tuple(weight_OI.shape)} against channel scale {tuple(channel_scale_I.shape)}."
         )
-    if method == "magnitude":
-        return magnitude_scores(weight_OI).mul_(scale_I)
-    if method == "wanda":
-        return wanda_scores(weight_OI, statistics.square_sum_I).mul_(scale_I)
-    assert method == "obs" and statistics.gram_II is not None
-    return obs_scores(weight_OI, statistics.gram_II, damping, where).mul_(scale_I.square())
+    scale_I = channel_scale_I.to(weight_OI.device, torch.float32)
+    return scores.mul_(scale_I.square() if method == "obs" else scale_I)

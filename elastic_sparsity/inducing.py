@@ -67,7 +67,7 @@ def induce(recipe: Recipe, output: str | Path, progress: Progress = silent) -> I
 
     Norms and linears absorb scales (`absorption`) such that the magnitude of a weight is its scaled importance: any
     pruner that goes by magnitude profits. Scores with activations undo such scales, so what was learned is written
-    beside the model too (`induction_file`), for this package's Wanda, OBS, SparseGPT and elastic runs.
+    beside the model too (`induction_file`): elastic runs take it from there, `prune_one_shot_` takes it when given.
 
     Raises: ConfigError: steps = 0, or anything the base model or text is refused for. AbsorptionError: if the logits
         moved. OutputError.

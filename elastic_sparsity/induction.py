@@ -22,7 +22,7 @@ from elastic_sparsity.adapters import replace_module_
 from elastic_sparsity.arch import linears_of, weight_OI
 from elastic_sparsity.blocks import input_hooks
 from elastic_sparsity.distill import Share, cosine, own_samples
-from elastic_sparsity.end_to_end import HeadFn, balanced_order, head_kl
+from elastic_sparsity.end_to_end import HeadFn, balanced_order, kl_to_dense
 from elastic_sparsity.errors import ConfigError, NumericsError
 from elastic_sparsity.importance import InputStatistics, importance_scores
 from elastic_sparsity.ladder import Ladder, Level, keep_count
@@ -67,12 +67,13 @@ class _MaskedProduct(torch.autograd.Function):
     """x @ (weight * mask)^T; towards the log scale it returns `channel_gradient`, and nothing towards the weight."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, log_scale_I: Tensor, linear: "ScaledLinear") -> Tensor:
+    def forward(ctx: Any, x: Tensor, _log_scale_I: Tensor, linear: "ScaledLinear") -> Tensor:
         device_type = x.device.type
         dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
-        x, masked_OI = x.to(dtype), linear.masked_weight().to(dtype)
-        ctx.linear, ctx.log_scale_I = linear, log_scale_I
-        ctx.save_for_backward(x, masked_OI, linear.thresholds_OG1)
+        masked_OI, thresholds_OG1 = linear.masked_weight()
+        x, masked_OI = x.to(dtype), masked_OI.to(dtype)
+        ctx.linear = linear
+        ctx.save_for_backward(x, masked_OI, thresholds_OG1)
         return x @ masked_OI.T
 
     @staticmethod
@@ -97,16 +98,12 @@ class ScaledLinear(nn.Module):
         super().__init__()
         self.linear, self.base_scores, self.temperature = linear, base_scores, temperature
         self.log_scale_I = nn.Parameter(torch.zeros(weight_OI(linear).shape[1], device=weight_OI(linear).device))
-        self.choice = Choice(1, 1)
-        self.is_dense = True
-        self.thresholds_OG1 = torch.empty(0)
+        self.choice: Choice | None = None
 
     def set_level_(self, level: Level | None) -> None:
         """The level to mask at; None = dense."""
-        self.is_dense = level is None
-        if level is not None:
-            width = self.log_scale_I.shape[0]
-            self.choice = Choice(*(level.pattern or (keep_count(width, level.sparsity), width)))
+        width = self.log_scale_I.shape[0]
+        self.choice = Choice(*(level.pattern or (keep_count(width, level.sparsity), width))) if level else None
 
     @torch.no_grad()
     def scores(self) -> Tensor:
@@ -114,14 +111,15 @@ class ScaledLinear(nn.Module):
         return self.base_scores().mul_(self.log_scale_I.exp())
 
     @torch.no_grad()
-    def masked_weight(self) -> Tensor:
-        """(O, I); also sets the thresholds that the backward pass reads."""
+    def masked_weight(self) -> tuple[Tensor, Tensor]:
+        """(O, I), and the thresholds of its mask (O, G, 1)."""
+        assert self.choice is not None
         scores = self.scores()
-        self.thresholds_OG1 = thresholds(scores, self.choice)
-        return weight_OI(self.linear) * hard_mask(scores, self.thresholds_OG1, self.choice)
+        found = thresholds(scores, self.choice)
+        return weight_OI(self.linear) * hard_mask(scores, found, self.choice), found
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.is_dense:
+        if self.choice is None:
             return self.linear(x)
         product: Tensor = _MaskedProduct.apply(x, self.log_scale_I, self)
         return product if self.linear.bias is None else product + self.linear.bias.to(product.dtype)  # type: ignore[operator]
@@ -248,16 +246,11 @@ def _loss(
     level: Level,
     autocast: Callable[[], Any],
 ) -> Tensor:
-    """Mean KL of a level to the dense model."""
-    with autocast():
+    def switch_(to: Level | None) -> None:
         for linear in linears.values():
-            linear.set_level_(None)
-        with torch.no_grad():
-            teacher = model.base_model(ids_BT, use_cache=False).last_hidden_state
-        for linear in linears.values():
-            linear.set_level_(level)
-        student = model.base_model(ids_BT, use_cache=False).last_hidden_state
-        return head_kl(student, teacher, head)
+            linear.set_level_(to)
+
+    return kl_to_dense(model, head, ids_BT, level, autocast, switch_)
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """What `induce` writes beside a plain Hugging Face model: the scales of its input channels' importance.
 
-`induction.safetensors` holds one float32 vector a linear, by the linear's name. transformers ignores it; what this
-package prunes by activations takes the folder's scales into its scores.
+`induction.safetensors` holds one float32 vector a linear, by the linear's name. transformers ignores it;
+`load_base` reads it, and an elastic run with Wanda or OBS scores multiplies them by it.
 """
 
 from collections.abc import Mapping

@@ -157,10 +157,17 @@ def _induction(z: Sizes) -> Iterator[Term]:
         name="scores of the largest linear", bytes=20 * s.largest_linear, place="device", stages=stage,
         why=f"L {s.largest_linear:,} x 20: scores, saliency, margins and temporaries in float32",
     )  # fmt: skip
+    yield _head(z, tokens, stage)
+
+
+def _head(z: Sizes, tokens: int, stage: tuple[str, ...]) -> Term:
+    """What the KL to the dense model's logits takes."""
+    s, p = z.shapes, z.product
     head = s.vocabulary * s.width * p if p != z.weight else 0
-    yield Term(
+    return Term(
         name="head and logits", bytes=head + 128 * s.vocabulary * (3 * 4 + 4 * p) + 6 * tokens * s.width * 4,
-        place="device", stages=stage, why="as in the end-to-end phase",
+        place="device", stages=stage, why="128 tokens' logits of both models in float32, final hidden states"
+        + (f", the head cast to {p} bytes" if head else ""),
     )  # fmt: skip
 
 
@@ -296,12 +303,7 @@ def _end_to_end(z: Sizes) -> Iterator[Term]:
         why=f"{depth} block(s) x {z.kept_for_backward(tokens) // tokens:,} bytes a token x {tokens:,} tokens"
         + (f", and {s.depth} blocks' inputs" if hidden else ""),
     )  # fmt: skip
-    head = s.vocabulary * s.width * p if p != z.weight else 0
-    yield Term(
-        name="head and logits", bytes=head + 128 * s.vocabulary * (3 * 4 + 4 * p) + 6 * tokens * s.width * 4,
-        place="device", stages=stage, why="128 tokens' logits of both models in float32, final hidden states"
-        + (f", the head cast to {p} bytes" if head else ""),
-    )  # fmt: skip
+    yield _head(z, tokens, stage)
 
 
 def _saving(z: Sizes) -> Iterator[Term]:

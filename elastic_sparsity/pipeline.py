@@ -117,11 +117,6 @@ def prepare(
         generator=torch.Generator().manual_seed(recipe.seed),
         progress=progress,
     )
-    if base.stream is not None and recipe.induction.steps:
-        raise ConfigError(
-            "induction.steps: needs the whole model in memory, which does not fit; set it to 0, or induce the model on "
-            "a larger machine (elastic-sparsity induce) and use what that writes."
-        )
     if base.stream is not None and job.trainable != "off" and not job.sharded:
         raise ConfigError(
             "memory.weights: 'stream' with an end-to-end phase needs several processes that share the model, found "
@@ -145,8 +140,8 @@ def run_induction(job: Job) -> tuple[Job, dict[str, Any]]:
         learned = learn(job.recipe, job.base, job.token_ids_ST, job.precision, job.workers, job.progress)
         found = learned.scales, {"kl_before": learned.kl_before, "kl_after": learned.kl_after, "used": learned.used}
         job.folder.save_induction(*found)
-    scales = {name: scale.to(job.base.model.device) for name, scale in found[0].items()}
-    return replace(job, channel_scales=scales), found[1]
+    scales, note = found
+    return replace(job, channel_scales=scales), note
 
 
 def settle(recipe: Recipe, num_workers: int) -> Choices:

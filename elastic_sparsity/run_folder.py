@@ -90,19 +90,22 @@ class RunFolder:
             count += 1
         return count
 
+    @property
+    def _induction(self) -> Path:
+        return self.path / "induction.safetensors"
+
     def save_induction(self, tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> None:
         """Keeps what the induction stage learned."""
-        self._save(self.path / "induction.safetensors", tensors, note)
+        self._save(self._induction, tensors, note)
 
     def load_induction(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """What `save_induction` kept, if anything."""
-        path = self.path / "induction.safetensors"
-        return self._load(path) if is_file(path) else None
+        return self._load(self._induction) if is_file(self._induction) else None
 
     @property
     def is_worth_keeping(self) -> bool:
         """Whether a run that goes on from here is spared any work."""
-        return bool(self.finished_blocks()) or is_file(self.path / "induction.safetensors")
+        return bool(self.finished_blocks()) or is_file(self._induction)
 
     def save_block(self, index: int, tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> None:
         """Commits a finished block."""

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from elastic_sparsity.arch import architecture_of, is_transposed
+from elastic_sparsity.arch import architecture_of, is_transposed, weight_OI
 from elastic_sparsity.errors import UnsupportedModelError
 
 
@@ -169,16 +169,6 @@ def linear_at(block: nn.Module, path: str) -> nn.Linear:
     return cast(nn.Linear, found)
 
 
-def outputs_of(linear: nn.Linear) -> int:
-    """Output features, also of `Conv1D`."""
-    return linear.weight.shape[1 if is_transposed(linear) else 0]
-
-
-def inputs_of(linear: nn.Linear) -> int:
-    """Input features, also of `Conv1D`."""
-    return linear.weight.shape[0 if is_transposed(linear) else 1]
-
-
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Heads:
     """Where a block's heads lie in its attention linears, as int64 channel numbers.
@@ -205,10 +195,10 @@ def heads_of(block: nn.Module, config: Any) -> Heads:
     row = wiring_of(config)
     num_heads = int(config.num_attention_heads)
     num_kv = int(getattr(config, "num_key_value_heads", None) or num_heads)
-    width = inputs_of(linear_at(block, row.out))
+    width = weight_OI(linear_at(block, row.out)).shape[1]
     size, rest = divmod(width, num_heads)
     paths = row.attention_inputs
-    found = [outputs_of(linear_at(block, path)) for path in paths]
+    found = [weight_OI(linear_at(block, path)).shape[0] for path in paths]
     expected = [width, num_kv * size, num_kv * size] if not row.fused else [width + 2 * num_kv * size]
     if rest or num_heads % num_kv or found != expected or (row.fused == "heads" and num_kv != num_heads):
         raise UnsupportedModelError(
@@ -242,14 +232,14 @@ def mlp_rows(block: nn.Module, config: Any) -> list[tuple[str, Tensor]]:
     Raises: UnsupportedModelError: if the shapes do not fit the linear that reads them.
     """
     row = wiring_of(config)
-    width = inputs_of(linear_at(block, row.down))
+    width = weight_OI(linear_at(block, row.down)).shape[1]
     channels = torch.arange(width)
     fused = row.gate == row.up
     rows = [(row.up, channels + width if fused else channels)]
     if row.gate:
         rows.insert(0, (row.gate, channels))
     for path, _ in rows:
-        found, expected = outputs_of(linear_at(block, path)), width * (2 if fused else 1)
+        found, expected = weight_OI(linear_at(block, path)).shape[0], width * (2 if fused else 1)
         if found != expected:
             raise UnsupportedModelError(f"{path}: found {found} outputs; {row.down} needs {expected}.")
     return rows

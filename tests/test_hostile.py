@@ -180,11 +180,9 @@ PIECES = (
     "@file", "--version", "extra", "--restart", "--restart=x",
 )  # fmt: skip
 EVAL_OPTIONS = ("--window", "--max-windows", "--precision", "--reference", "--level")
-BENCH_OPTIONS = ("--batch", "--prompt", "--new-tokens", "--repeats", "--threads", "--device", "--way", "--level")
-
-
 INDUCE_OPTIONS = ("--levels", "--length", "--seed", "--calibration")
 ONE_STEP = ("--steps", "1", "--samples", "6", "--length", "8", "-q")
+BENCH_OPTIONS = ("--batch", "--prompt", "--new-tokens", "--repeats", "--threads", "--device", "--way", "--level")
 
 
 def test_command_lines(ledger, tiny_checkpoint, text_file, quick, tmp_path):
@@ -194,12 +192,7 @@ def test_command_lines(ledger, tiny_checkpoint, text_file, quick, tmp_path):
         ("eval", tiny_checkpoint, "--text", text_file, "-q"): EVAL_OPTIONS,
         ("slice", tiny_checkpoint, "--output", ledger.out): ("--dtype", "--format", "--level"),
         ("export", tiny_checkpoint, "--output", ledger.out): ("--dtype", "--format", "--level"),
-        ("induce", "random:llama", "--output", ledger.out, *ONE_STEP): (
-            "--levels",
-            "--length",
-            "--seed",
-            "--calibration",
-        ),
+        ("induce", "random:llama", "--output", ledger.out, *ONE_STEP): INDUCE_OPTIONS,
         ("plan", quick, "--no-probe"): ("--device-memory", "--host-memory", "--disk", "--config", "--model"),
     }
     for command, options in numbers.items():
