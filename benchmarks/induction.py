@@ -97,6 +97,7 @@ def recipe_of(args: argparse.Namespace, seed: int) -> Recipe:
                 "sparsities": [float(x) for x in args.levels if ":" not in x],
                 "patterns": [x for x in args.levels if ":" in x],
             },
+            "block": {"samples": args.samples},  # of no use here, but checked
             "induction": {"steps": args.steps, "batch_size": 2, "held_out": 8, "samples": 64},
         }
     )
