@@ -19,6 +19,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
+from elastic_sparsity import fused
 from elastic_sparsity.adapters import elastic_linears, set_level_
 from elastic_sparsity.arch import architecture_of
 from elastic_sparsity.distill import Share, cosine
@@ -67,6 +68,9 @@ def _logits_kl(student_NV: Tensor, teacher_NV: Tensor, grad_NV: Tensor) -> Tenso
 
     In float32, `KL_ROWS` rows at a time in the same three buffers on a CPU, because they then stay in its cache.
     """
+    found = fused.kl_(student_NV, teacher_NV, grad_NV)
+    if found is not None:
+        return found
     rows = KL_ROWS if student_NV.device.type == "cpu" else max(1, student_NV.shape[0])
     buffers = torch.empty(3, rows, student_NV.shape[1], device=student_NV.device)
     total = torch.zeros((), dtype=torch.float64, device=student_NV.device)

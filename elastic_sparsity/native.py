@@ -30,7 +30,7 @@ KNOWN_PATHS = {
 }
 TORCH = "torch"
 _NAME = "_kernels.so"
-_VERSION = 1  # of es_version() in kernels/api.cpp
+_VERSION = 2  # of es_version() in kernels/api.cpp
 _REINSTALL = "pip install --force-reinstall --no-cache-dir --no-deps elastic-sparsity"
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _POINTER, _INT32, _INT64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
@@ -51,6 +51,13 @@ _SIGNATURES = {  # name: arguments, result
     "es_all_finite": ("pliI", _INT32),
     "es_finish": ("iplpip", _INT32),
     "es_pack_rows": ("pllpippp", _INT64),
+    "es_kl": ("ipiillpppp", None),
+    "es_causal_softmax": ("ipiilllp", None),
+    "es_causal_softmax_backward": ("ipiilllpp", None),
+    "es_merge": ("ipiilllppplpp", None),
+    "es_mask_gradient": ("ipilppp", None),
+    "es_silu": ("ipiilpp", None),
+    "es_silu_backward": ("ipiilppp", None),
 }
 
 
@@ -147,6 +154,7 @@ def _why_missing() -> str:
     return f"installed without a supported C++ compiler; install g++ or clang, then {_REINSTALL}"
 
 
+@cache
 def _usable(library: ctypes.CDLL) -> Mapping[str, bool]:
     """Paths of this build in the library's order, and whether the CPU has their instructions."""
     count = range(library.es_path_count())
@@ -291,6 +299,12 @@ class Kernels:
         )  # fmt: skip
         assert placed in (num_kept, -1), (placed, num_kept)
         return weight if placed >= 0 else None
+
+    def run(self, name: str, dtype: torch.dtype | None, *arguments: int | Tensor) -> None:
+        """A function of training_api.cpp by torch's threads; `dtype` = None: it serves one only. For fused.py."""
+        given = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
+        codes = [] if dtype is None else [_DTYPES[dtype]]
+        getattr(self._library, name)(self._index, self._fork, torch.get_num_threads(), *codes, *given)
 
 
 def _pointer(tensor: Tensor, *dtypes: torch.dtype) -> int:

@@ -22,6 +22,7 @@ ALLOWED = {
     "packing": {"torch", "numpy", "errors"},
     "packed_weight": {"torch", "packing", "precision"},
     "native": {"torch", "errors", "packed_weight"},
+    "fused": {"torch", "errors", "native"},
     "bitmask": {"torch", "numpy", "errors", "packing", "precision"},
     "files": {"safetensors", "errors"},
     "allocator": set(),
@@ -58,8 +59,8 @@ ALLOWED = {
     "model_shapes": {"torch", "transformers", "arch", "errors", "files", "models", "precision", "tiny"},
     "data": {"torch", "datasets", "errors", "files"},
     "blocks": {"torch", "activations", "errors"},
-    "attention": {"torch", "transformers"},
-    "adapters": {"torch", "arch", "errors", "ladder", "masks", "precision"},
+    "attention": {"torch", "transformers", "fused"},
+    "adapters": {"torch", "arch", "errors", "fused", "ladder", "masks", "precision"},
     "sharding": {"torch", "adapters"},
     "block_state": {"torch", "adapters", "arch", "ladder", "shells"},
     "semi_structured": {"torch", "arch", "errors"},
@@ -74,7 +75,7 @@ ALLOWED = {
     "calibrate": {"torch", "activations", "arch", "blocks", "importance"},
     "calibration_text": {"torch", "safetensors", "config", "data", "errors", "files", "models", "precision"},
     "distill": {"torch", "activations", "adapters", "blocks", "errors", "ladder", "mixer"},
-    "end_to_end": {"torch", "adapters", "arch", "distill", "errors", "ladder"},
+    "end_to_end": {"torch", "adapters", "arch", "distill", "errors", "fused", "ladder"},
     "block_phase": {
         "torch", "activations", "adapters", "arch", "block_state", "blocks", "calibrate", "config", "distill", "errors",
         "importance", "ladder", "masks", "mixer", "models", "precision", "run_folder", "workers",
@@ -108,7 +109,7 @@ ALLOWED = {
     "work_plan": {"plan_sizes"},
     "probe": {
         "torch", "transformers", "activations", "arch", "attention", "block_phase", "blocks", "calibrate", "config",
-        "distill", "mixer", "models", "precision", "run_folder", "work_plan", "workers",
+        "distill", "fused", "mixer", "models", "precision", "run_folder", "work_plan", "workers",
     },
     # layer 4: the flow
     "planning": {
@@ -117,7 +118,8 @@ ALLOWED = {
     "pipeline": {
         "torch", "adapters", "allocator", "arch", "attention", "block_phase", "block_state", "calibration_text",
         "checkpoint", "model_shapes", "plan_sizes", "planning",
-        "checkpoint_writer", "config", "data", "distill", "end_to_end", "errors", "files", "manifest", "models",
+        "checkpoint_writer", "config", "data", "distill", "end_to_end", "errors", "files", "fused", "manifest",
+        "models",
         "precision", "run_folder", "sharding", "shells", "workers",
     },
     "measure": {

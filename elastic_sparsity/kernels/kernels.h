@@ -33,6 +33,29 @@ struct Product {
   int64_t y_stride;
 };
 
+// A level's weight from its base weight, its adapters and its mask, rows of `width`.
+struct Merge {
+  int64_t width, rank;
+  const float* weight;   // (rows, width)
+  const float* a;        // (rank, width)
+  const float* b;        // (rows, rank), rows `b_stride` apart
+  int64_t b_stride;
+  const uint8_t* mask;   // (rows, width) of 0 and 1
+  void* out;             // (rows, width)
+};
+
+// Elementwise parts of training (training.h), by dtype where there are two. Rows and ranges are independent of each
+// other, so results do not depend on the number of threads.
+struct Training {
+  double (*kl_row[2])(const void* student, const void* teacher, void* grad, int64_t n);
+  void (*softmax_row[2])(void* scores, int64_t seen, int64_t n, float* scratch);
+  void (*softmax_backward_row[2])(void* grad, const void* shares, int64_t seen, int64_t n);
+  void (*merge_rows[2])(const Merge& merge, int64_t begin, int64_t end);
+  void (*mask_gradient)(const uint8_t* mask, uint16_t* grad, float* wide, int64_t begin, int64_t end);
+  void (*silu[2])(const void* x, void* y, int64_t begin, int64_t end);
+  void (*silu_backward[2])(const void* x, const void* grad, void* out, int64_t begin, int64_t end);
+};
+
 // One instruction set. Every function gives what the portable one gives, products of finite x up to the order of
 // summation (and AVX-512's flush subnormal factors to zero; zero times infinity is NaN only where zeros are multiplied).
 struct Path {
@@ -49,6 +72,7 @@ struct Path {
   const uint16_t* (*widen)(const uint64_t* bits, int64_t n, const uint16_t* values, const uint16_t* end, float* out);
   // float32 rounded to nearest even, +0 where bits are clear; false if a result is NaN or infinite.
   bool (*round_bf16)(const uint64_t* bits, int64_t n, const float* in, uint16_t* out);
+  Training training;
 };
 
 extern const Path* const kPaths[];  // best first; null at the end

@@ -2,6 +2,8 @@
 #include <immintrin.h>
 
 #include "generic.h"
+#define ES_LANES 16
+#include "training.h"
 
 namespace es {
 namespace {
@@ -185,6 +187,9 @@ bool round_bf16(const uint64_t* bits, int64_t n, const float* in, uint16_t* out)
 }  // namespace
 
 extern const Path kAvx512;
-const Path kAvx512 = {"avx512", usable, true, by_tokens<Bf16>, by_tokens<F32>, expand16, expand32, widen, round_bf16};
+const Path kAvx512 = {
+    "avx512", usable,     true, by_tokens<Bf16>, by_tokens<F32>, expand16, expand32, widen,
+    round_bf16, lanes::kTraining,
+};
 
 }  // namespace es
