@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from elastic_sparsity import fused
+from elastic_sparsity.fused import fused_causal_softmax_
 
 SLICE = 128  # tokens; 64 and 256 are within 10 % of it
 NAME = "elastic_causal"
@@ -38,7 +38,7 @@ class _CausalAttention(torch.autograd.Function):
             scores = query.new_empty(rows, per_key * size, end)
             torch.baddbmm(scores, part, key[:, :end].mT, beta=0, alpha=scale, out=scores)
             scores = scores.view(rows, per_key, size, end)
-            if not fused.causal_softmax_(scores):
+            if not fused_causal_softmax_(scores):
                 scores[..., start:].add_(future[:size, :size])  # a fifth of masked_fill_'s time
                 torch.softmax(scores, dim=-1, out=scores)
             shares = scores.view(rows, per_key * size, end)
@@ -62,9 +62,7 @@ class _CausalAttention(torch.autograd.Function):
             grad = grad_output[:, :, start:end].reshape(flat)
             grad_value[:, :end] += torch.bmm(shares.mT, grad)
             grad_shares = torch.bmm(grad, value[:, :end].mT)
-            if not fused.causal_softmax_backward_(*(x.view(rows, per_key, size, end) for x in (grad_shares, shares))):
-                torch._softmax_backward_data(grad_shares, shares, -1, shares.dtype, grad_input=grad_shares)
-            grad_scores = grad_shares
+            grad_scores = torch._softmax_backward_data(grad_shares, shares, -1, shares.dtype, grad_input=grad_shares)
             grad_part = torch.bmm(grad_scores, key[:, :end])
             grad_query[:, :, start:end] = grad_part.view(rows, per_key, size, width)
             grad_key[:, :end] += torch.bmm(grad_scores.mT, query[:, :, start:end].reshape(flat))

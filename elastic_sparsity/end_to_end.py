@@ -19,11 +19,11 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from elastic_sparsity import fused
 from elastic_sparsity.adapters import elastic_linears, set_level_
 from elastic_sparsity.arch import architecture_of
 from elastic_sparsity.distill import Share, cosine
 from elastic_sparsity.errors import NumericsError
+from elastic_sparsity.fused import fused_kl_
 from elastic_sparsity.ladder import Ladder, Level
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def _logits_kl(student_NV: Tensor, teacher_NV: Tensor, grad_NV: Tensor) -> Tenso
 
     In float32, `KL_ROWS` rows at a time in the same three buffers on a CPU, because they then stay in its cache.
     """
-    found = fused.kl_(student_NV, teacher_NV, grad_NV)
+    found = fused_kl_(student_NV, teacher_NV, grad_NV)
     if found is not None:
         return found
     rows = KL_ROWS if student_NV.device.type == "cpu" else max(1, student_NV.shape[0])
@@ -171,7 +171,7 @@ def train_end_to_end_(
                 "end_to_end.adapter_lr or end_to_end.base_lr, or set precision = 'float32'."
             )
         if settings.clip_norm:
-            torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
+            _clip_(parameters, settings.clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         history[level.name].append(value)
@@ -195,6 +195,15 @@ def _optimizer(model: nn.Module, settings: EndToEndSettings) -> torch.optim.Opti
     if settings.base_lr:
         groups.append({"params": [e.weight for e in linears], "lr": settings.base_lr})
     return torch.optim.Adam(groups, fused=True)
+
+
+def _clip_(parameters: Sequence[Tensor], max_norm: float) -> None:
+    """`clip_grad_norm_`, but gradients below the bound are not multiplied by one: they are as large as the model."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    on_host = type(norm) is Tensor and norm.device.type == "cpu"  # elsewhere asking would wait for the device
+    if not (on_host and norm <= max_norm):
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:

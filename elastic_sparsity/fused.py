@@ -6,8 +6,7 @@ only. They do not depend on the number of threads.
 Letters: O outputs, I inputs, R rank, N tokens, V vocabulary.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from elastic_sparsity.native import Kernels, has_threads, kernels
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
-def kl_(student_NV: Tensor, teacher_NV: Tensor, grad_NV: Tensor) -> Tensor | None:
+def fused_kl_(student_NV: Tensor, teacher_NV: Tensor, grad_NV: Tensor) -> Tensor | None:
     """Sum of KL(teacher || student) over rows of logits; the gradient of the student's goes to `grad_NV`.
 
     Args:
@@ -36,7 +35,7 @@ def kl_(student_NV: Tensor, teacher_NV: Tensor, grad_NV: Tensor) -> Tensor | Non
     return losses.sum()
 
 
-def causal_softmax_(scores: Tensor) -> bool:
+def fused_causal_softmax_(scores: Tensor) -> bool:
     """In place of (..., queries, keys): query i sees all keys but the last queries - 1 - i, the others get zeros.
 
     What they hold is not read: a NaN there is no NaN here.
@@ -50,22 +49,9 @@ def causal_softmax_(scores: Tensor) -> bool:
     return True
 
 
-def causal_softmax_backward_(grad: Tensor, shares: Tensor) -> bool:
-    """Gradient of the scores in place of `grad`, that of `shares`, which `causal_softmax_` made.
-
-    Raises: ShapeError: the shapes differ, or fewer keys than queries.
-    """
-    _same_shape("softmax", grad, shares)
-    queries, keys = _causal(grad)
-    found = _serving(grad, shares)
-    if found is None or not grad.numel():
-        return False
-    count = grad.numel() // (queries * keys)
-    found.run("es_causal_softmax_backward", grad.dtype, count, queries, keys - queries, grad, shares)
-    return True
-
-
-def merge(weight_OI: Tensor, lora_A: Tensor, lora_B: Tensor, mask_OI: Tensor, dtype: torch.dtype) -> Tensor | None:
+def fused_merge(
+    weight_OI: Tensor, lora_A: Tensor, lora_B: Tensor, mask_OI: Tensor, dtype: torch.dtype
+) -> Tensor | None:
     """(weight + B A) * mask, summed in float32 and rounded once; +0 outside the mask whatever is there.
 
     Args:
@@ -91,7 +77,7 @@ def merge(weight_OI: Tensor, lora_A: Tensor, lora_B: Tensor, mask_OI: Tensor, dt
     return out
 
 
-def mask_gradient_(grad_OI: Tensor, mask_OI: Tensor) -> Tensor | None:
+def fused_mask_gradient_(grad_OI: Tensor, mask_OI: Tensor) -> Tensor | None:
     """+0 outside the mask in `grad_OI` (bfloat16), and the same in a new float32 tensor.
 
     Raises: ShapeError: the shapes differ.
@@ -105,45 +91,90 @@ def mask_gradient_(grad_OI: Tensor, mask_OI: Tensor) -> Tensor | None:
     return wide
 
 
-class _Silu(torch.autograd.Function):
+class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: "torch.autograd.function.FunctionCtx", x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        found, y = _serving(x), torch.empty_like(x)
+    def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        found = _serving(x, weight_D)
         assert found is not None
-        found.run("es_silu", x.dtype, x.numel(), x, y)
+        y, rows, width = torch.empty_like(x), x.numel() // x.shape[-1], x.shape[-1]
+        factors = torch.empty(rows, device="cpu")
+        found.run("es_rms_norm", None, rows, width, x, weight_D, eps, y, factors)
+        ctx.save_for_backward(x, weight_D, factors)
         return y
 
     @staticmethod
-    def backward(ctx: "torch.autograd.function.FunctionCtx", *grad_outputs: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        grad = grad_outputs[0].to(x.dtype).contiguous()
-        found, out = _serving(x, grad), torch.empty_like(x)
-        if found is None:
-            return torch.ops.aten.silu_backward(grad, x)
-        found.run("es_silu_backward", x.dtype, x.numel(), x, grad, out)
-        return out
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight_D, factors = ctx.saved_tensors
+        grad = grad_outputs[0].contiguous()
+        found = _serving(x, grad)
+        assert found is not None
+        out = torch.empty_like(x)
+        found.run("es_rms_norm_backward", None, factors.numel(), x.shape[-1], x, weight_D, grad, factors, out)
+        return out, None, None
 
 
-def silu(x: Tensor) -> Tensor:
-    """x * sigmoid(x) of x's dtype, differentiable once; torch's where the library does not serve x."""
-    if _serving(x) is None:
-        return nn.functional.silu(x)
-    y: Tensor = _Silu.apply(x)
+def fused_rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor | None:
+    """x weight / sqrt(mean of x^2 over the last dimension + eps), differentiable in x.
+
+    Args:
+        x: (..., D) float32.
+        weight_D: float32, without gradient.
+    Raises: ShapeError: the widths differ.
+    """
+    if weight_D.shape != x.shape[-1:]:
+        raise ShapeError(f"RMSNorm: width {x.shape[-1]} and a weight of {tuple(weight_D.shape)}.")
+    serves = x.dtype == torch.float32 and not weight_D.requires_grad and x.numel() and _serving(x, weight_D)
+    y: Tensor | None = _RmsNorm.apply(x, weight_D, eps) if serves else None
     return y
 
 
-@contextmanager
-def fused_silu(model: nn.Module) -> Iterator[None]:
-    """Inside, the model's SiLU modules compute `silu`."""
-    found = [m for m in model.modules() if isinstance(m, nn.SiLU) or type(m).__name__ == "SiLUActivation"]
-    for module in found:
-        module.forward = silu
-    try:
-        yield
-    finally:
-        for module in found:
-            del module.forward  # the class's own again
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BHTD: Tensor, cos_BTD: Tensor, sin_BTD: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_BTD, sin_BTD)
+        return _rotated(x_BHTD, cos_BTD, sin_BTD, torch.empty(x_BHTD.shape, dtype=x_BHTD.dtype, device="cpu"), False)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        cos_BTD, sin_BTD = ctx.saved_tensors
+        grad = grad_outputs[0] if grad_outputs[0].stride(-1) == 1 else grad_outputs[0].contiguous()
+        samples, heads, tokens, width = grad.shape
+        # In memory as the linear before wrote it, whose gradient then needs no copy.
+        out = torch.empty(samples, tokens, heads, width, dtype=grad.dtype, device="cpu").transpose(1, 2)
+        return _rotated(grad, cos_BTD, sin_BTD, out, True), None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, transposed: bool) -> Tensor:
+    found, angle_stride = kernels(), 0 if cos.shape[0] == 1 else cos.stride(0)
+    assert found is not None
+    found.run(
+        "es_rotary", x.dtype, *x.shape, x.data_ptr(), *x.stride()[:3], cos, sin, angle_stride,
+        out.data_ptr(), *out.stride()[:3], int(transposed),
+    )  # fmt: skip
+    return out
+
+
+def fused_rotary(x_BHTD: Tensor, cos_BTD: Tensor, sin_BTD: Tensor) -> Tensor | None:
+    """x cos + (-second half of x, first half of x) sin, differentiable in x; in float32, rounded once to x's dtype.
+
+    Args:
+        x_BHTD: float32 or bfloat16, D even; any strides but the last.
+        cos_BTD, sin_BTD: (B or 1, T, D) float32.
+    Returns: (B, H, T, D) contiguous.
+    Raises: ShapeError: the shapes do not fit.
+    """
+    samples, _, tokens, width = x_BHTD.shape
+    if (
+        cos_BTD.shape != sin_BTD.shape
+        or tuple(cos_BTD.shape) not in [(n, tokens, width) for n in (1, samples)]
+        or width % 2
+    ):
+        shapes = ", ".join(str(tuple(x.shape)) for x in (x_BHTD, cos_BTD, sin_BTD))
+        raise ShapeError(f"rotary: shapes do not fit: {shapes}.")
+    plain = x_BHTD.dtype in _DTYPES and x_BHTD.stride(-1) == 1 and _plain(x_BHTD)
+    angles = cos_BTD.dtype == torch.float32 and _serving(cos_BTD, sin_BTD)
+    y: Tensor | None = _Rotary.apply(x_BHTD, cos_BTD, sin_BTD) if plain and angles and x_BHTD.numel() else None
+    return y
 
 
 def _serving(*tensors: Tensor) -> Kernels | None:

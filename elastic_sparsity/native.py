@@ -34,7 +34,7 @@ _VERSION = 2  # of es_version() in kernels/api.cpp
 _REINSTALL = "pip install --force-reinstall --no-cache-dir --no-deps elastic-sparsity"
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _POINTER, _INT32, _INT64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
-_CODES = {"p": _POINTER, "i": _INT32, "l": _INT64, "I": ctypes.c_uint32}
+_CODES = {"p": _POINTER, "i": _INT32, "l": _INT64, "I": ctypes.c_uint32, "d": ctypes.c_double}
 _SIGNATURES = {  # name: arguments, result
     "es_version": ("", _INT32),
     "es_path_count": ("", _INT32),
@@ -53,11 +53,11 @@ _SIGNATURES = {  # name: arguments, result
     "es_pack_rows": ("pllpippp", _INT64),
     "es_kl": ("ipiillpppp", None),
     "es_causal_softmax": ("ipiilllp", None),
-    "es_causal_softmax_backward": ("ipiilllpp", None),
     "es_merge": ("ipiilllppplpp", None),
     "es_mask_gradient": ("ipilppp", None),
-    "es_silu": ("ipiilpp", None),
-    "es_silu_backward": ("ipiilppp", None),
+    "es_rms_norm": ("ipillppdpp", None),
+    "es_rms_norm_backward": ("ipillppppp", None),
+    "es_rotary": ("ipiillllplllpplpllli", None),
 }
 
 
@@ -300,7 +300,7 @@ class Kernels:
         assert placed in (num_kept, -1), (placed, num_kept)
         return weight if placed >= 0 else None
 
-    def run(self, name: str, dtype: torch.dtype | None, *arguments: int | Tensor) -> None:
+    def run(self, name: str, dtype: torch.dtype | None, *arguments: float | Tensor) -> None:
         """A function of training_api.cpp by torch's threads; `dtype` = None: it serves one only. For fused.py."""
         given = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
         codes = [] if dtype is None else [_DTYPES[dtype]]

@@ -30,7 +30,7 @@ from elastic_sparsity.distill import Share
 from elastic_sparsity.end_to_end import EndToEndSettings, Snapshots, train_end_to_end_
 from elastic_sparsity.errors import ConfigError, OutputError
 from elastic_sparsity.files import check_output_folder, is_file, write_json
-from elastic_sparsity.fused import fused_silu
+from elastic_sparsity.fused_layers import fused_layers
 from elastic_sparsity.manifest import CONFIG_NAME
 from elastic_sparsity.model_shapes import read_shapes
 from elastic_sparsity.models import BaseModel, load_base, stream_base
@@ -68,7 +68,7 @@ def optimize(
         if is_file(output / CONFIG_NAME):
             return ElasticCheckpoint(output)
         # Sparsity induction (arXiv 2602.21652) belongs here: it changes the base weights before anything is scored.
-        with training_attention(job.base.model), fused_silu(job.base.model):
+        with training_attention(job.base.model), fused_layers(job.base.model):
             block_losses, mixer_weights = run_block_phase_(job)
             final_kl = run_end_to_end_(job)
         training = {"block_losses": block_losses, "end_to_end_kl": final_kl}

@@ -59,6 +59,7 @@ ALLOWED = {
     "model_shapes": {"torch", "transformers", "arch", "errors", "files", "models", "precision", "tiny"},
     "data": {"torch", "datasets", "errors", "files"},
     "blocks": {"torch", "activations", "errors"},
+    "fused_layers": {"torch", "fused"},
     "attention": {"torch", "transformers", "fused"},
     "adapters": {"torch", "arch", "errors", "fused", "ladder", "masks", "precision"},
     "sharding": {"torch", "adapters"},
@@ -109,7 +110,7 @@ ALLOWED = {
     "work_plan": {"plan_sizes"},
     "probe": {
         "torch", "transformers", "activations", "arch", "attention", "block_phase", "blocks", "calibrate", "config",
-        "distill", "fused", "mixer", "models", "precision", "run_folder", "work_plan", "workers",
+        "distill", "fused_layers", "mixer", "models", "precision", "run_folder", "work_plan", "workers",
     },
     # layer 4: the flow
     "planning": {
@@ -118,7 +119,7 @@ ALLOWED = {
     "pipeline": {
         "torch", "adapters", "allocator", "arch", "attention", "block_phase", "block_state", "calibration_text",
         "checkpoint", "model_shapes", "plan_sizes", "planning",
-        "checkpoint_writer", "config", "data", "distill", "end_to_end", "errors", "files", "fused", "manifest",
+        "checkpoint_writer", "config", "data", "distill", "end_to_end", "errors", "files", "fused_layers", "manifest",
         "models",
         "precision", "run_folder", "sharding", "shells", "workers",
     },

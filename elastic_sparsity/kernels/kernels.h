@@ -49,11 +49,11 @@ struct Merge {
 struct Training {
   double (*kl_row[2])(const void* student, const void* teacher, void* grad, int64_t n);
   void (*softmax_row[2])(void* scores, int64_t seen, int64_t n, float* scratch);
-  void (*softmax_backward_row[2])(void* grad, const void* shares, int64_t seen, int64_t n);
   void (*merge_rows[2])(const Merge& merge, int64_t begin, int64_t end);
   void (*mask_gradient)(const uint8_t* mask, uint16_t* grad, float* wide, int64_t begin, int64_t end);
-  void (*silu[2])(const void* x, void* y, int64_t begin, int64_t end);
-  void (*silu_backward[2])(const void* x, const void* grad, void* out, int64_t begin, int64_t end);
+  float (*rms_norm_row)(const float* x, const float* w, float eps, float* y, int64_t n);
+  void (*rms_norm_backward_row)(const float* x, const float* w, const float* g, float factor, float* out, int64_t n);
+  void (*rotary_row[2])(const void* x, const float* cos, const float* sin, void* y, int64_t half, int32_t transpose);
 };
 
 // One instruction set. Every function gives what the portable one gives, products of finite x up to the order of

@@ -80,22 +80,6 @@ void softmax_row(void* row, int64_t seen, int64_t n, float* scratch) {
   std::memset(scores + seen, 0, size_t(n - seen) * sizeof(T));
 }
 
-// (grad - sum of grad * share) * share in place of `grad`, over the first `seen` of `n`; zeros behind.
-template <class T>
-void softmax_backward_row(void* grad_row, const void* shares_row, int64_t seen, int64_t n) {
-  auto* grad = static_cast<T*>(grad_row);
-  const auto* shares = static_cast<const T*>(shares_row);
-  F sums{};
-  int64_t i = 0;
-  for (; i + kLanes <= seen; i += kLanes) sums += load(grad + i) * load(shares + i);
-  const int64_t rest = seen - i;
-  if (rest) sums += load_part(grad + i, rest, 0) * load_part(shares + i, rest, 0);
-  const float mean = sum(sums);
-  for (i = 0; i + kLanes <= seen; i += kLanes) store((load(grad + i) - mean) * load(shares + i), grad + i);
-  if (rest) store_part((load_part(grad + i, rest, 0) - mean) * load_part(shares + i, rest, 0), grad + i, rest);
-  std::memset(grad + seen, 0, size_t(n - seen) * sizeof(T));
-}
-
 // A level's weight: (weight + B A) where the mask is set, +0 elsewhere; rounded once.
 template <int R, int C, class T>
 ES_INLINE void merge_block(const Merge& m, int64_t row, int64_t column) {
@@ -115,20 +99,27 @@ ES_INLINE void merge_block(const Merge& m, int64_t row, int64_t column) {
     }
 }
 
-template <int C, class T>
-ES_INLINE void merge_columns(const Merge& m, int64_t begin, int64_t end, int64_t column) {
-  int64_t row = begin;
-  for (; row + 4 <= end; row += 4) merge_block<4, C, T>(m, row, column);
-  for (; row < end; ++row) merge_block<1, C, T>(m, row, column);
+// R rows of columns [begin, end), as many whole vectors as fit. Returns: the first column left.
+template <int R, class T>
+ES_INLINE int64_t merge_some_rows(const Merge& m, int64_t row, int64_t begin, int64_t end) {
+  constexpr int C = kLanes == 16 ? 4 : 2;  // of 32 and of 16 registers
+  int64_t column = begin;
+  for (; column + C * kLanes <= end; column += C * kLanes) merge_block<R, C, T>(m, row, column);
+  for (; column + kLanes <= end; column += kLanes) merge_block<R, 1, T>(m, row, column);
+  return column;
 }
 
 // Panels of columns, so that their part of A stays in the first cache while all rows pass.
 template <class T>
 void merge_rows(const Merge& m, int64_t begin, int64_t end) {
-  constexpr int kPanel = kLanes == 16 ? 4 : 2;  // of 32 and of 16 registers
+  constexpr int64_t kPanel = 192;
   int64_t column = 0;
-  for (; column + kPanel * kLanes <= m.width; column += kPanel * kLanes) merge_columns<kPanel, T>(m, begin, end, column);
-  for (; column + kLanes <= m.width; column += kLanes) merge_columns<1, T>(m, begin, end, column);
+  for (int64_t first = 0; first < m.width; first += kPanel) {
+    const int64_t last = first + kPanel < m.width ? first + kPanel : m.width;
+    int64_t row = begin;
+    for (; row + 4 <= end; row += 4) column = merge_some_rows<4, T>(m, row, first, last);
+    for (; row < end; ++row) column = merge_some_rows<1, T>(m, row, first, last);
+  }
   for (; column < m.width; ++column)
     for (int64_t row = begin; row < end; ++row) {
       const int64_t at = row * m.width + column;
@@ -144,7 +135,7 @@ inline void mask_gradient(const uint8_t* mask, uint16_t* grad, float* wide, int6
   for (; i + kLanes <= end; i += kLanes) {
     const F kept = masked(load(grad + i), mask + i);
     store(kept, wide + i);
-    const H halves = __builtin_convertvector(U(kept) >> 16, H);
+    const H halves = narrow(U(kept) >> 16);
     std::memcpy(grad + i, &halves, sizeof halves);
   }
   for (; i < end; ++i) {
@@ -153,51 +144,63 @@ inline void mask_gradient(const uint8_t* mask, uint16_t* grad, float* wide, int6
   }
 }
 
-// x / (1 + exp(-x)).
-ES_INLINE F sigmoid(F x) {
-  const F e = exp(x > 0.0f ? -x : x);  // at most 1: no overflow
-  return (x > 0.0f ? all(1) : e) / (1.0f + e);
+// x w / sqrt(mean of squares + eps); returns the root's inverse.
+inline float rms_norm_row(const float* x, const float* w, float eps, float* y, int64_t n) {
+  F a{}, b{};
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    const F first = load(x + i), second = load(x + i + kLanes);
+    a += first * first, b += second * second;
+  }
+  for (; i < n; i += kLanes) {
+    const F last = n - i >= kLanes ? load(x + i) : load_part(x + i, n - i, 0);
+    a += last * last;
+  }
+  const float factor = 1.0f / std::sqrt(sum(a + b) / float(n) + eps);
+  for (i = 0; i + kLanes <= n; i += kLanes) store(load(x + i) * factor * load(w + i), y + i);
+  for (; i < n; ++i) y[i] = x[i] * factor * w[i];
+  return factor;
 }
 
+// f w g - x f^3 mean(x w g), f the factor above.
+inline void rms_norm_backward_row(const float* x, const float* w, const float* g, float factor, float* out, int64_t n) {
+  F sums{};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) sums += load(x + i) * load(w + i) * load(g + i);
+  float total = sum(sums);
+  for (; i < n; ++i) total += x[i] * w[i] * g[i];
+  const float along = factor * factor * factor * (total / float(n));
+  for (i = 0; i + kLanes <= n; i += kLanes) store(load(w + i) * load(g + i) * factor - load(x + i) * along, out + i);
+  for (; i < n; ++i) out[i] = w[i] * g[i] * factor - x[i] * along;
+}
+
+// One head's half-rotation: (a, b) -> (a cos - b sin, b cos + a sin), each half with its own angles; or its transpose.
 template <class T>
-void silu(const void* from, void* to, int64_t begin, int64_t end) {
+void rotary_row(const void* from, const float* cosines, const float* sines, void* to, int64_t half, int32_t transpose) {
   const auto* x = static_cast<const T*>(from);
   auto* y = static_cast<T*>(to);
-  int64_t i = begin;
-  for (; i + kLanes <= end; i += kLanes) {
-    const F at = load(x + i);
-    store(at * sigmoid(at), y + i);
+  const float *cos_b = cosines + half, *sin_b = sines + half;
+  int64_t i = 0;
+  for (; i + kLanes <= half; i += kLanes) {
+    const F a = load(x + i), b = load(x + half + i), s = load(sines + i), t = load(sin_b + i);
+    store(transpose ? a * load(cosines + i) + b * t : a * load(cosines + i) - b * s, y + i);
+    store(transpose ? b * load(cos_b + i) - a * s : b * load(cos_b + i) + a * t, y + half + i);
   }
-  if (i < end) {
-    const F at = load_part(x + i, end - i, 0);
-    store_part(at * sigmoid(at), y + i, end - i);
-  }
-}
-
-// grad * s (1 + x (1 - s)), s the sigmoid of x.
-template <class T>
-void silu_backward(const void* input, const void* upstream, void* to, int64_t begin, int64_t end) {
-  const auto *x = static_cast<const T*>(input), *grad = static_cast<const T*>(upstream);
-  auto* out = static_cast<T*>(to);
-  int64_t i = begin;
-  for (; i < end; i += kLanes) {
-    const bool whole = end - i >= kLanes;
-    const F at = whole ? load(x + i) : load_part(x + i, end - i, 0), s = sigmoid(at);
-    const F g = whole ? load(grad + i) : load_part(grad + i, end - i, 0);
-    const F found = g * s * (1.0f + at * (1.0f - s));
-    if (whole) store(found, out + i);
-    else store_part(found, out + i, end - i);
+  for (; i < half; ++i) {
+    const float a = widened(x[i]), b = widened(x[half + i]), s = sines[i], t = sin_b[i];
+    es::store(transpose ? a * cosines[i] + b * t : a * cosines[i] - b * s, y + i);
+    es::store(transpose ? b * cos_b[i] - a * s : b * cos_b[i] + a * t, y + half + i);
   }
 }
 
 constexpr Training kTraining = {
-      {kl_row<float>, kl_row<uint16_t>},
-      {softmax_row<float>, softmax_row<uint16_t>},
-      {softmax_backward_row<float>, softmax_backward_row<uint16_t>},
-      {merge_rows<float>, merge_rows<uint16_t>},
-      mask_gradient,
-      {silu<float>, silu<uint16_t>},
-      {silu_backward<float>, silu_backward<uint16_t>},
+    {kl_row<float>, kl_row<uint16_t>},
+    {softmax_row<float>, softmax_row<uint16_t>},
+    {merge_rows<float>, merge_rows<uint16_t>},
+    mask_gradient,
+    rms_norm_row,
+    rms_norm_backward_row,
+    {rotary_row<float>, rotary_row<uint16_t>},
 };
 
 }  // namespace lanes

@@ -40,17 +40,6 @@ void es_causal_softmax(int32_t path, Fork fork, int32_t threads, int32_t dtype, 
   });
 }
 
-// Its gradient in place of `grad`, of the same shape as the softmax's result `shares`.
-void es_causal_softmax_backward(int32_t path, Fork fork, int32_t threads, int32_t dtype, int64_t count, int64_t size,
-                                int64_t start, char* grad, const char* shares) {
-  const int64_t width = start + size, row_bytes = width * (dtype == kBfloat16 ? 2 : 4);
-  const auto kernel = kPaths[path]->training.softmax_backward_row[dtype];
-  parallel(fork, threads, count * size, rows_of_a_piece(width), [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r)
-      kernel(grad + r * row_bytes, shares + r * row_bytes, start + r % size + 1, width);
-  });
-}
-
 void es_merge(int32_t path, Fork fork, int32_t threads, int32_t dtype, int64_t rows, int64_t width, int64_t rank,
               const float* weight, const float* a, const float* b, int64_t b_stride, const uint8_t* mask, void* out) {
   const Merge merge{width, rank, weight, a, b, b_stride, mask, out};
@@ -66,15 +55,40 @@ void es_mask_gradient(int32_t path, Fork fork, int32_t threads, int64_t n, const
   parallel(fork, threads, n, kPiece, [&](int64_t begin, int64_t end) { kernel(mask, grad, wide, begin, end); });
 }
 
-void es_silu(int32_t path, Fork fork, int32_t threads, int32_t dtype, int64_t n, const void* x, void* y) {
-  const auto kernel = kPaths[path]->training.silu[dtype];
-  parallel(fork, threads, n, kPiece, [&](int64_t begin, int64_t end) { kernel(x, y, begin, end); });
+// Rows of x, (rows, width) float32; `factors` (rows,) is what the gradient needs.
+void es_rms_norm(int32_t path, Fork fork, int32_t threads, int64_t rows, int64_t width, const float* x, const float* w,
+                 double eps, float* y, float* factors) {
+  const auto kernel = kPaths[path]->training.rms_norm_row;
+  parallel(fork, threads, rows, rows_of_a_piece(width), [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) factors[r] = kernel(x + r * width, w, float(eps), y + r * width, width);
+  });
 }
 
-void es_silu_backward(int32_t path, Fork fork, int32_t threads, int32_t dtype, int64_t n, const void* x,
-                      const void* grad, void* out) {
-  const auto kernel = kPaths[path]->training.silu_backward[dtype];
-  parallel(fork, threads, n, kPiece, [&](int64_t begin, int64_t end) { kernel(x, grad, out, begin, end); });
+void es_rms_norm_backward(int32_t path, Fork fork, int32_t threads, int64_t rows, int64_t width, const float* x,
+                          const float* w, const float* grad, const float* factors, float* out) {
+  const auto kernel = kPaths[path]->training.rms_norm_backward_row;
+  parallel(fork, threads, rows, rows_of_a_piece(width), [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r)
+      kernel(x + r * width, w, grad + r * width, factors[r], out + r * width, width);
+  });
+}
+
+// x and y: (samples, heads, tokens, width) with whole rows of `width`, at the given strides in elements, in this order.
+// Angles: (samples or 1, tokens, width), `angle_stride` elements from sample to sample.
+void es_rotary(int32_t path, Fork fork, int32_t threads, int32_t dtype, int64_t samples, int64_t heads, int64_t tokens,
+               int64_t width, const char* x, int64_t x_sample, int64_t x_head, int64_t x_token, const float* cosines,
+               const float* sines, int64_t angle_stride, char* y, int64_t y_sample, int64_t y_head, int64_t y_token,
+               int32_t transpose) {
+  const int64_t size = dtype == kBfloat16 ? 2 : 4;
+  const auto kernel = kPaths[path]->training.rotary_row[dtype];
+  parallel(fork, threads, samples * tokens, rows_of_a_piece(heads * width), [&](int64_t begin, int64_t end) {
+    for (int64_t at = begin; at < end; ++at) {
+      const int64_t s = at / tokens, t = at % tokens, angles = s * angle_stride + t * width;
+      for (int64_t h = 0; h < heads; ++h)
+        kernel(x + (s * x_sample + h * x_head + t * x_token) * size, cosines + angles, sines + angles,
+               y + (s * y_sample + h * y_head + t * y_token) * size, width / 2, transpose);
+    }
+  });
 }
 
 }  // extern "C"

@@ -3,6 +3,10 @@
 #pragma once
 #include <cstring>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #include "generic.h"
 
 #define ES_INLINE inline __attribute__((always_inline))
@@ -17,6 +21,28 @@ typedef uint32_t U __attribute__((vector_size(4 * ES_LANES)));
 typedef uint16_t H __attribute__((vector_size(2 * ES_LANES)));
 typedef uint8_t B __attribute__((vector_size(ES_LANES)));
 
+// Between lanes of 32 and of fewer bits. The compilers know the instructions, but make detours of several around them.
+#if defined(__AVX512F__) && ES_LANES == 16
+ES_INLINE U widen(H v) { return (U)_mm512_cvtepu16_epi32((__m256i)v); }
+ES_INLINE U widen(B v) { return (U)_mm512_cvtepu8_epi32((__m128i)v); }
+ES_INLINE H narrow(U v) { return (H)_mm512_cvtepi32_epi16((__m512i)v); }
+#elif defined(__AVX2__) && ES_LANES == 8
+ES_INLINE U widen(H v) { return (U)_mm256_cvtepu16_epi32((__m128i)v); }
+ES_INLINE U widen(B v) {
+  int64_t bytes;
+  std::memcpy(&bytes, &v, 8);
+  return (U)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bytes));
+}
+ES_INLINE H narrow(U v) {  // each below 2^16
+  const __m256i packed = _mm256_packus_epi32((__m256i)v, (__m256i)v);
+  return (H)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+}
+#else
+ES_INLINE U widen(H v) { return __builtin_convertvector(v, U); }
+ES_INLINE U widen(B v) { return __builtin_convertvector(v, U); }
+ES_INLINE H narrow(U v) { return __builtin_convertvector(v, H); }
+#endif
+
 ES_INLINE F all(float value) { return value - F{}; }
 
 ES_INLINE F load(const float* from) {
@@ -27,15 +53,14 @@ ES_INLINE F load(const float* from) {
 ES_INLINE F load(const uint16_t* from) {
   H v;
   std::memcpy(&v, from, sizeof v);
-  return (F)(__builtin_convertvector(v, U) << 16);
+  return (F)(widen(v) << 16);
 }
 ES_INLINE void store(F v, float* to) { std::memcpy(to, &v, sizeof v); }
-// Rounded as `to_bf16` does.
+// Rounded to nearest even; any NaN gives the one that torch gives.
 ES_INLINE void store(F v, uint16_t* to) {
   const U bits = U(v);
   const U rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  const U either = (bits & 0x7fffffffu) > 0x7f800000u ? bits >> 16 | 0x40 : rounded;
-  const H halves = __builtin_convertvector(either, H);
+  const H halves = narrow(v != v ? U{} + 0x7fc0 : rounded);
   std::memcpy(to, &halves, sizeof halves);
 }
 ES_INLINE float widened(float value) { return value; }
@@ -60,7 +85,7 @@ ES_INLINE F larger(F a, F b) { return a > b ? a : b; }
 ES_INLINE F masked(F v, const uint8_t* bytes) {
   B b;
   std::memcpy(&b, bytes, sizeof b);
-  return F(U(v) & -__builtin_convertvector(b, U));
+  return F(U(v) & -widen(b));
 }
 
 ES_INLINE float sum(F v) {
