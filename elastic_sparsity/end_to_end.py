@@ -202,7 +202,7 @@ def _clip_(parameters: Sequence[Tensor], max_norm: float) -> None:
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     on_host = type(norm) is Tensor and norm.device.type == "cpu"  # elsewhere asking would wait for the device
-    if not (on_host and norm <= max_norm):
+    if not (on_host and norm + 1e-6 <= max_norm):  # torch's factor is max_norm / (norm + 1e-6), at most one
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
 
 

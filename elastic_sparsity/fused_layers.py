@@ -27,7 +27,7 @@ def fused_layers(model: nn.Module) -> Iterator[None]:
     for norm in norms:
         norm.forward = partial(_norm, norm, norm.forward)
     home = sys.modules[type(model).__module__]
-    rotary = getattr(home, _ROTARY, None)
+    rotary: Any = getattr(home, _ROTARY, None)
     is_usual = _is_usual_rotary(rotary)
     if is_usual:
         setattr(home, _ROTARY, partial(_rotate, rotary))

@@ -8,7 +8,7 @@ namespace es {
 namespace {
 namespace lanes {
 
-constexpr int64_t kRun = 4096;  // of a row's loss is summed in float32, and the runs in double
+constexpr int64_t kRun = 4096;  // elements of a row that are summed in float32; the runs' sums are added in double
 
 // The largest element; NaN may be missed, but is in every sum over the row.
 template <class T>
@@ -24,12 +24,17 @@ ES_INLINE float row_largest(const T* x, int64_t n) {
 template <class T>
 ES_INLINE float row_logsumexp(const T* x, int64_t n) {
   const float top = row_largest(x, n);
-  F a{}, b{};
-  int64_t i = 0;
-  for (; i + 2 * kLanes <= n; i += 2 * kLanes) a += exp(load(x + i) - top), b += exp(load(x + i + kLanes) - top);
-  for (; i + kLanes <= n; i += kLanes) a += exp(load(x + i) - top);
-  if (i < n) a += exp(load_part(x + i, n - i, -INFINITY) - top);
-  return top + std::log(sum(a + b));
+  double total = 0;
+  for (int64_t begin = 0; begin < n; begin += kRun) {
+    const int64_t end = begin + kRun < n ? begin + kRun : n;
+    F a{}, b{};
+    int64_t i = begin;
+    for (; i + 2 * kLanes <= end; i += 2 * kLanes) a += exp(load(x + i) - top), b += exp(load(x + i + kLanes) - top);
+    for (; i + kLanes <= end; i += kLanes) a += exp(load(x + i) - top);
+    if (i < end) a += exp(load_part(x + i, end - i, -INFINITY) - top);
+    total += sum(a + b);
+  }
+  return float(top + std::log(total));
 }
 
 // KL(teacher || student) of a row of logits; the student's gradient, its share minus the teacher's, goes to `grad`.
