@@ -132,7 +132,7 @@ def observe(clock: Clock) -> None:
     clock.wrap(phase_two, "head_kl", phase, "head and KL")
     clock.wrap(torch.Tensor, "backward", phase, "backward of the blocks")
     clock.wrap(torch.optim.Adam, "step", phase, "clipping and optimiser")
-    clock.wrap(phase_two, "_clip_", phase, "clipping and optimiser")
+    clock.wrap(torch.nn.utils, "clip_grad_norm_", phase, "clipping and optimiser")
 
     def of_model(prepared: tuple[Any, ...]) -> None:
         blocks = prepared[0].base.model.base_model

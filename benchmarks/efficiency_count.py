@@ -4,18 +4,16 @@ A product of (N, I) and (I, O) costs 2 N I O. Only products count; norms, softma
 Letters: N tokens of a batch, T tokens of a sample, O outputs, I inputs, r rank.
 """
 
-import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from elastic_sparsity import attention, native
+from elastic_sparsity import attention
 from elastic_sparsity import end_to_end as phase_two
 from elastic_sparsity.activations import HOST
 from elastic_sparsity.arch import architecture_of, decoder_blocks, head_function, weight_OI
@@ -151,9 +149,7 @@ def check_counts(recipe: Any, shapes: Shapes, ids: torch.Tensor) -> dict[str, fl
     with autocast():
         head = head_function(model)
     levels = recipe.build_ladder().levels
-    # By torch's code: the counter does not see the products inside the compiled library.
-    by_torch = patch.dict(os.environ, {native.VARIABLE: native.TORCH})
-    with attention.training_attention(model), by_torch, FlopCounterMode(display=False) as counter:
+    with attention.training_attention(model), FlopCounterMode(display=False) as counter:
         for level in levels:
             batch = ids[: recipe.end_to_end.batch_size]
             phase_two._step_loss(model, head, batch, level, autocast).backward()

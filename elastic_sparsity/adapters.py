@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from elastic_sparsity.arch import is_transposed, weight_OI
 from elastic_sparsity.errors import ShapeError
-from elastic_sparsity.fused import fused_mask_gradient_, fused_merge
 from elastic_sparsity.ladder import Ladder, Level, rank_slices
 from elastic_sparsity.masks import mask_at
 from elastic_sparsity.precision import as_integers
@@ -75,9 +74,6 @@ class _MaskedLinear(torch.autograd.Function):
 
 def _effective_weight(weight_OI: Tensor, lora_A: Tensor, lora_B: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
     """`merge` for training: the same sum, rounded once to `dtype`, with the mask as bool."""
-    found = fused_merge(weight_OI, lora_A, lora_B, mask, dtype)
-    if found is not None:
-        return found
     merged = torch.addmm(weight_OI.float(), lora_B, lora_A) if lora_A.shape[0] else weight_OI
     effective = merged.to(dtype, copy=merged is weight_OI)
     as_integers(effective).mul_(mask)  # casting the mask to `dtype` would cost more than the product
@@ -91,12 +87,9 @@ def _weight_gradients(
 
     Products are in the precision of `grad_OI`, as all products of the backward pass.
     """
-    wide = fused_mask_gradient_(grad_OI, mask) if needed[0] else None
-    if wide is None:
-        as_integers(grad_OI).mul_(mask)
-        wide = grad_OI.float() if needed[0] else None
+    as_integers(grad_OI).mul_(mask)
     return (
-        wide,
+        grad_OI.float() if needed[0] else None,
         (lora_B.to(grad_OI.dtype).T @ grad_OI).float() if needed[1] else None,
         (grad_OI @ lora_A.to(grad_OI.dtype).T).float() if needed[2] else None,
     )

@@ -171,7 +171,7 @@ def train_end_to_end_(
                 "end_to_end.adapter_lr or end_to_end.base_lr, or set precision = 'float32'."
             )
         if settings.clip_norm:
-            _clip_(parameters, settings.clip_norm)
+            torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         history[level.name].append(value)
@@ -195,15 +195,6 @@ def _optimizer(model: nn.Module, settings: EndToEndSettings) -> torch.optim.Opti
     if settings.base_lr:
         groups.append({"params": [e.weight for e in linears], "lr": settings.base_lr})
     return torch.optim.Adam(groups, fused=True)
-
-
-def _clip_(parameters: Sequence[Tensor], max_norm: float) -> None:
-    """`clip_grad_norm_`, but gradients below the bound are not multiplied by one: they are as large as the model."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    on_host = type(norm) is Tensor and norm.device.type == "cpu"  # elsewhere asking would wait for the device
-    if not (on_host and norm + 1e-6 <= max_norm):  # torch's factor is max_norm / (norm + 1e-6), at most one
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -3,7 +3,7 @@
 Each function says that it did not apply (None or False) for what the library does not serve: tensors on a GPU, other
 dtypes, strides, a build without it. Callers then use torch's code, of which the results here differ by float32 rounding
 only. They do not depend on the number of threads.
-Letters: O outputs, I inputs, R rank, N tokens, V vocabulary.
+Letters: B samples, H heads, T tokens, D width, N = B * T, V vocabulary.
 """
 
 from typing import Any
@@ -47,48 +47,6 @@ def fused_causal_softmax_(scores: Tensor) -> bool:
         return False
     found.run("es_causal_softmax", scores.dtype, scores.numel() // (queries * keys), queries, keys - queries, scores)
     return True
-
-
-def fused_merge(
-    weight_OI: Tensor, lora_A: Tensor, lora_B: Tensor, mask_OI: Tensor, dtype: torch.dtype
-) -> Tensor | None:
-    """(weight + B A) * mask, summed in float32 and rounded once; +0 outside the mask whatever is there.
-
-    Args:
-        weight_OI, lora_A (R, I), lora_B (O, R): float32; columns of B may be part of a wider matrix.
-        mask_OI: bool.
-        dtype: float32 or bfloat16.
-    Returns: a new (O, I) tensor.
-    Raises: ShapeError: the shapes do not fit.
-    """
-    rank, wanted = lora_A.shape[0], (weight_OI.shape[0], lora_A.shape[0])
-    if mask_OI.shape != weight_OI.shape or lora_A.shape[1:] != weight_OI.shape[1:] or lora_B.shape != wanted:
-        shapes = [tuple(x.shape) for x in (weight_OI, lora_A, lora_B, mask_OI)]
-        raise ShapeError(f"merge: shapes of weight, A, B and mask do not fit: {shapes}.")
-    found = _serving(weight_OI, lora_A)
-    rows_of_B = lora_B.stride(1) == 1 and _plain(lora_B)
-    floats = {x.dtype for x in (weight_OI, lora_A, lora_B)} == {torch.float32}
-    if found is None or not (floats and rows_of_B and _is_mask(mask_OI)) or dtype not in _DTYPES:
-        return None
-    out = torch.empty(weight_OI.shape, dtype=dtype, device="cpu")
-    found.run(
-        "es_merge", dtype, *weight_OI.shape, rank, weight_OI, lora_A, lora_B.data_ptr(), lora_B.stride(0), mask_OI, out
-    )
-    return out
-
-
-def fused_mask_gradient_(grad_OI: Tensor, mask_OI: Tensor) -> Tensor | None:
-    """+0 outside the mask in `grad_OI` (bfloat16), and the same in a new float32 tensor.
-
-    Raises: ShapeError: the shapes differ.
-    """
-    _same_shape("masked gradient", grad_OI, mask_OI)
-    found = _serving(grad_OI)
-    if found is None or grad_OI.dtype != torch.bfloat16 or not _is_mask(mask_OI):
-        return None
-    wide = torch.empty(grad_OI.shape, dtype=torch.float32, device="cpu")
-    found.run("es_mask_gradient", None, grad_OI.numel(), mask_OI, grad_OI, wide)
-    return wide
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -187,10 +145,6 @@ def _serving(*tensors: Tensor) -> Kernels | None:
 def _plain(tensor: Tensor) -> bool:
     """No subclass, which may have no memory of its own."""
     return tensor.device.type == "cpu" and type(tensor) in (Tensor, nn.Parameter)
-
-
-def _is_mask(mask: Tensor) -> bool:
-    return mask.dtype == torch.bool and mask.is_contiguous() and _plain(mask)
 
 
 def _causal(scores: Tensor) -> tuple[int, int]:

@@ -53,8 +53,6 @@ _SIGNATURES = {  # name: arguments, result
     "es_pack_rows": ("pllpippp", _INT64),
     "es_kl": ("ipiillpppp", None),
     "es_causal_softmax": ("ipiilllp", None),
-    "es_merge": ("ipiilllppplpp", None),
-    "es_mask_gradient": ("ipilppp", None),
     "es_rms_norm": ("ipillppdpp", None),
     "es_rms_norm_backward": ("ipillppppp", None),
     "es_rotary": ("ipiillllplllpplpllli", None),

@@ -61,7 +61,7 @@ ALLOWED = {
     "blocks": {"torch", "activations", "errors"},
     "fused_layers": {"torch", "fused"},
     "attention": {"torch", "transformers", "fused"},
-    "adapters": {"torch", "arch", "errors", "fused", "ladder", "masks", "precision"},
+    "adapters": {"torch", "arch", "errors", "ladder", "masks", "precision"},
     "sharding": {"torch", "adapters"},
     "block_state": {"torch", "adapters", "arch", "ladder", "shells"},
     "semi_structured": {"torch", "arch", "errors"},

@@ -33,24 +33,11 @@ struct Product {
   int64_t y_stride;
 };
 
-// A level's weight from its base weight, its adapters and its mask, rows of `width`.
-struct Merge {
-  int64_t width, rank;
-  const float* weight;   // (rows, width)
-  const float* a;        // (rank, width)
-  const float* b;        // (rows, rank), rows `b_stride` apart
-  int64_t b_stride;
-  const uint8_t* mask;   // (rows, width) of 0 and 1
-  void* out;             // (rows, width)
-};
-
 // Elementwise parts of training (training.h), by dtype where there are two. Rows and ranges are independent of each
 // other, so results do not depend on the number of threads.
 struct Training {
   double (*kl_row[2])(const void* student, const void* teacher, void* grad, int64_t n);
   void (*softmax_row[2])(void* scores, int64_t seen, int64_t n, float* scratch);
-  void (*merge_rows[2])(const Merge& merge, int64_t begin, int64_t end);
-  void (*mask_gradient)(const uint8_t* mask, uint16_t* grad, float* wide, int64_t begin, int64_t end);
   float (*rms_norm_row)(const float* x, const float* w, float eps, float* y, int64_t n);
   void (*rms_norm_backward_row)(const float* x, const float* w, const float* g, float factor, float* out, int64_t n);
   void (*rotary_row[2])(const void* x, const float* cos, const float* sin, void* y, int64_t half, int32_t transpose);

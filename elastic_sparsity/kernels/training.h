@@ -85,70 +85,6 @@ void softmax_row(void* row, int64_t seen, int64_t n, float* scratch) {
   std::memset(scores + seen, 0, size_t(n - seen) * sizeof(T));
 }
 
-// A level's weight: (weight + B A) where the mask is set, +0 elsewhere; rounded once.
-template <int R, int C, class T>
-ES_INLINE void merge_block(const Merge& m, int64_t row, int64_t column) {
-  F sums[R][C];
-  for (int r = 0; r < R; ++r)
-    for (int c = 0; c < C; ++c) sums[r][c] = load(m.weight + (row + r) * m.width + column + c * kLanes);
-  for (int64_t k = 0; k < m.rank; ++k) {
-    F a[C];
-    for (int c = 0; c < C; ++c) a[c] = load(m.a + k * m.width + column + c * kLanes);
-    for (int r = 0; r < R; ++r)
-      for (int c = 0; c < C; ++c) sums[r][c] += a[c] * m.b[(row + r) * m.b_stride + k];
-  }
-  for (int r = 0; r < R; ++r)
-    for (int c = 0; c < C; ++c) {
-      const int64_t at = (row + r) * m.width + column + c * kLanes;
-      store(masked(sums[r][c], m.mask + at), static_cast<T*>(m.out) + at);
-    }
-}
-
-// R rows of columns [begin, end), as many whole vectors as fit. Returns: the first column left.
-template <int R, class T>
-ES_INLINE int64_t merge_some_rows(const Merge& m, int64_t row, int64_t begin, int64_t end) {
-  constexpr int C = kLanes == 16 ? 4 : 2;  // of 32 and of 16 registers
-  int64_t column = begin;
-  for (; column + C * kLanes <= end; column += C * kLanes) merge_block<R, C, T>(m, row, column);
-  for (; column + kLanes <= end; column += kLanes) merge_block<R, 1, T>(m, row, column);
-  return column;
-}
-
-// Panels of columns, so that their part of A stays in the first cache while all rows pass.
-template <class T>
-void merge_rows(const Merge& m, int64_t begin, int64_t end) {
-  constexpr int64_t kPanel = 192;
-  int64_t column = 0;
-  for (int64_t first = 0; first < m.width; first += kPanel) {
-    const int64_t last = first + kPanel < m.width ? first + kPanel : m.width;
-    int64_t row = begin;
-    for (; row + 4 <= end; row += 4) column = merge_some_rows<4, T>(m, row, first, last);
-    for (; row < end; ++row) column = merge_some_rows<1, T>(m, row, first, last);
-  }
-  for (; column < m.width; ++column)
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t at = row * m.width + column;
-      float sum = m.weight[at];
-      for (int64_t k = 0; k < m.rank; ++k) sum += m.a[k * m.width + column] * m.b[row * m.b_stride + k];
-      es::store(m.mask[at] ? sum : 0.0f, static_cast<T*>(m.out) + at);
-    }
-}
-
-// Zeros in `grad` where the mask is clear; the same in float32 to `wide`.
-inline void mask_gradient(const uint8_t* mask, uint16_t* grad, float* wide, int64_t begin, int64_t end) {
-  int64_t i = begin;
-  for (; i + kLanes <= end; i += kLanes) {
-    const F kept = masked(load(grad + i), mask + i);
-    store(kept, wide + i);
-    const H halves = narrow(U(kept) >> 16);
-    std::memcpy(grad + i, &halves, sizeof halves);
-  }
-  for (; i < end; ++i) {
-    grad[i] = mask[i] ? grad[i] : 0;
-    wide[i] = to_float(grad[i]);
-  }
-}
-
 // x w / sqrt(mean of squares + eps); returns the root's inverse.
 inline float rms_norm_row(const float* x, const float* w, float eps, float* y, int64_t n) {
   F a{}, b{};
@@ -201,8 +137,6 @@ void rotary_row(const void* from, const float* cosines, const float* sines, void
 constexpr Training kTraining = {
     {kl_row<float>, kl_row<uint16_t>},
     {softmax_row<float>, softmax_row<uint16_t>},
-    {merge_rows<float>, merge_rows<uint16_t>},
-    mask_gradient,
     rms_norm_row,
     rms_norm_backward_row,
     {rotary_row<float>, rotary_row<uint16_t>},

@@ -40,21 +40,6 @@ void es_causal_softmax(int32_t path, Fork fork, int32_t threads, int32_t dtype, 
   });
 }
 
-void es_merge(int32_t path, Fork fork, int32_t threads, int32_t dtype, int64_t rows, int64_t width, int64_t rank,
-              const float* weight, const float* a, const float* b, int64_t b_stride, const uint8_t* mask, void* out) {
-  const Merge merge{width, rank, weight, a, b, b_stride, mask, out};
-  const auto kernel = kPaths[path]->training.merge_rows[dtype];
-  parallel(fork, threads, rows, (rows_of_a_piece(width) + 3) / 4 * 4,
-           [&](int64_t begin, int64_t end) { kernel(merge, begin, end); });
-}
-
-// `grad` (n,) bfloat16 masked in place, and in float32 in `wide`.
-void es_mask_gradient(int32_t path, Fork fork, int32_t threads, int64_t n, const uint8_t* mask, uint16_t* grad,
-                      float* wide) {
-  const auto kernel = kPaths[path]->training.mask_gradient;
-  parallel(fork, threads, n, kPiece, [&](int64_t begin, int64_t end) { kernel(mask, grad, wide, begin, end); });
-}
-
 // Rows of x, (rows, width) float32; `factors` (rows,) is what the gradient needs.
 void es_rms_norm(int32_t path, Fork fork, int32_t threads, int64_t rows, int64_t width, const float* x, const float* w,
                  double eps, float* y, float* factors) {

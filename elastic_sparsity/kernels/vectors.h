@@ -19,27 +19,19 @@ constexpr int kLanes = ES_LANES;
 typedef float F __attribute__((vector_size(4 * ES_LANES)));
 typedef uint32_t U __attribute__((vector_size(4 * ES_LANES)));
 typedef uint16_t H __attribute__((vector_size(2 * ES_LANES)));
-typedef uint8_t B __attribute__((vector_size(ES_LANES)));
 
 // Between lanes of 32 and of fewer bits. The compilers know the instructions, but make detours of several around them.
 #if defined(__AVX512F__) && ES_LANES == 16
 ES_INLINE U widen(H v) { return (U)_mm512_cvtepu16_epi32((__m256i)v); }
-ES_INLINE U widen(B v) { return (U)_mm512_cvtepu8_epi32((__m128i)v); }
 ES_INLINE H narrow(U v) { return (H)_mm512_cvtepi32_epi16((__m512i)v); }
 #elif defined(__AVX2__) && ES_LANES == 8
 ES_INLINE U widen(H v) { return (U)_mm256_cvtepu16_epi32((__m128i)v); }
-ES_INLINE U widen(B v) {
-  int64_t bytes;
-  std::memcpy(&bytes, &v, 8);
-  return (U)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bytes));
-}
 ES_INLINE H narrow(U v) {  // each below 2^16
   const __m256i packed = _mm256_packus_epi32((__m256i)v, (__m256i)v);
   return (H)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
 }
 #else
 ES_INLINE U widen(H v) { return __builtin_convertvector(v, U); }
-ES_INLINE U widen(B v) { return __builtin_convertvector(v, U); }
 ES_INLINE H narrow(U v) { return __builtin_convertvector(v, H); }
 #endif
 
@@ -81,13 +73,6 @@ ES_INLINE void store_part(F v, T* to, int64_t n) {
 }
 
 ES_INLINE F larger(F a, F b) { return a > b ? a : b; }
-// Zero where the byte is 0, v where it is 1; exact for NaN too.
-ES_INLINE F masked(F v, const uint8_t* bytes) {
-  B b;
-  std::memcpy(&b, bytes, sizeof b);
-  return F(U(v) & -widen(b));
-}
-
 ES_INLINE float sum(F v) {
   float lanes[kLanes], total = 0;
   store(v, lanes);
