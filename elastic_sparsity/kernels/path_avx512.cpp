@@ -12,7 +12,8 @@ bool usable() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bf16") &&
-         __builtin_cpu_supports("popcnt") && __builtin_cpu_supports("bmi");
+         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("popcnt") &&
+         __builtin_cpu_supports("bmi");
 }
 
 inline __m512i load(const void* from) { return _mm512_loadu_si512(from); }

@@ -20,9 +20,15 @@ ES_INLINE float row_largest(const T* x, int64_t n) {
   return largest(larger(a, b));
 }
 
-// log(sum of exp) of a row. Infinite or NaN elements give what the formula gives.
+// log(sum of exp) of a row, in two parts: added up they would lose what is small beside a large logit.
+struct LogSum {
+  float top, rest;
+};
+ES_INLINE F log_share(F x, LogSum of) { return x - of.top - of.rest; }
+
+// Infinite or NaN elements give what the formula gives.
 template <class T>
-ES_INLINE float row_logsumexp(const T* x, int64_t n) {
+ES_INLINE LogSum row_logsumexp(const T* x, int64_t n) {
   const float top = row_largest(x, n);
   double total = 0;
   for (int64_t begin = 0; begin < n; begin += kRun) {
@@ -34,7 +40,7 @@ ES_INLINE float row_logsumexp(const T* x, int64_t n) {
     if (i < end) a += exp(load_part(x + i, end - i, -INFINITY) - top);
     total += sum(a + b);
   }
-  return float(top + std::log(total));
+  return {top, float(std::log(total))};
 }
 
 // KL(teacher || student) of a row of logits; the student's gradient, its share minus the teacher's, goes to `grad`.
@@ -42,20 +48,20 @@ template <class T>
 double kl_row(const void* student_row, const void* teacher_row, void* grad_row, int64_t n) {
   const auto *student = static_cast<const T*>(student_row), *teacher = static_cast<const T*>(teacher_row);
   auto* grad = static_cast<T*>(grad_row);
-  const float log_q = row_logsumexp(student, n), log_p = row_logsumexp(teacher, n);
+  const LogSum q_sum = row_logsumexp(student, n), p_sum = row_logsumexp(teacher, n);
   double total = 0;
   for (int64_t begin = 0; begin < n; begin += kRun) {
     const int64_t end = begin + kRun < n ? begin + kRun : n;
     F sums{};
     int64_t i = begin;
     for (; i + kLanes <= end; i += kLanes) {
-      const F t = load(teacher + i) - log_p, s = load(student + i) - log_q, p = exp(t);
+      const F t = log_share(load(teacher + i), p_sum), s = log_share(load(student + i), q_sum), p = exp(t);
       sums += p * (t - s);
       store(exp(s) - p, grad + i);
     }
     if (i < end) {  // logits of 0 in the lanes beyond the row: finite, and not counted
-      const F t = load_part(teacher + i, end - i, 0) - log_p, s = load_part(student + i, end - i, 0) - log_q;
-      const F p = exp(t);
+      const F t = log_share(load_part(teacher + i, end - i, 0), p_sum), p = exp(t);
+      const F s = log_share(load_part(student + i, end - i, 0), q_sum);
       float terms[kLanes];
       store(p * (t - s), terms);
       for (int64_t k = 0; k < end - i; ++k) total += terms[k];
