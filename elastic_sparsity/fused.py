@@ -1,18 +1,24 @@
 """Elementwise parts of training in one pass each, by the compiled library: no temporaries, vectorised exponentials.
 
 Each function says that it did not apply (None or False) for what the library does not serve: tensors on a GPU, other
-dtypes, strides, a build without it. Callers then use torch's code, of which the results here differ by float32 rounding
-only. They do not depend on the number of threads.
+dtypes, strides, a build without it or (with a warning) of another version. Callers then use torch's code, of which the
+results here differ by float32 rounding only. They do not depend on the number of threads.
 Letters: B samples, H heads, T tokens, D width, N = B * T, V vocabulary.
 """
 
+import logging
+import os
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from elastic_sparsity.errors import ShapeError
-from elastic_sparsity.native import Kernels, has_threads, kernels
+from elastic_sparsity.native import TORCH, VARIABLE, Kernels, has_threads, kernels, library_problem
+
+log = logging.getLogger(__name__)
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -32,7 +38,8 @@ def fused_kl_(student_NV: Tensor, teacher_NV: Tensor, grad_NV: Tensor) -> Tensor
     rows, width = student_NV.shape
     losses = torch.empty(rows, dtype=torch.float64, device="cpu")
     found.run("es_kl", student_NV.dtype, rows, width, student_NV, teacher_NV, grad_NV, losses)
-    return losses.sum()
+    # Not losses.sum(): of many rows its order is that of torch's threads.
+    return torch.tensor(sum(losses.tolist()), dtype=torch.float64, device="cpu")
 
 
 def fused_causal_softmax_(scores: Tensor) -> bool:
@@ -61,6 +68,7 @@ class _RmsNorm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, weight_D, factors = ctx.saved_tensors
         grad = grad_outputs[0].contiguous()
@@ -93,6 +101,7 @@ class _Rotary(torch.autograd.Function):
         return _rotated(x_BHTD, cos_BTD, sin_BTD, torch.empty(x_BHTD.shape, dtype=x_BHTD.dtype, device="cpu"), False)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         cos_BTD, sin_BTD = ctx.saved_tensors
         grad = grad_outputs[0] if grad_outputs[0].stride(-1) == 1 else grad_outputs[0].contiguous()
@@ -103,7 +112,7 @@ class _Rotary(torch.autograd.Function):
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, transposed: bool) -> Tensor:
-    found, angle_stride = kernels(), 0 if cos.shape[0] == 1 else cos.stride(0)
+    found, angle_stride = _usable(), 0 if cos.shape[0] == 1 else cos.stride(0)
     assert found is not None
     found.run(
         "es_rotary", x.dtype, *x.shape, x.data_ptr(), *x.stride()[:3], cos, sin, angle_stride,
@@ -117,7 +126,7 @@ def fused_rotary(x_BHTD: Tensor, cos_BTD: Tensor, sin_BTD: Tensor) -> Tensor | N
 
     Args:
         x_BHTD: float32 or bfloat16, D even; any strides but the last.
-        cos_BTD, sin_BTD: (B or 1, T, D) float32.
+        cos_BTD, sin_BTD: (B or 1, T, D) float32, without gradient.
     Returns: (B, H, T, D) contiguous.
     Raises: ShapeError: the shapes do not fit.
     """
@@ -130,7 +139,8 @@ def fused_rotary(x_BHTD: Tensor, cos_BTD: Tensor, sin_BTD: Tensor) -> Tensor | N
         shapes = ", ".join(str(tuple(x.shape)) for x in (x_BHTD, cos_BTD, sin_BTD))
         raise ShapeError(f"rotary: shapes do not fit: {shapes}.")
     plain = x_BHTD.dtype in _DTYPES and x_BHTD.stride(-1) == 1 and _plain(x_BHTD)
-    angles = cos_BTD.dtype == torch.float32 and _serving(cos_BTD, sin_BTD)
+    learned = cos_BTD.requires_grad or sin_BTD.requires_grad
+    angles = cos_BTD.dtype == torch.float32 and not learned and _serving(cos_BTD, sin_BTD)
     y: Tensor | None = _Rotary.apply(x_BHTD, cos_BTD, sin_BTD) if plain and angles and x_BHTD.numel() else None
     return y
 
@@ -139,7 +149,23 @@ def _serving(*tensors: Tensor) -> Kernels | None:
     """The library, if it serves these tensors and has the threads that torch would use."""
     dtype = tensors[0].dtype
     fits = dtype in _DTYPES and all(x.dtype == dtype and x.is_contiguous() and _plain(x) for x in tensors)
-    return kernels() if fits and (has_threads() or torch.get_num_threads() == 1) else None
+    return _usable() if fits and (has_threads() or torch.get_num_threads() == 1) else None
+
+
+def _usable() -> Kernels | None:
+    """The library. What lies there in another version is an error to the packed runtime, but only slower training."""
+    if os.environ.get(VARIABLE) == TORCH:
+        return None
+    problem = library_problem()
+    if problem is not None:
+        _warn(problem)
+        return None
+    return kernels()
+
+
+@cache  # once
+def _warn(problem: str) -> None:
+    log.warning("%s Until then training uses torch's slower code.", problem)
 
 
 def _plain(tensor: Tensor) -> bool:

@@ -134,6 +134,16 @@ def _library() -> ctypes.CDLL | None:
     return library
 
 
+@cache
+def library_problem() -> str | None:
+    """Why the compiled library that lies here is of no use (another build, damaged); None also if there is none."""
+    try:
+        _library()
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
 def library_file() -> Path | None:
     """Where the compiled library is, None if it was not built, or cannot serve this machine."""
     if sys.byteorder != "little":

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from elastic_sparsity import attention, end_to_end, native
+from elastic_sparsity import attention, end_to_end, fused, native
 from elastic_sparsity.errors import ShapeError
 from elastic_sparsity.fused import (
     fused_causal_softmax_,
@@ -70,6 +70,14 @@ def test_kl_of_equal_rows_is_zero(path):
     assert float(total) == 0.0 and not grad.any()
 
 
+def test_kl_of_logits_far_from_zero_is_as_accurate(path):
+    student, teacher = random(4, 1000, seed=0) + 1e4, random(4, 1000, seed=1) + 1e4
+    total, grad = kl(student, teacher)
+    log_q, log_p = student.double().log_softmax(-1), teacher.double().log_softmax(-1)
+    assert float(total) == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum()), rel=2e-6)
+    torch.testing.assert_close(grad.double(), log_q.exp() - log_p.exp(), rtol=1e-5, atol=1e-8)
+
+
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 @pytest.mark.parametrize("side", ["student", "teacher", "both"])
 @pytest.mark.parametrize("at", [0, 20])
@@ -83,12 +91,16 @@ def test_kl_of_what_is_not_finite_is_torchs(path, bad, side, at):
     torch.testing.assert_close(grad, their_grad, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
-def test_kl_does_not_depend_on_threads(monkeypatch):
-    student, teacher = (random(64, 3001, dtype=torch.bfloat16, seed=seed) for seed in (0, 1))
-    found = []
-    for threads in (1, 2, 2):
-        torch.set_num_threads(threads)
-        found.append(kl(student, teacher))
+@pytest.mark.parametrize("shape", [(64, 3001), (100_003, 3)])
+def test_kl_does_not_depend_on_threads(shape):
+    student, teacher = (random(*shape, dtype=torch.bfloat16, seed=seed) for seed in (0, 1))
+    found, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(kl(student, teacher))
+    finally:
+        torch.set_num_threads(before)
     for total, grad in found[1:]:
         assert torch.equal(total, found[0][0]) and torch.equal(grad, found[0][1])
 
@@ -188,6 +200,31 @@ def test_what_the_library_does_not_serve_is_left_to_torch(monkeypatch):
     assert fused_kl_(random(4, 4), random(4, 4).bfloat16(), random(4, 4)) is None
     weight = random(4).requires_grad_()
     assert fused_rms_norm(random(4, 4), weight, 1e-5) is None
+    angles = random(1, 2, 4)
+    assert fused_rotary(random(1, 1, 2, 4), angles, angles.clone().requires_grad_()) is None
     monkeypatch.setenv(native.VARIABLE, native.TORCH)
     assert fused_kl_(random(4, 4), random(4, 4), random(4, 4)) is None
     assert fused_rotary(random(1, 1, 2, 4), random(1, 2, 4), random(1, 2, 4)) is None
+
+
+def test_second_derivatives_are_refused_rather_than_wrong():
+    x = random(2, 4).requires_grad_()
+    (grad,) = torch.autograd.grad(fused_rms_norm(x, random(4), 1e-5).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_a_library_of_another_version_is_told_of_once_and_training_goes_on(monkeypatch, caplog):
+    monkeypatch.setattr(native, "_VERSION", 99)
+    monkeypatch.setattr(native, "_library", native._library.__wrapped__)
+    monkeypatch.setattr(fused, "library_problem", native.library_problem.__wrapped__)
+    fused._warn.cache_clear()
+    student, teacher = random(3, 5, seed=0), random(3, 5, seed=1)
+    ours, theirs = kl(student, teacher), by_torch(kl, student, teacher)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    assert not fused_causal_softmax_(random(2, 2)) and fused_rms_norm(random(2, 4), random(4), 1e-5) is None
+    (message,) = caplog.messages
+    assert re.search(r"expected version 99; reinstall the package .* Until then training uses torch", message)
+    monkeypatch.setenv(native.VARIABLE, native.TORCH)
+    fused._warn.cache_clear()
+    assert not fused_causal_softmax_(random(2, 2)) and len(caplog.messages) == 1
