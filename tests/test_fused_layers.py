@@ -58,6 +58,57 @@ def test_a_llamas_layers_are_used_with_their_gradients(monkeypatch):
     assert calls.count("es_rotary") == 4 * len(model.model.layers)
 
 
+def test_an_exception_and_a_second_use_inside_leave_layers_as_they_were():
+    model = tiny_model("llama").requires_grad_(False)
+    home, norm = sys.modules[type(model).__module__], model.model.norm
+    rotary = getattr(home, _ROTARY)
+    wrapped = norm.forward = lambda x: type(norm).forward(norm, x)  # as accelerate's hooks do
+    with pytest.raises(KeyError, match="inside"), fused_layers(model):
+        outer = norm.forward
+        with fused_layers(model):
+            assert norm.forward is not outer
+        assert norm.forward is outer and getattr(home, _ROTARY) is not rotary
+        raise KeyError("inside")
+    assert norm.forward is wrapped and getattr(home, _ROTARY) is rotary
+    assert [module for module in model.modules() if "forward" in vars(module)] == [norm]
+
+
+def test_layers_whose_interface_changed_are_left_alone(monkeypatch):
+    model = tiny_model("llama").eval().requires_grad_(False)
+    home, ids = sys.modules[type(model).__module__], torch.arange(6)[None]
+    before = model(ids).logits
+    rotary = getattr(home, _ROTARY)
+    for other in (lambda q, k, cos: None, lambda q, k, cos, sin: q, lambda q, k, cos, sin: (q, k[:1]), 3):
+        assert not _is_usual_rotary(other)
+    monkeypatch.delattr(home, _ROTARY)
+    with fused_layers(model):
+        assert not hasattr(home, _ROTARY)
+    monkeypatch.undo()
+    assert getattr(home, _ROTARY) is rotary
+
+    class GatedRMSNorm(type(model.model.norm)):
+        def forward(self, x, gate):
+            return super().forward(x) * gate
+
+    class OuterEpsilonRMSNorm(type(model.model.norm)):
+        def forward(self, x):
+            return x * self.weight / (x.square().mean(-1, keepdim=True).sqrt() + self.variance_epsilon)
+
+    assert not _is_usual_norm(GatedRMSNorm(8)) and not _is_usual_norm(OuterEpsilonRMSNorm(8, 1e-6))
+    with fused_layers(model):
+        torch.testing.assert_close(model(ids).logits, before, rtol=1e-4, atol=1e-5)
+        norm, x = model.model.norm, torch.randn(2, model.config.hidden_size)
+        torch.testing.assert_close(norm(hidden_states=x), norm(x))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            q, cos, sin = torch.randn(1, 2, 6, 8), torch.randn(1, 6, 8), torch.randn(1, 6, 8)
+            patched, ours = getattr(home, _ROTARY), rotary(q, q, cos, sin)
+            torch.testing.assert_close(patched(q=q, k=q, cos=cos, sin=sin), ours)
+            torch.testing.assert_close(patched(q, q, cos, sin), ours)
+            torch.testing.assert_close(patched(q, q, cos, sin, unsqueeze_dim=1), ours)
+            q, cos, sin = q[..., :7], cos[..., :7], sin[..., :7]
+            torch.testing.assert_close(patched(q, q, cos, sin), rotary(q, q, cos, sin))
+
+
 def test_layers_with_another_formula_are_left_alone():
     class OneBasedRMSNorm(nn.Module):
         def __init__(self):
