@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from elastic_sparsity.fused import fused_causal_softmax_
+
 SLICE = 128  # tokens; 64 and 256 are within 10 % of it
 NAME = "elastic_causal"
 
@@ -36,8 +38,10 @@ class _CausalAttention(torch.autograd.Function):
             scores = query.new_empty(rows, per_key * size, end)
             torch.baddbmm(scores, part, key[:, :end].mT, beta=0, alpha=scale, out=scores)
             scores = scores.view(rows, per_key, size, end)
-            scores[..., start:].add_(future[:size, :size])  # a fifth of masked_fill_'s time
-            shares = torch.softmax(scores, dim=-1, out=scores).view(rows, per_key * size, end)
+            if not fused_causal_softmax_(scores):
+                scores[..., start:].add_(future[:size, :size])  # a fifth of masked_fill_'s time
+                torch.softmax(scores, dim=-1, out=scores)
+            shares = scores.view(rows, per_key * size, end)
             output[:, :, start:end] = torch.bmm(shares, value[:, :end]).view(rows, per_key, size, width)
             kept.append(shares)
         ctx.save_for_backward(query, key, value, *kept)

@@ -23,6 +23,7 @@ from elastic_sparsity.adapters import elastic_linears, set_level_
 from elastic_sparsity.arch import architecture_of
 from elastic_sparsity.distill import Share, cosine
 from elastic_sparsity.errors import NumericsError
+from elastic_sparsity.fused import fused_kl_
 from elastic_sparsity.ladder import Ladder, Level
 
 log = logging.getLogger(__name__)
@@ -67,6 +68,9 @@ def _logits_kl(student_NV: Tensor, teacher_NV: Tensor, grad_NV: Tensor) -> Tenso
 
     In float32, `KL_ROWS` rows at a time in the same three buffers on a CPU, because they then stay in its cache.
     """
+    found = fused_kl_(student_NV, teacher_NV, grad_NV)
+    if found is not None:
+        return found
     rows = KL_ROWS if student_NV.device.type == "cpu" else max(1, student_NV.shape[0])
     buffers = torch.empty(3, rows, student_NV.shape[1], device=student_NV.device)
     total = torch.zeros((), dtype=torch.float64, device=student_NV.device)

@@ -18,6 +18,7 @@ from elastic_sparsity.distill import Share
 from elastic_sparsity.errors import ConfigError
 from elastic_sparsity.files import atomic_folder, check_output_folder
 from elastic_sparsity.folding import check_function_kept
+from elastic_sparsity.fused_layers import fused_layers
 from elastic_sparsity.induction import Induced, InductionSettings, learn_channel_scales
 from elastic_sparsity.induction_file import save_scales
 from elastic_sparsity.models import BaseModel, load_base
@@ -82,7 +83,7 @@ def induce(recipe: Recipe, output: str | Path, progress: Progress = silent) -> I
     token_ids_ST, _ = calibration_tokens(recipe, base, progress)
     token_ids_ST, model = token_ids_ST.to(base.model.device), base.model
     dtype = model.dtype
-    with training_attention(model):
+    with training_attention(model), fused_layers(model):
         found = learn(
             recipe, base, token_ids_ST, resolve_precision(recipe.precision, model.device.type), Workers(), progress
         )

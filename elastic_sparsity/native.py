@@ -30,11 +30,11 @@ KNOWN_PATHS = {
 }
 TORCH = "torch"
 _NAME = "_kernels.so"
-_VERSION = 1  # of es_version() in kernels/api.cpp
+_VERSION = 2  # of es_version() in kernels/api.cpp
 _REINSTALL = "pip install --force-reinstall --no-cache-dir --no-deps elastic-sparsity"
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _POINTER, _INT32, _INT64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
-_CODES = {"p": _POINTER, "i": _INT32, "l": _INT64, "I": ctypes.c_uint32}
+_CODES = {"p": _POINTER, "i": _INT32, "l": _INT64, "I": ctypes.c_uint32, "d": ctypes.c_double}
 _SIGNATURES = {  # name: arguments, result
     "es_version": ("", _INT32),
     "es_path_count": ("", _INT32),
@@ -51,6 +51,11 @@ _SIGNATURES = {  # name: arguments, result
     "es_all_finite": ("pliI", _INT32),
     "es_finish": ("iplpip", _INT32),
     "es_pack_rows": ("pllpippp", _INT64),
+    "es_kl": ("ipiillpppp", None),
+    "es_causal_softmax": ("ipiilllp", None),
+    "es_rms_norm": ("ipillppdpp", None),
+    "es_rms_norm_backward": ("ipillppppp", None),
+    "es_rotary": ("ipiillllplllpplpllli", None),
 }
 
 
@@ -129,6 +134,16 @@ def _library() -> ctypes.CDLL | None:
     return library
 
 
+@cache
+def library_problem() -> str | None:
+    """Why the compiled library that lies here is of no use (another build, damaged); None also if there is none."""
+    try:
+        _library()
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
 def library_file() -> Path | None:
     """Where the compiled library is, None if it was not built, or cannot serve this machine."""
     if sys.byteorder != "little":
@@ -147,6 +162,7 @@ def _why_missing() -> str:
     return f"installed without a supported C++ compiler; install g++ or clang, then {_REINSTALL}"
 
 
+@cache
 def _usable(library: ctypes.CDLL) -> Mapping[str, bool]:
     """Paths of this build in the library's order, and whether the CPU has their instructions."""
     count = range(library.es_path_count())
@@ -291,6 +307,12 @@ class Kernels:
         )  # fmt: skip
         assert placed in (num_kept, -1), (placed, num_kept)
         return weight if placed >= 0 else None
+
+    def run(self, name: str, dtype: torch.dtype | None, *arguments: float | Tensor) -> None:
+        """A function of training_api.cpp by torch's threads; `dtype` = None: it serves one only. For fused.py."""
+        given = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
+        codes = [] if dtype is None else [_DTYPES[dtype]]
+        getattr(self._library, name)(self._index, self._fork, torch.get_num_threads(), *codes, *given)
 
 
 def _pointer(tensor: Tensor, *dtypes: torch.dtype) -> int:

@@ -31,6 +31,7 @@ from elastic_sparsity.distill import Share
 from elastic_sparsity.end_to_end import EndToEndSettings, Snapshots, train_end_to_end_
 from elastic_sparsity.errors import ConfigError, OutputError
 from elastic_sparsity.files import check_output_folder, is_file, write_json
+from elastic_sparsity.fused_layers import fused_layers
 from elastic_sparsity.inducing import learn
 from elastic_sparsity.manifest import CONFIG_NAME
 from elastic_sparsity.model_shapes import read_shapes
@@ -68,7 +69,7 @@ def optimize(
         job, stored_dtype, identity = prepare(recipe, folder, workers, progress if workers.is_main else silent)
         if is_file(output / CONFIG_NAME):
             return ElasticCheckpoint(output)
-        with training_attention(job.base.model):
+        with training_attention(job.base.model), fused_layers(job.base.model):
             job, induced = run_induction(job)
             block_losses, mixer_weights = run_block_phase_(job)
             final_kl = run_end_to_end_(job)

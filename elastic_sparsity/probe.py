@@ -16,6 +16,7 @@ from elastic_sparsity.blocks import BlockRunner
 from elastic_sparsity.calibrate import block_statistics
 from elastic_sparsity.config import Recipe
 from elastic_sparsity.distill import BlockSettings, Share, train_block_
+from elastic_sparsity.fused_layers import fused_layers
 from elastic_sparsity.mixer import FeatureMixer
 from elastic_sparsity.models import BaseModel
 from elastic_sparsity.precision import default_device
@@ -40,7 +41,7 @@ def probe(recipe: Recipe, config: Any, trainable: str, precision: str, dtype: to
     tokens = torch.zeros(batch, length, dtype=torch.int64, device=model.device)
     blocks = model.get_submodule(architecture_of(config.model_type).blocks)
     runner = BlockRunner(model.base_model, blocks, tokens, batch)
-    with tempfile.TemporaryDirectory() as folder, training_attention(model):
+    with tempfile.TemporaryDirectory() as folder, training_attention(model), fused_layers(model):
         job = Job(
             recipe=recipe, base=BaseModel(model, None, {}), token_ids_ST=tokens, trainable=trainable,
             precision=precision, activations=DEVICE, workers=Workers(), folder=RunFolder(Path(folder), writes=False),

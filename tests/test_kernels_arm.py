@@ -16,7 +16,7 @@ FLAGS = ["-std=c++17", "-O2", "-Wall", "-static"]
 
 def check(compiler, flags, sources, run, tmp_path):
     binary = tmp_path / "kernels_check"
-    files = [str(KERNELS / name) for name in ("api.cpp", "path_portable.cpp", *sources)]
+    files = [str(KERNELS / name) for name in ("api.cpp", "training_api.cpp", "path_portable.cpp", *sources)]
     command = [compiler, *FLAGS, *flags, str(TESTS / "kernels_check.cpp"), *files, "-o", str(binary)]
     subprocess.run(command, check=True, capture_output=True, text=True)
     done = subprocess.run([*run, str(binary)], capture_output=True, text=True, timeout=300)

@@ -23,6 +23,7 @@ ALLOWED = {
     "packing": {"torch", "numpy", "errors"},
     "packed_weight": {"torch", "packing", "precision"},
     "native": {"torch", "errors", "packed_weight"},
+    "fused": {"torch", "errors", "native"},
     "bitmask": {"torch", "numpy", "errors", "packing", "precision"},
     "files": {"safetensors", "errors"},
     "allocator": set(),
@@ -66,7 +67,8 @@ ALLOWED = {
     "induction_file": {"torch", "arch", "errors", "files", "tensor_file", "tensor_file_writer"},
     "data": {"torch", "datasets", "errors", "files"},
     "blocks": {"torch", "activations", "errors"},
-    "attention": {"torch", "transformers"},
+    "fused_layers": {"torch", "fused"},
+    "attention": {"torch", "transformers", "fused"},
     "adapters": {"torch", "arch", "errors", "ladder", "masks", "precision"},
     "sharding": {"torch", "adapters"},
     "block_state": {"torch", "adapters", "arch", "ladder", "shells"},
@@ -82,13 +84,13 @@ ALLOWED = {
     "calibrate": {"torch", "activations", "arch", "blocks", "importance"},
     "calibration_text": {"torch", "safetensors", "config", "data", "errors", "files", "models", "precision"},
     "distill": {"torch", "activations", "adapters", "blocks", "errors", "ladder", "mixer"},
-    "end_to_end": {"torch", "adapters", "arch", "distill", "errors", "ladder"},
+    "end_to_end": {"torch", "adapters", "arch", "distill", "errors", "fused", "ladder"},
     "induction": {
         "torch", "adapters", "arch", "blocks", "distill", "end_to_end", "errors", "importance", "ladder", "soft_mask",
     },
     "inducing": {
         "torch", "absorption", "arch", "attention", "calibration_text", "config", "distill", "errors", "files",
-        "folding", "induction", "induction_file", "models", "precision", "workers",
+        "folding", "fused_layers", "induction", "induction_file", "models", "precision", "workers",
     },
     "block_phase": {
         "torch", "activations", "adapters", "arch", "block_state", "blocks", "calibrate", "config", "distill", "errors",
@@ -123,7 +125,7 @@ ALLOWED = {
     "work_plan": {"plan_sizes"},
     "probe": {
         "torch", "transformers", "activations", "arch", "attention", "block_phase", "blocks", "calibrate", "config",
-        "distill", "mixer", "models", "precision", "run_folder", "work_plan", "workers",
+        "distill", "fused_layers", "mixer", "models", "precision", "run_folder", "work_plan", "workers",
     },
     # layer 4: the flow
     "planning": {
@@ -132,9 +134,8 @@ ALLOWED = {
     "pipeline": {
         "torch", "adapters", "allocator", "arch", "attention", "block_phase", "block_state", "calibration_text",
         "checkpoint", "model_shapes", "plan_sizes", "planning",
-        "checkpoint_writer", "config", "data", "distill", "end_to_end", "errors", "files", "inducing", "manifest",
-        "models",
-        "precision", "run_folder", "sharding", "shells", "workers",
+        "checkpoint_writer", "config", "data", "distill", "end_to_end", "errors", "files", "fused_layers", "inducing",
+        "manifest", "models", "precision", "run_folder", "sharding", "shells", "workers",
     },
     "measure": {
         "baselines", "calibration_text", "checkpoint", "config", "data", "errors", "evaluate", "hub", "ladder",

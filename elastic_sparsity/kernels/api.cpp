@@ -1,8 +1,8 @@
 // The C interface that `native.py` calls. Sizes are checked there; counts and bits of files are checked here.
-#include <atomic>
 #include <memory>
 
 #include "generic.h"
+#include "parallel.h"
 
 namespace es {
 
@@ -30,28 +30,6 @@ const Path* const kPaths[] = {
     &kPortable, nullptr};
 
 namespace {
-
-// Runs `work(begin, end)` over [0, count) on torch's own OpenMP threads, whose entry point Python hands in: a second
-// pool would fight with it for the cores, since idle OpenMP threads spin.
-using Fork = void (*)(void (*)(void*), void*, unsigned, unsigned);
-
-template <class Work>
-void parallel(Fork fork, int32_t threads, int64_t count, int64_t chunk, const Work& work) {
-  if (!fork || threads < 2 || count <= chunk) return work(0, count);
-  struct Shared {
-    std::atomic<int64_t> next{0};
-    int64_t count, chunk;
-    const Work* work;
-  } shared;
-  shared.count = count, shared.chunk = chunk, shared.work = &work;
-  fork(
-      [](void* data) {
-        auto& s = *static_cast<Shared*>(data);
-        for (int64_t at; (at = s.next.fetch_add(s.chunk)) < s.count;)
-          (*s.work)(at, at + s.chunk < s.count ? at + s.chunk : s.count);
-      },
-      &shared, unsigned(threads), 0);
-}
 
 // Rows a thread takes at once: a few takes each, so that one slow thread is not waited for; small products stay whole.
 int64_t row_chunk(int64_t rows, int64_t width, int32_t threads) {
@@ -88,7 +66,7 @@ using namespace es;
 extern "C" {
 
 // Raised whenever a signature or a meaning here changes: native.py refuses a library of another build.
-int32_t es_version() { return 1; }
+int32_t es_version() { return 2; }
 
 int32_t es_path_count() {
   int32_t count = 0;

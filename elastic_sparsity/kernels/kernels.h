@@ -33,6 +33,16 @@ struct Product {
   int64_t y_stride;
 };
 
+// Elementwise parts of training (training.h), by dtype where there are two. Rows and ranges are independent of each
+// other, so results do not depend on the number of threads.
+struct Training {
+  double (*kl_row[2])(const void* student, const void* teacher, void* grad, int64_t n);
+  void (*softmax_row[2])(void* scores, int64_t seen, int64_t n, float* scratch);
+  float (*rms_norm_row)(const float* x, const float* w, float eps, float* y, int64_t n);
+  void (*rms_norm_backward_row)(const float* x, const float* w, const float* g, float factor, float* out, int64_t n);
+  void (*rotary_row[2])(const void* x, const float* cos, const float* sin, void* y, int64_t half, int32_t transpose);
+};
+
 // One instruction set. Every function gives what the portable one gives, products of finite x up to the order of
 // summation (and AVX-512's flush subnormal factors to zero; zero times infinity is NaN only where zeros are multiplied).
 struct Path {
@@ -49,6 +59,7 @@ struct Path {
   const uint16_t* (*widen)(const uint64_t* bits, int64_t n, const uint16_t* values, const uint16_t* end, float* out);
   // float32 rounded to nearest even, +0 where bits are clear; false if a result is NaN or infinite.
   bool (*round_bf16)(const uint64_t* bits, int64_t n, const float* in, uint16_t* out);
+  Training training;
 };
 
 extern const Path* const kPaths[];  // best first; null at the end

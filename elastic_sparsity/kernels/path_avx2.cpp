@@ -3,6 +3,8 @@
 
 #include "expand_table.h"
 #include "generic.h"
+#define ES_LANES 8
+#include "training.h"
 
 namespace es {
 namespace {
@@ -131,7 +133,7 @@ const uint16_t* widen(const uint64_t* bits, int64_t n, const uint16_t* values, c
 extern const Path kAvx2;
 const Path kAvx2 = {
     "avx2",   usable, false, by_tokens<Bf16>, by_tokens<F32>, expand16, expand32, widen,
-    round_generic,
+    round_generic, lanes::kTraining,
 };
 
 }  // namespace es

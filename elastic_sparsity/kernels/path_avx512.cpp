@@ -2,6 +2,8 @@
 #include <immintrin.h>
 
 #include "generic.h"
+#define ES_LANES 16
+#include "training.h"
 
 namespace es {
 namespace {
@@ -10,7 +12,8 @@ bool usable() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bf16") &&
-         __builtin_cpu_supports("popcnt") && __builtin_cpu_supports("bmi");
+         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("popcnt") &&
+         __builtin_cpu_supports("bmi");
 }
 
 inline __m512i load(const void* from) { return _mm512_loadu_si512(from); }
@@ -185,6 +188,9 @@ bool round_bf16(const uint64_t* bits, int64_t n, const float* in, uint16_t* out)
 }  // namespace
 
 extern const Path kAvx512;
-const Path kAvx512 = {"avx512", usable, true, by_tokens<Bf16>, by_tokens<F32>, expand16, expand32, widen, round_bf16};
+const Path kAvx512 = {
+    "avx512", usable,     true, by_tokens<Bf16>, by_tokens<F32>, expand16, expand32, widen,
+    round_bf16, lanes::kTraining,
+};
 
 }  // namespace es

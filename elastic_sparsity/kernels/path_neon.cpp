@@ -3,6 +3,8 @@
 
 #include "expand_table.h"
 #include "generic.h"
+#define ES_LANES 4
+#include "training.h"
 
 namespace es {
 namespace {
@@ -109,6 +111,7 @@ extern const Path kNeon;
 const Path kNeon = {
     "neon",        usable, false, by_tokens<Bf16>, by_tokens<F32>, expand16,
     expand_generic<uint32_t, uint32_t>, widen, round_generic,
+    lanes::kTraining,
 };
 
 }  // namespace es

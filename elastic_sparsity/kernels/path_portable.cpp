@@ -1,5 +1,7 @@
 // Plain C++: what every other path is tested against.
 #include "generic.h"
+#define ES_LANES 4
+#include "training.h"
 
 namespace es {
 namespace {
@@ -17,6 +19,7 @@ const Path kPortable = {
     expand_generic<uint32_t, uint32_t>,
     expand_generic<uint16_t, float>,
     round_generic,
+    lanes::kTraining,
 };
 
 }  // namespace es
