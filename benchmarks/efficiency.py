@@ -2,7 +2,8 @@
 
     python benchmarks/efficiency.py --calibration abc-news.txt
 
-Runs the recipe from the first to the last second and times its parts. "ideal" counts what the passes must multiply (a
+Runs the recipe from the first to the last second and times its parts; `--end-to-end-steps` takes fewer of its alike
+steps on a slow machine, and the last row counts those for all of them. "ideal" counts what the passes must multiply (a
 causal half of attention, half of a symmetric matrix, no gradient nobody reads), all of it at the best rate measured
 before and after for large square products in the run's precision; "own precision" takes the float32 rate for what has
 to be float32. The counts are checked against torch's `FlopCounterMode`.
@@ -218,11 +219,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--recipe", default="smollm2-135m", help="of recipes/; a Llama")
+    parser.add_argument("--end-to-end-steps", type=int, help="fewer than the recipe's, on a slow machine")
     parser.add_argument("--checkpoint", type=Path, help="keep it there")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "efficiency.json")
     args = parser.parse_args()
     changes = {"calibration": {"source": args.calibration}, "end_to_end": {"trainable": "base"}}
-    recipe = read_recipe(HERE.parent / "recipes" / f"{args.recipe}.toml", changes)
+    path = HERE.parent / "recipes" / f"{args.recipe}.toml"
+    all_steps = read_recipe(path, changes).end_to_end.steps
+    steps = args.end_to_end_steps or all_steps
+    recipe = read_recipe(path, {**changes, "end_to_end": {"trainable": "base", "steps": steps}})
     base = load_base(recipe.model.id, recipe.model.dtype)
     ids, _ = calibration_tokens(recipe, base)
     dtype, shapes = DTYPES[resolve_precision(recipe.precision, "cpu")], Shapes.of(base.model, recipe)
@@ -243,7 +248,11 @@ def main() -> None:
         phase: rows_of(count, {part: t for (of, part), t in clock.seconds.items() if of == phase}, best, best_float)
         for phase, count in counts.items()
     }
-    phases["whole run"] = with_shares({"all": total_of({name: rows["all"] for name, rows in phases.items()})})
+    sums = {name: rows["all"] for name, rows in phases.items()}
+    phases["whole run"] = with_shares({"all": total_of(sums)})
+    if steps != all_steps:
+        sums["end to end"] = {name: value * all_steps / steps for name, value in sums["end to end"].items()}
+        phases[f"at {all_steps} steps"] = with_shares({"all": total_of(sums)})
     checked = check_counts(recipe, shapes, ids)
     console = Console(width=130)
     for name in before:
@@ -257,7 +266,7 @@ def main() -> None:
         "commit": commit(),
         "seed": recipe.seed,
         "versions": versions(),
-        "protocol": {"recipe": args.recipe, "seconds": seconds, "extrapolated": False},
+        "protocol": {"recipe": args.recipe, "seconds": seconds, "end_to_end_steps": steps, "recipe_steps": all_steps},
         "rates": {"before": before, "after": after, "denominator": best, "float32": best_float},
         "counted_by_torch_over_ours": checked,
         "phases": phases,
