@@ -231,6 +231,7 @@ def main() -> None:
     base = load_base(recipe.model.id, recipe.model.dtype)
     ids, _ = calibration_tokens(recipe, base)
     dtype, shapes = DTYPES[resolve_precision(recipe.precision, "cpu")], Shapes.of(base.model, recipe)
+    checked = check_counts(recipe, shapes, ids)
     before = rates(shapes, dtype)
     del base
     clock = Clock()
@@ -253,7 +254,6 @@ def main() -> None:
     if steps != all_steps:
         sums["end to end"] = {name: value * all_steps / steps for name, value in sums["end to end"].items()}
         phases[f"at {all_steps} steps"] = with_shares({"all": total_of(sums)})
-    checked = check_counts(recipe, shapes, ids)
     console = Console(width=130)
     for name in before:
         console.print(f"{name}: {before[name] / 1e9:.0f} GFLOP/s before, {after[name] / 1e9:.0f} after")

@@ -1,9 +1,10 @@
-"""One-shot pruning of a whole model at one level: magnitude, Wanda, OBS scores, SparseGPT. The baselines of all tables.
+"""One-shot pruning of a whole model at one level: magnitude, Wanda, RIA, OBS, DSnoT, SparseGPT: all tables' baselines.
 
 Block by block, each block calibrated on the output of the already pruned ones, as the public implementations do.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,10 +16,12 @@ from elastic_sparsity.calibrate import block_statistics
 from elastic_sparsity.errors import ConfigError
 from elastic_sparsity.importance import InputStatistics, importance_scores
 from elastic_sparsity.ladder import Level, keep_count
-from elastic_sparsity.masks import drop_levels, mask_at, pattern_mask
+from elastic_sparsity.mask_moves import moved_mask
+from elastic_sparsity.masks import drop_levels, mask_at, matrix_mask, pattern_mask
 from elastic_sparsity.sparsegpt import sparsegpt
 
-METHODS = ("magnitude", "wanda", "obs", "sparsegpt")
+METHODS = ("magnitude", "wanda", "ria", "obs", "dsnot", "sparsegpt")
+WHOLE_MATRIX = ("magnitude", "ria")  # compared within the matrix, as their public code does; the others within a row
 
 
 @torch.no_grad()
@@ -31,6 +34,7 @@ def prune_one_shot_(
     damping: float = 0.01,
     batch_size: int = 4,
     channel_scales: Mapping[str, Tensor] | None = None,
+    allocation: Mapping[str, int] | None = None,
     autocast: Callable[[], Any],
     on_block: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
@@ -38,10 +42,15 @@ def prune_one_shot_(
 
     Args:
         channel_scales: what `induction` learned, by linear name; they scale the scores that choose the masks.
-    Raises: ConfigError: unknown method. NumericsError: bad statistics.
+        allocation: weights kept a row by linear name, instead of the level's sparsity everywhere; unstructured only.
+    Raises: ConfigError: unknown method, or an allocation of N:M. NumericsError: bad statistics.
     """
     if method not in METHODS:
         raise ConfigError(f"method {method!r} is unknown; expected one of {', '.join(METHODS)}.")
+    if allocation and level.pattern:
+        raise ConfigError(
+            f"level {level.name}: an N:M pattern keeps as much in every linear; leave the allocation out."
+        )
     blocks = decoder_blocks(model)
     row = architecture_of(model.config.model_type)
     runner = BlockRunner(model.base_model, list(blocks), token_ids_ST.to(model.device), batch_size)
@@ -50,12 +59,16 @@ def prune_one_shot_(
         where = f"{row.blocks}.{index}"
         linears = {path: block.get_submodule(path) for path in row.linears}
         call = runner.call(index)
-        gram = method in ("obs", "sparsegpt")
-        found = block_statistics(runner, call, linears, [hidden], gram=gram, autocast=autocast, where=where)
+        gram, mean = method in ("obs", "sparsegpt"), method == "dsnot"
+        found = block_statistics(runner, call, linears, [hidden], gram=gram, mean=mean, autocast=autocast, where=where)
         for path, linear in linears.items():
             weight = weight_OI(linear)
-            scale_I = (channel_scales or {}).get(f"{where}.{path}")
-            weight.copy_(pruned_weight(weight, found[path], level, method, damping, f"{where}.{path}", scale_I))
+            name = f"{where}.{path}"
+            wanted_here = level
+            if allocation:
+                wanted_here = replace(level, sparsity=1 - allocation[name] / weight.shape[1])
+            scale_I = (channel_scales or {}).get(name)
+            weight.copy_(pruned_weight(weight, found[path], wanted_here, method, damping, name, scale_I))
         with autocast():
             hidden = runner.map(call, hidden)
         on_block(index + 1, len(blocks))
@@ -82,9 +95,15 @@ def pruned_weight(
             channel_scale_I=channel_scale_I,
             where=where,
         )
-    scores = importance_scores(method, weight, statistics, damping, where, channel_scale_I)
+    scored = "wanda" if method == "dsnot" else method
+    scores = importance_scores(scored, weight, statistics, damping, where, channel_scale_I)
     if level.pattern is not None:
         mask = pattern_mask(scores, *level.pattern)
+    elif method in WHOLE_MATRIX:
+        mask = matrix_mask(scores, level.sparsity)
     else:
         mask = mask_at(drop_levels(scores, [keep_count(weight.shape[1], level.sparsity)]), 0)
+    if method == "dsnot":
+        norm_I = statistics.square_sum_I.sqrt()
+        mask = moved_mask(weight, mask, statistics.mean_I, statistics.variance_I, norm_I, pattern=level.pattern)
     return torch.where(mask, weight.float(), 0.0)

@@ -47,6 +47,7 @@ class Job:
         precision: "float32" or "bfloat16" products.
         activations: where hidden states live: "device", "host" or "disk".
         channel_scales: what induction learned, by linear name; empty without it.
+        allocation: weights kept a row at every unstructured level, by linear name; empty = uniform.
     """
 
     recipe: Recipe
@@ -60,6 +61,7 @@ class Job:
     generator: torch.Generator
     progress: Callable[[str, int, int], None]
     channel_scales: Mapping[str, Tensor] = field(default_factory=dict)
+    allocation: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def sharded(self) -> bool:
@@ -273,7 +275,8 @@ def attach_elastic_(
     for path, linear in linears.items():
         weight, scale_I = weight_OI(linear), job.channel_scales.get(f"{where}.{path}")
         scores = importance_scores(recipe.scores.method, weight, statistics[path], recipe.scores.damping, path, scale_I)
-        counts = [keep_count(weight.shape[1], s) for s in ladder.sparsities]
+        flat = [keep_count(weight.shape[1], s) for s in ladder.sparsities]
+        counts = job.allocation.get(f"{where}.{path}", flat)
         drop_level = drop_levels(scores, counts) if counts else None
         densest = mask_at(drop_level, 0) if drop_level is not None and recipe.scores.patterns == "within" else None
         patterns = [pattern_mask(scores, *p, densest) for p in (level.pattern for level in ladder.levels) if p]

@@ -56,7 +56,7 @@ class EvaluationSection(_Section):
     window: Length = 2048
     """Tokens a window; windows do not overlap."""
     max_windows: Positive | None = None
-    baselines: tuple[Literal["magnitude", "wanda", "obs", "sparsegpt"], ...] = ("wanda",)
+    baselines: tuple[Literal["magnitude", "wanda", "ria", "obs", "dsnot", "sparsegpt"], ...] = ("wanda",)
     """One-shot methods to prune with and to evaluate beside the elastic levels."""
     baseline_samples: Positive | None = None
     """How many calibration samples they get, the first ones; None = as many as the block phase."""
@@ -72,7 +72,7 @@ class LadderSection(_Section):
 
 
 class ScoresSection(_Section):
-    method: Literal["magnitude", "wanda", "obs"] = "wanda"
+    method: Literal["magnitude", "wanda", "ria", "obs"] = "wanda"
     damping: Above = 0.01
     """Of the input covariance, relative to its mean diagonal; for "obs" and SparseGPT."""
     patterns: Literal["free", "within"] = "free"
@@ -92,6 +92,13 @@ class InductionSection(_Section):
     """How many of the calibration samples give the input norms."""
     held_out: Positive = 8
     """Calibration samples, the last ones, that judge the scales: without a gain there they are not used."""
+
+
+class AllocationSection(_Section):
+    """How sparsity is shared out to the linears."""
+
+    plan: str | None = None
+    """File that `elastic-sparsity search` wrote; None = the same sparsity in every linear."""
 
 
 class AdapterSection(_Section):
@@ -163,6 +170,7 @@ class Recipe(_Section):
     ladder: LadderSection
     evaluation: EvaluationSection = EvaluationSection()
     scores: ScoresSection = ScoresSection()
+    allocation: AllocationSection = AllocationSection()
     induction: InductionSection = InductionSection()
     adapters: AdapterSection = AdapterSection()
     mixer: MixerSection = MixerSection()

@@ -1,8 +1,8 @@
 """Importance scores of a weight, and the running input statistics they need. torch only; higher = keep.
 
-Sources: Wanda (arXiv 2306.11695, eq. 1); the optimal-brain-surgeon saliency as used by SparseGPT
-(arXiv 2301.00774, eq. 3). Unlike the EPTS code, statistics are fp32 (fp16 squares overflow from 256 on), are taken on
-the stream the level will really see, and are refreshed for every block.
+Sources: Wanda (arXiv 2306.11695, eq. 1); RIA ("Plug-and-Play", ICLR 2024, eq. 3 and 4); the optimal-brain-surgeon
+saliency as used by SparseGPT (arXiv 2301.00774, eq. 3). Unlike the EPTS code, statistics are fp32 (fp16 squares
+overflow from 256 on), are taken on the stream the level will really see, and are refreshed for every block.
 """
 
 from collections.abc import Callable
@@ -21,11 +21,13 @@ class InputStatistics:
     Args:
         width: input features I.
         gram: also accumulate the (I, I) matrix sum x xT, needed by Hessian-aware scores and SparseGPT.
+        mean: also accumulate the sum of x, needed by DSnoT.
     """
 
-    def __init__(self, width: int, *, gram: bool, device: torch.device | str = "cpu") -> None:
+    def __init__(self, width: int, *, gram: bool, mean: bool = False, device: torch.device | str = "cpu") -> None:
         self.width = width
         self.num_tokens = 0
+        self._sum_I = torch.zeros(width, dtype=torch.float64, device=device) if mean else None
         self._square_sum_I = torch.zeros(width, dtype=torch.float64, device=device)
         self.gram_II = torch.zeros(width, width, dtype=torch.float32, device=device) if gram else None
 
@@ -35,6 +37,8 @@ class InputStatistics:
             raise ShapeError(f"input statistics: expected {self.width} features, found shape {tuple(x.shape)}.")
         x_TI = x.detach().reshape(-1, self.width).float()
         self.num_tokens += x_TI.shape[0]
+        if self._sum_I is not None:
+            self._sum_I += x_TI.sum(dim=0)
         if self.gram_II is None:
             self._square_sum_I += x_TI.square().sum(dim=0)
             return
@@ -46,13 +50,25 @@ class InputStatistics:
         """(I,) float32: sum of squares of every channel."""
         return self._square_sum_I.float() if self.gram_II is None else self.gram_II.diagonal().clone()
 
+    @property
+    def mean_I(self) -> Tensor:
+        """(I,) float32: mean of every channel."""
+        assert self._sum_I is not None
+        return (self._sum_I / self.num_tokens).float()
+
+    @property
+    def variance_I(self) -> Tensor:
+        """(I,) float32: variance of every channel over the tokens."""
+        assert self._sum_I is not None
+        mean_I = self._sum_I / self.num_tokens
+        return (self.square_sum_I.double() / self.num_tokens - mean_I.square()).clamp_min(0).float()
+
     def reduce(self, sum_: Callable[[list[Tensor]], None]) -> None:
         """Adds up the statistics of several workers. `sum_` sums tensors in place over all of them."""
         count = torch.tensor([self.num_tokens], dtype=torch.float64, device=self._square_sum_I.device)
         sum_([count, self._square_sum_I])
         self.num_tokens = int(count)
-        if self.gram_II is not None:
-            sum_([self.gram_II])
+        sum_([x for x in (self._sum_I, self.gram_II) if x is not None])
 
     def checked(self, where: str) -> "InputStatistics":
         """Itself, if it is finite and not empty.
@@ -86,6 +102,22 @@ def wanda_scores(weight_OI: Tensor, square_sum_I: Tensor) -> Tensor:
     if square_sum_I.shape != weight_OI.shape[1:]:
         raise ShapeError(f"wanda: weight {tuple(weight_OI.shape)} against statistics {tuple(square_sum_I.shape)}.")
     return weight_OI.float().abs() * square_sum_I.sqrt()
+
+
+def ria_scores(weight_OI: Tensor, square_sum_I: Tensor, power: float = 0.5) -> Tensor:
+    """Relative importance and activations: (|w| / its input's sum + |w| / its row's sum) times norm of the input^power.
+
+    Args:
+        square_sum_I: float32, sum of squares of every input over all calibration tokens.
+        power: of the input's L2 norm; the paper's 0.5.
+    Returns: (O, I) float32, comparable within the whole matrix. A weight of an all-zero row or column scores 0.
+    Raises: ShapeError.
+    """
+    if square_sum_I.shape != weight_OI.shape[1:]:
+        raise ShapeError(f"ria: weight {tuple(weight_OI.shape)} against statistics {tuple(square_sum_I.shape)}.")
+    size, tiny = weight_OI.float().abs(), torch.finfo(torch.float32).tiny
+    relative = size / size.sum(dim=0).clamp_min(tiny) + size / size.sum(dim=1, keepdim=True).clamp_min(tiny)
+    return relative * square_sum_I.sqrt().pow(power)
 
 
 def inverse_hessian(gram_II: Tensor, damping: float, where: str = "gram") -> Tensor:
@@ -123,7 +155,7 @@ def importance_scores(
     where: str,
     channel_scale_I: Tensor | None = None,
 ) -> Tensor:
-    """Scores by name: "magnitude", "wanda" or "obs" (which needs a gram).
+    """Scores by name: "magnitude", "wanda", "ria" or "obs" (which needs a gram).
 
     Args:
         channel_scale_I: learned scale of every input channel's importance (arXiv 2602.21652, eq. 11; see `induction`).
@@ -134,6 +166,8 @@ def importance_scores(
         scores = magnitude_scores(weight_OI)
     elif method == "wanda":
         scores = wanda_scores(weight_OI, statistics.square_sum_I)
+    elif method == "ria":
+        scores = ria_scores(weight_OI, statistics.square_sum_I)
     else:
         assert method == "obs" and statistics.gram_II is not None
         scores = obs_scores(weight_OI, statistics.gram_II, damping, where)

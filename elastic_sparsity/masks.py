@@ -59,6 +59,20 @@ def mask_at(drop_level_OI: Tensor, level: int) -> Tensor:
     return torch.gt(drop_level_OI, level, out=kept).view(torch.bool)
 
 
+def matrix_mask(scores_OI: Tensor, sparsity: float) -> Tensor:
+    """Keeps the highest scores of the whole matrix, however many that are in a row; ties are broken by index.
+
+    Args:
+        sparsity: fraction of zeros; int(number of weights * sparsity) weights go.
+    Returns: (O, I) bool.
+    """
+    kept = _checked(scores_OI).numel() - int(scores_OI.numel() * sparsity)
+    order = scores_OI.flatten().argsort(descending=True, stable=True)
+    mask = torch.zeros(scores_OI.numel(), dtype=torch.bool, device=scores_OI.device)
+    mask[order[:kept]] = True
+    return mask.view(scores_OI.shape)
+
+
 def pattern_mask(scores_OI: Tensor, kept: int, group_size: int, within_OI: Tensor | None = None) -> Tensor:
     """N:M mask: the `kept` highest scores of every `group_size` neighbours along the input dimension.
 

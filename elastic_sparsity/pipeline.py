@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from elastic_sparsity.adapters import elastic_linears
+from elastic_sparsity.allocation_file import allocation_of, load_plan
 from elastic_sparsity.allocator import return_freed_tensors_, usual_allocator_after
 from elastic_sparsity.arch import (
     check_finite_weights,
@@ -42,6 +43,7 @@ from elastic_sparsity.precision import default_device, resolve_precision
 from elastic_sparsity.run_folder import RunFolder, is_unfinished, run_folder
 from elastic_sparsity.sharding import shard_block_, whole_tensors
 from elastic_sparsity.shells import LinearRecord
+from elastic_sparsity.supernet import linear_sizes
 from elastic_sparsity.workers import Workers
 
 log = logging.getLogger(__name__)
@@ -88,6 +90,7 @@ def prepare(
     with workers.main_first():  # the others find downloads, conversions and sampled text in the cache
         planned = settle(recipe, workers.count)
         base = open_base(recipe, planned.weights)
+        allocation = _allocation(recipe, base.model)
         if recipe.evaluation.source is not None:
             evaluation_windows(recipe, base, None)  # a text that cannot be used should not cost a run
         token_ids, _ = calibration_tokens(recipe, base, progress)
@@ -104,7 +107,7 @@ def prepare(
         "versions": versions(),
     }
     with workers.main_first():
-        began = {**identity, "precision": precision, "device": model.device.type}
+        began = {**identity, "precision": precision, "device": model.device.type, "allocation": allocation}
         choices = folder.claim(began, {"trainable": planned.trainable})
     job = Job(
         recipe=recipe,
@@ -117,6 +120,7 @@ def prepare(
         folder=folder,
         generator=torch.Generator().manual_seed(recipe.seed),
         progress=progress,
+        allocation=allocation,
     )
     if base.stream is not None and job.trainable != "off" and not job.sharded:
         raise ConfigError(
@@ -124,6 +128,14 @@ def prepare(
             f"{workers.count}; start it with accelerate launch or torchrun, or set end_to_end.trainable = 'off'."
         )
     return job, stored_dtype, {**identity, "resolved": {"precision": precision, "trainable": job.trainable}}
+
+
+def _allocation(recipe: Recipe, model: Any) -> dict[str, tuple[int, ...]]:
+    """Weights kept a row by linear and level, if the recipe names a plan."""
+    if recipe.allocation.plan is None:
+        return {}
+    path = Path(recipe.allocation.plan)
+    return allocation_of(load_plan(path), path, linear_sizes(model), recipe.ladder.sparsities)
 
 
 def run_induction(job: Job) -> tuple[Job, dict[str, Any]]:

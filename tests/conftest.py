@@ -43,6 +43,20 @@ def merging_tokenizer(size=290, pre_tokenizer=None, text="", ignore_merges=False
     )
 
 
+def pytest_collection_modifyitems(items):
+    """Over several processes a file stays in one, and so do all files with bad inputs, which fill one ledger."""
+    for item in items:
+        name = item.path.name
+        item.add_marker(pytest.mark.xdist_group("hostile" if name.startswith("test_hostile") else name))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What tests want to be read, also if they ran in another process."""
+    for report in terminalreporter.stats.get("passed", []):
+        for name, text in report.user_properties:
+            terminalreporter.write_line(f"\n{name}\n{text}")
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory, monkeypatch, request):
     """Tests never read or fill the user's cache, except the one that fetches the real model."""

@@ -181,6 +181,8 @@ PIECES = (
 )  # fmt: skip
 EVAL_OPTIONS = ("--window", "--max-windows", "--precision", "--reference", "--level")
 INDUCE_OPTIONS = ("--levels", "--length", "--seed", "--calibration")
+SEARCH_OPTIONS = ("--levels", "--length", "--seed", "--method", "--preset", "--held-out")
+ONE_SEARCH = ("--samples", "2", "--length", "8", "--held-out", "8", "--generations", "1", "-q")
 ONE_STEP = ("--steps", "1", "--samples", "6", "--length", "8", "-q")
 BENCH_OPTIONS = ("--batch", "--prompt", "--new-tokens", "--repeats", "--threads", "--device", "--way", "--level")
 
@@ -193,6 +195,7 @@ def test_command_lines(ledger, tiny_checkpoint, text_file, quick, tmp_path):
         ("slice", tiny_checkpoint, "--output", ledger.out): ("--dtype", "--format", "--level"),
         ("export", tiny_checkpoint, "--output", ledger.out): ("--dtype", "--format", "--level"),
         ("induce", "random:llama", "--output", ledger.out, *ONE_STEP): INDUCE_OPTIONS,
+        ("search", "random:llama", "--output", ledger.out, *ONE_SEARCH): SEARCH_OPTIONS,
         ("plan", quick, "--no-probe"): ("--device-memory", "--host-memory", "--disk", "--config", "--model"),
     }
     for command, options in numbers.items():
@@ -208,6 +211,7 @@ def test_command_lines(ledger, tiny_checkpoint, text_file, quick, tmp_path):
         **{command: [tiny_checkpoint] for command in commands},
         "train": [quick],
         "induce": ["random:llama", *ONE_STEP],
+        "search": ["random:llama", *ONE_SEARCH],
         "plan": [quick, "--no-probe"],
         "upgrade": [tmp_path],
     }

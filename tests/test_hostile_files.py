@@ -2,8 +2,10 @@
 
 # ruff: noqa: B023  every function made in a loop is called before the next turn
 
+import copy
 import json
 import shutil
+from functools import partial
 from random import Random
 
 import pytest
@@ -22,6 +24,7 @@ from elastic_sparsity import (
     export_level,
     export_peft,
     load_packed,
+    optimize,
     reapply_masks_,
     restore_overlay,
     save_sliced,
@@ -30,6 +33,8 @@ from elastic_sparsity import (
     write_overlay,
 )
 from elastic_sparsity import levels as list_levels
+from elastic_sparsity.allocating import Allocating, allocate
+from elastic_sparsity.allocation_file import load_plan
 from elastic_sparsity.bench import bench
 from elastic_sparsity.data import read_text
 from elastic_sparsity.device_profile import profile_path, read_profile
@@ -37,6 +42,7 @@ from elastic_sparsity.inducing import induce
 from elastic_sparsity.induction_file import FILE_NAME
 from elastic_sparsity.inspection import layer_types
 from elastic_sparsity.models import load_base, stream_base
+from elastic_sparsity.search import SearchSettings
 from elastic_sparsity.tiny import tiny_model
 
 pytest_plugins = ("hostile_fixtures",)
@@ -114,6 +120,31 @@ def test_induced_models(ledger, tmp_path, text_file):
             ledger.cli("eval", folder, "--text", text_file, *ONE_WINDOW, inputs=[folder], case=case)
         if number % 4 == 1:
             ledger.cli(*command, ledger.out, folder, inputs=[folder], case=case)
+
+
+def test_allocation_plans(ledger, tmp_path, quick):
+    """Damaged plans: read alone, by a run, and by a search that would go on with them."""
+    made, path = tmp_path / "good.json", tmp_path / "bad.json"
+    recipe = tiny_recipe(calibration={"samples": 8}, ladder={"sparsities": (0.5, 0.6, 0.7), "patterns": ()})
+    settings = SearchSettings(generations=1, windows=(1, 2), survivors=(2,))
+    allocate(recipe, Allocating(held_out=4, search=settings), made)
+    good, random = json.loads(made.read_text()), Random(13)
+    for number in range(120):
+        if number % 3:
+            changed = copy.deepcopy(good) if number % 3 == 1 else {**copy.deepcopy(good), "finished": False}
+            case = f"plan {number}: {replaced(changed, random)}"
+            path.write_text(json.dumps(changed))
+        else:
+            case = f"plan {number}"
+            path.write_text(made.read_text()[: number * made.stat().st_size // 120])
+        ledger.api("load_plan", lambda: load_plan(path), case=case, inputs=[path])
+        used = tiny_recipe(allocation={"plan": str(path)})
+        ledger.api("optimize", partial(optimize, used, ledger.out), case=case, inputs=[path])
+        if number % 3 == 2:  # a finished one is refused
+            search = Allocating(held_out=4, search=settings)
+            ledger.api(
+                "allocate", lambda: allocate(recipe, search, path), case=case, inputs=[path], keep=lambda *_: True
+            )
 
 
 def test_gguf_files(ledger, tmp_path, quick):

@@ -9,9 +9,8 @@ pytest_plugins = ("hostile_fixtures",)
 AT_LEAST = 5000
 
 
-def test_the_total(ledger, capsys):
-    with capsys.disabled():
-        print(f"\n{ledger.table()}")
+def test_the_total(ledger, record_property):
+    record_property("bad inputs", ledger.table())
     others = {path.name for path in Path(__file__).parent.glob("test_hostile*.py")} - {Path(__file__).name}
     if ledger.files != others:
         pytest.skip("counts only after all of tests/test_hostile*.py")

@@ -13,6 +13,7 @@ from elastic_sparsity.importance import (
     inverse_hessian,
     magnitude_scores,
     obs_scores,
+    ria_scores,
     wanda_scores,
 )
 
@@ -56,6 +57,41 @@ def test_wanda_equals_a_triple_loop(gram):
             for t in range(5):
                 total += float(x[t, i]) ** 2
             assert float(found[o, i]) == pytest.approx(abs(float(weight[o, i])) * math.sqrt(total), rel=1e-6)
+
+
+def test_ria_by_hand():
+    """Column sums 4 and 2, row sums 4 and 2; norms 16 and 1, whose roots are 4 and 1."""
+    found = ria_scores(torch.tensor([[3.0, -1.0], [-1.0, 1.0]]), torch.tensor([256.0, 1.0]))
+    assert found.tolist() == [[4 * (3 / 4 + 3 / 4), 1 / 2 + 1 / 4], [4 * (1 / 4 + 1 / 2), 1 / 2 + 1 / 2]]
+
+
+def test_ria_equals_a_loop_and_does_not_see_scales_of_the_weight():
+    weight, square_sum = random(5, 7), random(7, seed=3).square()
+    found = ria_scores(weight, square_sum, power=0.3)
+    for o in range(5):
+        for i in range(7):
+            size = abs(float(weight[o, i]))
+            relative = size / float(weight[:, i].abs().sum()) + size / float(weight[o].abs().sum())
+            assert float(found[o, i]) == pytest.approx(relative * float(square_sum[i]) ** 0.15, rel=1e-5)
+    torch.testing.assert_close(ria_scores(100 * weight, square_sum, power=0.3), found)
+
+
+def test_ria_of_zero_rows_and_columns_is_zero():
+    weight = random(3, 4)
+    weight[1], weight[:, 2] = 0.0, 0.0
+    found = ria_scores(weight, torch.ones(4))
+    assert torch.isfinite(found).all()
+    assert torch.equal(found == 0, weight == 0)
+
+
+def test_mean_and_variance_equal_torchs_over_all_batches():
+    batches = [random(4, 6) + 3, random(2, 5, 6, seed=1) - 1]
+    statistics = InputStatistics(6, gram=False, mean=True)
+    for batch in batches:
+        statistics.update(batch)
+    x = torch.cat([batch.flatten(0, -2) for batch in batches]).double()
+    torch.testing.assert_close(statistics.mean_I, x.mean(0).float())
+    torch.testing.assert_close(statistics.variance_I, x.var(0, correction=0).float(), rtol=1e-5, atol=1e-6)
 
 
 def test_obs_equals_the_cheapest_repair_of_a_row():
@@ -122,6 +158,7 @@ def test_scores_by_name():
     for method, expected in (
         ("magnitude", weight.abs()),
         ("wanda", wanda_scores(weight, statistics.square_sum_I)),
+        ("ria", ria_scores(weight, statistics.square_sum_I)),
         ("obs", obs_scores(weight, statistics.gram_II, 0.02)),
     ):
         assert torch.equal(importance_scores(method, weight, statistics, 0.02, "w"), expected)
@@ -129,7 +166,7 @@ def test_scores_by_name():
 
 def test_scores_of_bfloat16_weights_are_float32():
     weight, statistics = random(3, 4).bfloat16(), statistics_of(random(20, 4, seed=1))
-    for method in ("magnitude", "wanda", "obs"):
+    for method in ("magnitude", "wanda", "ria", "obs"):
         found = importance_scores(method, weight, statistics, 0.01, "w")
         assert found.dtype == torch.float32
         assert torch.equal(found, importance_scores(method, weight.float(), statistics, 0.01, "w"))
@@ -140,6 +177,8 @@ def test_wrong_widths():
         InputStatistics(4, gram=False).update(torch.ones(2, 3))
     with pytest.raises(ShapeError, match=r"wanda: weight \(2, 4\) against statistics \(3,\)"):
         wanda_scores(torch.ones(2, 4), torch.ones(3))
+    with pytest.raises(ShapeError, match=r"ria: weight \(2, 4\) against statistics \(3,\)"):
+        ria_scores(torch.ones(2, 4), torch.ones(3))
 
 
 def test_checked_names_where_statistics_are_missing_or_not_finite():

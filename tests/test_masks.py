@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastic_sparsity.errors import NumericsError, ShapeError
-from elastic_sparsity.masks import drop_levels, mask_at, pattern_mask
+from elastic_sparsity.masks import drop_levels, mask_at, matrix_mask, pattern_mask
 from elastic_sparsity.packing import pack_bits, unpack_bits
 
 SEEDS = st.integers(0, 2**31 - 1)
@@ -151,3 +151,20 @@ def test_a_width_that_no_group_divides():
 def test_bad_bits(packed, length, message):
     with pytest.raises(ShapeError, match=re.escape(message)):
         unpack_bits(packed, length)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=SEEDS, rows=st.integers(1, 6), width=st.integers(1, 9), sparsity=st.floats(0, 0.99))
+def test_matrix_mask_keeps_the_highest_of_all(seed, rows, width, sparsity):
+    scores = tied_scores(rows, width, seed)
+    mask = matrix_mask(scores, sparsity)
+    gone = int(rows * width * sparsity)
+    ranked = sorted(range(rows * width), key=lambda i: (-float(scores.flatten()[i]), i))
+    expected = torch.zeros(rows * width, dtype=torch.bool)
+    expected[ranked[: rows * width - gone]] = True
+    assert torch.equal(mask.flatten(), expected)
+
+
+def test_matrix_mask_refuses_nan():
+    with pytest.raises(NumericsError, match="scores: found NaN"):
+        matrix_mask(torch.tensor([[1.0, float("nan")]]), 0.5)

@@ -1,0 +1,229 @@
+"""From a base model to an allocation plan: scores, cheap allocations, search. What `elastic-sparsity search` does."""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from elastic_sparsity.allocation import (
+    Kept,
+    Trade,
+    bounds,
+    by_depth,
+    by_outliers,
+    fitted,
+    from_the_middle,
+    trade,
+    uniform,
+)
+from elastic_sparsity.allocation_file import AllocationPlan, LinearPlan, check_unfinished, load_plan, save_plan
+from elastic_sparsity.attention import training_attention
+from elastic_sparsity.calibration_text import Progress, calibration_tokens, silent
+from elastic_sparsity.config import Recipe
+from elastic_sparsity.data import token_hash
+from elastic_sparsity.errors import ConfigError, OutputError
+from elastic_sparsity.files import check_output_file
+from elastic_sparsity.fused_layers import fused_layers
+from elastic_sparsity.models import load_base
+from elastic_sparsity.precision import autocast_factory, resolve_precision
+from elastic_sparsity.search import Generation, Judge, SearchSettings, evolve
+from elastic_sparsity.supernet import Supernet, TopKL
+
+log = logging.getLogger(__name__)
+
+METHODS = ("search", "arithmetic", "owl", "uniform")
+SLOPES = (0.05, 0.1, 0.15)
+COARSE = (4, 2, 1)  # quanta of a search's first, second and last third
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Allocating:
+    """How a plan is made.
+
+    Attributes:
+        method: "search", or one of its starts alone: "arithmetic", "owl", "uniform".
+        held_out: calibration samples, the last ones, that judge allocations.
+    """
+
+    method: str = "search"
+    held_out: int = 16
+    search: SearchSettings = field(default_factory=lambda: SearchSettings(generations=60))
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ConfigError(f"method {self.method!r} is unknown; expected one of {', '.join(METHODS)}.")
+
+
+def allocate(recipe: Recipe, wanted: Allocating, output: Path, progress: Progress = silent) -> AllocationPlan:
+    """Writes the plan for a recipe's model, text and unstructured levels; goes on with an unfinished one.
+
+    Raises: ConfigError: no unstructured level, too few samples, or what the model or text is refused for. OutputError:
+        the output holds a finished plan, or another search's.
+    """
+    sparsities = recipe.ladder.sparsities
+    if not sparsities:
+        raise ConfigError("allocation: only unstructured levels have one; name at least one, e.g. 0.6.")
+    scored = recipe.calibration.samples - wanted.held_out
+    if scored < 1 or wanted.held_out < max(wanted.search.windows):
+        raise ConfigError(
+            f"allocation: {recipe.calibration.samples} calibration samples, {wanted.held_out} of them held out; a "
+            f"stage of the search takes {max(wanted.search.windows)}, and at least one must be left to score with."
+        )
+    begun = _unfinished(output)
+    base = load_base(recipe.model.id, recipe.model.dtype)
+    token_ids_ST, _ = calibration_tokens(recipe, base, progress)
+    device = base.model.device.type
+    autocast = autocast_factory(resolve_precision(recipe.precision, device), device)
+    made = {
+        "method": wanted.method,
+        "search": asdict(wanted.search) if wanted.method == "search" else None,
+        "held_out": wanted.held_out,
+        "scores": recipe.scores.method,
+        "base_model": base.identity,
+        "calibration_sha256": token_hash(token_ids_ST),
+        "seed": recipe.seed,
+    }
+    net = Supernet(base.model)
+    plan = _new_plan(net, sparsities, json.loads(json.dumps(made)))
+    if begun is not None:
+        check_unfinished(begun, plan, output)
+        plan = begun
+    with training_attention(base.model), fused_layers(base.model):
+        loss = TopKL(base.model, token_ids_ST[scored:], autocast)
+        net.score_(
+            token_ids_ST[: min(scored, recipe.block.samples)],
+            sparsities,
+            recipe.scores.method,
+            recipe.scores.damping,
+            recipe.block.batch_size,
+            autocast,
+            lambda done, total: progress("scores", done, total),
+        )
+
+        def judge(kept: Sequence[int], windows: Sequence[int]) -> float:
+            net.apply_(kept)
+            return loss(windows)
+
+        return _levels(net, plan, wanted, judge, recipe.seed, output, progress)
+
+
+def _unfinished(output: Path) -> AllocationPlan | None:
+    """The search that was begun there.
+
+    Raises: OutputError: what is there is finished or no plan.
+    """
+    check_output_file(output)
+    if not output.exists():
+        return None
+    plan = load_plan(output)
+    if plan.finished:
+        raise OutputError(f"{output}: holds a finished plan; name another output or delete it.")
+    return plan
+
+
+def _new_plan(net: Supernet, sparsities: Sequence[float], made: dict[str, Any]) -> AllocationPlan:
+    levels = [uniform(net.sizes, sparsity) for sparsity in sparsities]
+    linears = {
+        size.name: LinearPlan(shape=[size.rows, size.width], kept=[kept[i] for kept in levels])
+        for i, size in enumerate(net.sizes)
+    }
+    return AllocationPlan(
+        sparsities=list(sparsities), linears=linears, losses={}, held_out_kl={}, finished=False, made=made
+    )
+
+
+def _levels(
+    net: Supernet,
+    plan: AllocationPlan,
+    wanted: Allocating,
+    judge: Judge,
+    seed: int,
+    output: Path,
+    progress: Progress,
+) -> AllocationPlan:
+    """Level after level from the middle one, each from its best cheap allocation."""
+    done: dict[int, Kept] = {}
+    generations = wanted.search.generations if wanted.method == "search" else 0
+    for level in from_the_middle(len(plan.sparsities)):
+        name, (low, high) = repr(plan.sparsities[level]), bounds(net.sizes, done, level)
+        if name not in plan.held_out_kl:
+            kept, loss = _cheap(net, level, plan.sparsities, wanted, judge, low, high, done)
+            plan = _updated(plan, level, kept, [], [loss])
+            save_plan(output, plan)
+
+        def keep(now: Generation, level: int = level, name: str = name) -> None:
+            nonlocal plan
+            plan = _updated(plan, level, now.kept, now.losses, plan.held_out_kl[name])
+            save_plan(output, plan)
+            log.info("search %s: generation %d, KL %.4f", name, len(now.losses), now.losses[-1])
+            progress(f"search {name}", len(now.losses), generations)
+
+        if len(plan.held_out_kl[name]) == 1:
+            found = evolve(
+                Generation(plan.level(level), plan.losses[name]), judge, wanted.held_out,
+                partial(_rules, net, generations), low, high, replace(wanted.search, generations=generations),
+                f"{seed} {name}", keep,
+            )  # fmt: skip
+            kl = [*plan.held_out_kl[name], judge(found.kept, range(wanted.held_out))]
+            plan = _updated(plan, level, found.kept, found.losses, kl)
+            save_plan(output, plan)
+        done[level] = plan.level(level)
+    plan = plan.model_copy(update={"finished": True})
+    save_plan(output, plan)
+    return plan
+
+
+def _rules(net: Supernet, generations: int, number: int) -> Trade:
+    return trade(net.sizes, coarse=COARSE[min(len(COARSE) - 1, len(COARSE) * number // max(1, generations))])
+
+
+def _cheap(
+    net: Supernet,
+    level: int,
+    sparsities: Sequence[float],
+    wanted: Allocating,
+    judge: Judge,
+    low: Kept,
+    high: Kept,
+    done: dict[int, Kept],
+) -> tuple[Kept, float]:
+    """The best of the allocations that cost no search, and its loss on all held-out windows."""
+    sparsity = sparsities[level]
+    base, rules = uniform(net.sizes, sparsity), trade(net.sizes)
+    shapes: dict[str, list[float]] = {}
+    if wanted.method in ("search", "uniform"):
+        shapes["uniform"] = [float(kept) for kept in base]
+    if wanted.method in ("search", "owl"):
+        shapes["owl"] = by_outliers(net.sizes, net.depths, sparsity, net.outliers)
+    if wanted.method in ("search", "arithmetic"):
+        shapes |= {f"arithmetic {slope}": by_depth(net.sizes, net.depths, sparsity, slope) for slope in SLOPES}
+    if wanted.method == "search":  # as a neighbouring level differs from its uniform one
+        for other, kept in done.items():
+            flat = uniform(net.sizes, sparsities[other])
+            shapes[f"like {sparsities[other]}"] = [b + k - f for b, k, f in zip(base, kept, flat, strict=True)]
+    found: dict[str, tuple[float, Kept]] = {}
+    for name, shape in shapes.items():
+        kept = fitted(shape, base, rules, low, high)
+        found[name] = (judge(kept, range(wanted.held_out)), kept)
+        log.info("allocation %s of level %s: KL %.4f", name, sparsity, found[name][0])
+    loss, kept = min(found.values(), key=lambda x: x[0])
+    return kept, loss
+
+
+def _updated(
+    plan: AllocationPlan, level: int, kept: Kept, losses: list[float], held_out_kl: list[float]
+) -> AllocationPlan:
+    linears, name = {}, repr(plan.sparsities[level])
+    for (path, linear), count in zip(plan.linears.items(), kept, strict=True):
+        counts = list(linear.kept)
+        counts[level] = count
+        linears[path] = linear.model_copy(update={"kept": counts})
+    changed = {
+        "linears": linears,
+        "losses": {**plan.losses, name: losses},
+        "held_out_kl": {**plan.held_out_kl, name: held_out_kl},
+    }
+    return plan.model_copy(update=changed)

@@ -1,0 +1,126 @@
+"""The plan that `elastic-sparsity search` writes and a recipe names: weights kept a row, by linear and level. JSON.
+
+An unfinished search keeps its state in the same file, after every generation.
+"""
+
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+
+from elastic_sparsity.allocation import Kept, Size, total, uniform
+from elastic_sparsity.errors import ConfigError, OutputError, brief
+from elastic_sparsity.files import write_json
+
+MAX_BYTES = 64 << 20
+
+
+class LinearPlan(BaseModel):
+    """One linear: its (O, I) shape, and weights kept a row at every level, densest first."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    shape: list[int] = Field(min_length=2, max_length=2)
+    kept: list[int]
+
+
+class AllocationPlan(BaseModel):
+    """All linears of a model.
+
+    Attributes:
+        sparsities: of the levels, densest first.
+        losses: the parent's KL to the dense model after each generation, by level; other text in every generation.
+        held_out_kl: of the start and of what was found, on all held-out text, by level.
+        finished: whether all levels are final.
+        made: how it was made: method, model, text, seed, versions.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    format: Literal["elastic-sparsity-allocation"] = "elastic-sparsity-allocation"
+    format_version: Literal[1] = 1
+    sparsities: list[FiniteFloat]
+    linears: dict[str, LinearPlan]
+    losses: dict[str, list[FiniteFloat]]
+    held_out_kl: dict[str, list[FiniteFloat]]
+    finished: bool
+    made: dict[str, Any]
+
+    def level(self, index: int) -> Kept:
+        """Kept weights a row of one level, by linear."""
+        return [linear.kept[index] for linear in self.linears.values()]
+
+
+def save_plan(path: Path, plan: AllocationPlan) -> None:
+    """Raises: OutputError: the path cannot be written."""
+    write_json(path, plan.model_dump())
+
+
+def load_plan(path: Path) -> AllocationPlan:
+    """Raises: ConfigError: missing, no plan, or of another version."""
+    try:
+        if not path.is_file():
+            raise OSError("there is no such file")
+        if path.stat().st_size > MAX_BYTES:
+            raise OSError(f"{path.stat().st_size} bytes, at most {MAX_BYTES} are read")
+        return AllocationPlan.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        place = ".".join(map(str, problem["loc"]))
+        raise ConfigError(f"{path}: no allocation plan: {brief(place)}: {brief(problem['msg'])}.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not a readable allocation plan: {brief(error)}.") from None
+
+
+def check_unfinished(plan: AllocationPlan, fresh: AllocationPlan, path: Path) -> None:
+    """Whether a search that would make `fresh` can go on with what was kept of it.
+
+    Raises: OutputError: another search's, or damaged.
+    """
+    if (plan.made, plan.sparsities) != (fresh.made, fresh.sparsities):
+        raise OutputError(f"{path}: holds an unfinished search of other settings; name another output.")
+    names = [repr(sparsity) for sparsity in fresh.sparsities]
+    sizes = [Size(name=name, rows=x.shape[0], width=x.shape[1]) for name, x in fresh.linears.items()]
+    intact = list(plan.linears) == list(fresh.linears) and all(
+        x.shape == [size.rows, size.width] and len(x.kept) == len(names) and all(1 <= n <= size.width for n in x.kept)
+        for x, size in zip(plan.linears.values(), sizes, strict=True)
+    )
+    begun = plan.held_out_kl.keys()
+    intact = intact and begun == plan.losses.keys() and begun <= set(names)
+    intact = intact and all(len(kl) in (1, 2) for kl in plan.held_out_kl.values())
+    if not intact or any(total(sizes, plan.level(i)) != total(sizes, fresh.level(i)) for i in range(len(names))):
+        raise OutputError(f"{path}: holds a damaged search; delete it or name another output.")
+
+
+def allocation_of(
+    plan: AllocationPlan, path: Path, sizes: Sequence[Size], sparsities: Sequence[float]
+) -> dict[str, tuple[int, ...]]:
+    """Weights kept a row at every level by linear, checked against the model and the ladder that shall use them.
+
+    Raises: ConfigError: unfinished, another model's, other levels, not nested, or not the budget.
+    """
+    if not plan.finished:
+        raise ConfigError(f"{path}: its search is unfinished; start it again with the same output to go on.")
+    if list(plan.sparsities) != list(sparsities):
+        raise ConfigError(f"{path}: is for the levels {brief(plan.sparsities)}, the ladder has {list(sparsities)}.")
+    if plan.linears.keys() != {size.name for size in sizes}:
+        odd = min(plan.linears.keys() ^ {size.name for size in sizes})
+        raise ConfigError(f"{path}: is of another model: {brief(odd)} is in one of them only; search again.")
+    for size in sizes:
+        linear, expected = plan.linears[size.name], [size.rows, size.width]
+        if linear.shape != expected:
+            raise ConfigError(
+                f"{path}: {size.name} has shape {brief(linear.shape)}, the model's {expected}; search again."
+            )
+        counts = (size.width, *linear.kept, 1)
+        if len(linear.kept) != len(sparsities) or any(a < b for a, b in itertools.pairwise(counts)):
+            raise ConfigError(f"{path}: {size.name} keeps {brief(linear.kept)} of {size.width}: not nested levels.")
+    for index, sparsity in enumerate(sparsities):
+        kept = total(sizes, [plan.linears[size.name].kept[index] for size in sizes])
+        budget = total(sizes, uniform(sizes, sparsity))
+        if kept != budget:
+            raise ConfigError(
+                f"{path}: keeps {kept} weights at level {sparsity}, the budget is {budget}; search again."
+            )
+    return {size.name: tuple(plan.linears[size.name].kept) for size in sizes}

@@ -1,0 +1,83 @@
+"""The command `search`: how much sparsity each linear takes, for all levels of a ladder."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from elastic_sparsity.config import make_recipe
+from elastic_sparsity.errors import ConfigError
+from elastic_sparsity.terminal import say
+
+PRESETS = {
+    "fast": {"generations": 40, "offspring": 16, "windows": (1, 4, 8), "survivors": (4, 1)},
+    "paper": {"generations": 200, "offspring": 128, "windows": (4, 32, 256), "survivors": (16, 4)},
+}
+
+
+def register(app: typer.Typer, progress: Callable[[bool], AbstractContextManager[Any]]) -> None:
+    """Adds the command to an app. `progress` shows bars while a command works, unless it shall be quiet."""
+
+    @app.command()
+    def search(
+        model: Annotated[str, typer.Argument(help="Model folder, hub id or .gguf file.")],
+        output: Annotated[Path, typer.Option(help="The plan, a .json file; an unfinished search there goes on.")],
+        calibration: Annotated[str, typer.Option(help='Text file, hub data set or "self".')] = "self",
+        levels: Annotated[str, typer.Option(help="Sparsities, from 0 to 1.")] = "0.5,0.6,0.7",
+        method: Annotated[str, typer.Option(help='"search", "arithmetic", "owl" or "uniform".')] = "search",
+        preset: Annotated[str, typer.Option(help='"fast", or "paper" (hours on a GPU).')] = "fast",
+        generations: Annotated[int | None, typer.Option(help="Of each level, instead of the preset's.")] = None,
+        samples: Annotated[int, typer.Option(help="Calibration samples that choose the masks.")] = 64,
+        length: Annotated[int, typer.Option(help="Tokens of a sample.")] = 512,
+        held_out: Annotated[int | None, typer.Option(help="More samples, that judge allocations.")] = None,
+        seed: Annotated[int, typer.Option(help="Of the samples and of the moves.")] = 0,
+        quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No bars and no log, only the result.")] = False,
+    ) -> None:
+        """Find how many weights each linear keeps at each level, nested, with exactly the levels' number in all.
+
+        A recipe uses the plan through `allocation.plan`.
+        """
+        if preset not in PRESETS:
+            raise ConfigError(f"--preset: {preset!r} is unknown; expected one of {', '.join(PRESETS)}.")
+        from elastic_sparsity.allocating import Allocating, allocate  # torch, only here
+        from elastic_sparsity.search import SearchSettings
+
+        chosen: dict[str, Any] = dict(PRESETS[preset])
+        if generations is not None:
+            chosen["generations"] = generations
+        judged = max(16, *chosen["windows"]) if held_out is None else held_out
+        recipe = make_recipe(
+            {
+                "seed": seed,
+                "model": {"id": model},
+                "calibration": {"source": calibration, "samples": samples + judged, "length": length},
+                "ladder": {"sparsities": [_number(text) for text in levels.split(",")]},
+                "block": {"samples": samples},
+            },
+            "search",
+        )
+        with progress(quiet) as report:
+            plan = allocate(
+                recipe, Allocating(method=method, held_out=judged, search=SearchSettings(**chosen)), output, report
+            )
+        table = Table(title="KL to the dense model on held-out text, nats a token")
+        for column in ("level", "best start", "found", "generations"):
+            table.add_column(column, justify="left" if column == "level" else "right")
+        for sparsity in plan.sparsities:
+            start, found = plan.held_out_kl[repr(sparsity)]
+            count = len(plan.losses[repr(sparsity)])
+            table.add_row(f"{100 * sparsity:g} %", f"{start:.3f}", f"{found:.3f}", str(count))
+        Console(emoji=False).print(table)
+        say(f"{output}: allocation plan")
+
+
+def _number(text: str) -> float | str:
+    """What is no number goes to the recipe's own check, which names it."""
+    try:
+        return float(text)
+    except ValueError:
+        return text.strip()

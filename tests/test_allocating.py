@@ -1,0 +1,265 @@
+"""From a model to a plan and back into a run: masks by order, expectation stream, resume, what is refused."""
+
+import copy
+import json
+from contextlib import nullcontext
+
+import pytest
+import torch
+from conftest import tiny_recipe
+from typer.testing import CliRunner
+
+from elastic_sparsity import ElasticCheckpoint, optimize
+from elastic_sparsity.allocating import METHODS, Allocating, allocate
+from elastic_sparsity.allocation import total, uniform
+from elastic_sparsity.allocation_file import allocation_of, load_plan
+from elastic_sparsity.arch import decoder_blocks, linears_of, weight_OI
+from elastic_sparsity.baselines import prune_one_shot_
+from elastic_sparsity.cli import app
+from elastic_sparsity.errors import ConfigError, OutputError, ShapeError
+from elastic_sparsity.ladder import Ladder
+from elastic_sparsity.search import SearchSettings
+from elastic_sparsity.slicing import load_level
+from elastic_sparsity.supernet import Supernet, TopKL, linear_sizes, top_kl
+from elastic_sparsity.tiny import tiny_model
+from elastic_sparsity.verify import verify
+
+SPARSITIES = (0.5, 0.6, 0.7)
+IDS = torch.randint(0, 200, (6, 24), generator=torch.Generator().manual_seed(0))
+QUICK = SearchSettings(generations=4, offspring=4, windows=(1, 2), survivors=(2,))
+RECIPE = tiny_recipe(calibration={"samples": 8}, ladder={"sparsities": SPARSITIES, "patterns": ()})
+
+
+def wanted(method="search", search=QUICK):
+    return Allocating(method=method, held_out=4, search=search)
+
+
+def scored(family="llama", method="wanda", sparsities=SPARSITIES):
+    net = Supernet(tiny_model(family))
+    net.score_(IDS, sparsities, method, 0.01, 4, nullcontext)
+    return net
+
+
+@pytest.fixture(scope="module")
+def plan_path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("plan") / "plan.json"
+    allocate(RECIPE, wanted(), path)
+    return path
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_an_allocation_masks_that_many_a_row_and_dense_comes_back(family):
+    net, dense = scored(family), tiny_model(family).state_dict()
+    assert all(torch.equal(tensor, dense[name]) for name, tensor in net.model.state_dict().items())
+    kept = [1 + 3 * i % size.width for i, size in enumerate(net.sizes)]
+    net.apply_(kept)
+    denser = [min(size.width, count + 2) for size, count in zip(net.sizes, kept, strict=True)]
+    masks = [weight_OI(x) != 0 for x in linears_of(net.model).values()]
+    assert [mask.sum(1).unique().tolist() for mask in masks] == [[count] for count in kept]
+    net.apply_(denser)
+    for mask, linear in zip(masks, linears_of(net.model).values(), strict=True):
+        assert not (mask & (weight_OI(linear) == 0)).any()
+    net.restore_()
+    assert all(torch.equal(tensor, dense[name]) for name, tensor in net.model.state_dict().items())
+    with pytest.raises(ShapeError, match="0 kept of"):
+        net.apply_([0] * len(net.sizes))
+
+
+def test_the_first_block_is_wandas_and_later_ones_see_the_expected_stream():
+    """The masks of one level alone are those of one-shot pruning in the first block, and others behind it."""
+    level, net = Ladder(sparsities=(0.6,)).levels[0], scored(sparsities=(0.6,))
+    net.apply_(uniform(net.sizes, 0.6))
+    model = tiny_model("llama")
+    prune_one_shot_(model, IDS, level, "wanda", autocast=nullcontext)
+    same = [
+        torch.equal(weight_OI(a), weight_OI(b))
+        for a, b in zip(linears_of(net.model).values(), linears_of(model).values(), strict=True)
+    ]
+    assert all(same[: len(same) // len(decoder_blocks(model))])
+    assert not all(same)
+
+
+def test_accumulation_changes_what_the_next_block_is_scored_on():
+    orders = [scored(sparsities=levels)._rank for levels in ((0.1,), (0.9,))]
+    equal = [torch.equal(a, b) for a, b in zip(*orders, strict=True)]
+    assert all(equal[:7])
+    assert not all(equal[7:])
+
+
+def test_top_kl_of_all_tokens_is_the_kl_and_of_fewer_at_most():
+    random = torch.Generator().manual_seed(0)
+    p, q = (
+        (3 * torch.randn(5, 40, generator=random)).log_softmax(-1),
+        torch.randn(5, 40, generator=random).log_softmax(-1),
+    )
+    whole = (p.exp() * (p - q)).sum(-1)
+    best = p.topk(39, dim=-1).indices
+    torch.testing.assert_close(top_kl(p.gather(1, best), q.gather(1, best)), whole, rtol=1e-3, atol=1e-4)
+    few = p.topk(5, dim=-1).indices
+    found = top_kl(p.gather(1, few), q.gather(1, few))
+    assert ((found <= whole + 1e-5) & (found > 0)).all()
+
+
+def test_the_judge_is_zero_for_the_dense_model_and_independent_of_order():
+    model = tiny_model("llama")
+    judge = TopKL(model, IDS, nullcontext)
+    assert judge([0, 3]) == pytest.approx(0, abs=1e-6)
+    prune_one_shot_(model, IDS, Ladder(sparsities=(0.7,)).levels[0], "magnitude", autocast=nullcontext)
+    assert judge([0, 3]) == pytest.approx((judge([0]) + judge([3])) / 2)
+    assert judge([3]) > 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_writes_a_nested_plan_of_the_budget(method, tmp_path):
+    plan = allocate(RECIPE, wanted(method), tmp_path / "plan.json")
+    assert plan == load_plan(tmp_path / "plan.json")
+    sizes = linear_sizes(tiny_model("llama"))
+    found = allocation_of(plan, tmp_path / "plan.json", sizes, SPARSITIES)
+    for index, sparsity in enumerate(SPARSITIES):
+        kept = [found[size.name][index] for size in sizes]
+        assert total(sizes, kept) == total(sizes, uniform(sizes, sparsity))
+        assert (kept == uniform(sizes, sparsity)) == (method == "uniform")
+    assert all(len(losses) == (4 if method == "search" else 0) for losses in plan.losses.values())
+
+
+def test_an_interrupted_search_goes_on_to_the_same_plan(plan_path, tmp_path):
+    class Stop(Exception):
+        pass
+
+    path, count = tmp_path / "plan.json", 0
+
+    def stop(stage, done, total):
+        nonlocal count
+        count += stage.startswith("search")
+        if count in (2, 6):
+            count += 1
+            raise Stop
+
+    for _ in range(2):
+        with pytest.raises(Stop):
+            allocate(RECIPE, wanted(), path, stop)
+        assert not load_plan(path).finished
+    with pytest.raises(ConfigError, match="its search is unfinished; start it again"):
+        optimize(tiny_recipe(allocation={"plan": str(path)}), tmp_path / "never")
+    with pytest.raises(OutputError, match="holds an unfinished search of other settings"):
+        allocate(RECIPE, wanted(search=SearchSettings(generations=5, windows=(1, 2), survivors=(2,))), path)
+    allocate(RECIPE, wanted(), path, stop)
+    assert path.read_bytes() == plan_path.read_bytes()
+    with pytest.raises(OutputError, match="holds a finished plan"):
+        allocate(RECIPE, wanted(), path)
+
+
+def test_a_run_keeps_what_the_plan_says(plan_path, tmp_path):
+    ladder = {"sparsities": SPARSITIES, "patterns": ("2:4",)}
+    optimize(tiny_recipe(ladder=ladder, allocation={"plan": str(plan_path)}), tmp_path / "out")
+    checkpoint, plan = ElasticCheckpoint(tmp_path / "out"), load_plan(plan_path)
+    assert {name: list(spec.kept) for name, spec in checkpoint.linears.items()} == {
+        name: linear.kept for name, linear in plan.linears.items()
+    }
+    for level in checkpoint.ladder.levels:
+        model = load_level(checkpoint, level, torch.float32)
+        for name, linear in linears_of(model).items():
+            per_row = (weight_OI(linear) != 0).sum(1)
+            if level.pattern is None:
+                assert per_row.unique().tolist() == [plan.linears[name].kept[level.index]]
+            else:
+                assert per_row.unique().tolist() == [weight_OI(linear).shape[1] // 2]
+    assert all(check.passed for check in verify(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "magnitude"])
+def test_one_shot_pruning_takes_an_allocation(method, plan_path):
+    plan, model = load_plan(plan_path), tiny_model("llama")
+    level = Ladder(sparsities=SPARSITIES).levels[1]
+    kept = {name: linear.kept[1] for name, linear in plan.linears.items()}
+    prune_one_shot_(model, IDS, level, method, allocation=kept, autocast=nullcontext)
+    for name, linear in linears_of(model).items():
+        weight = weight_OI(linear)
+        assert float((weight != 0).float().mean()) == pytest.approx(kept[name] / weight.shape[1], abs=0.02)
+    with pytest.raises(ConfigError, match="an N:M pattern keeps as much in every linear"):
+        pattern = Ladder(sparsities=(), patterns=("2:4",)).levels[0]
+        prune_one_shot_(model, IDS, pattern, method, allocation=kept, autocast=nullcontext)
+
+
+def damaged(plan, how):
+    data = copy.deepcopy(plan)
+    first = next(iter(data["linears"].values()))
+    if how == "model":
+        data["linears"]["elsewhere"] = data["linears"].pop(next(iter(data["linears"])))
+    elif how == "shape":
+        first["shape"] = [first["shape"][0], first["shape"][1] + 1]
+    elif how == "nested":
+        first["kept"] = first["kept"][::-1]
+    elif how == "budget":
+        first["kept"] = [k - 1 for k in first["kept"]]
+    elif how == "levels":
+        data["sparsities"] = [0.5, 0.6, 0.8]
+    elif how == "key":
+        data["linear"] = {}
+    elif how == "type":
+        first["kept"] = ["many"] * 3
+    elif how == "version":
+        data["format_version"] = 2
+    return data
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("model", "is of another model: .* is in one of them only"),
+        ("shape", "has shape .* the model's"),
+        ("nested", "not nested levels"),
+        ("budget", "the budget is"),
+        ("levels", r"is for the levels \[0.5, 0.6, 0.8\], the ladder has \[0.5, 0.6, 0.7\]"),
+        ("key", "no allocation plan: 'linear"),
+        ("type", "no allocation plan: 'linears"),
+        ("version", "no allocation plan: 'format_version"),
+    ],
+)
+def test_plans_that_do_not_fit_are_refused_before_any_work(how, message, plan_path, tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(damaged(json.loads(plan_path.read_text()), how)))
+    with pytest.raises(ConfigError, match=message):
+        optimize(tiny_recipe(allocation={"plan": str(path)}), tmp_path / "never")
+    assert not (tmp_path / "never").exists()
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[" * 5000, '{"format": 1}', "\x00"])
+def test_files_that_are_no_plan(content, tmp_path):
+    path = tmp_path / "plan.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigError, match=r"plan\.json: (not a readable allocation plan|no allocation plan)"):
+        load_plan(path)
+
+
+def test_what_a_search_refuses(tmp_path):
+    path = tmp_path / "plan.json"
+    with pytest.raises(ConfigError, match="only unstructured levels have one"):
+        allocate(tiny_recipe(ladder={"sparsities": (), "patterns": ("2:4",)}), wanted(), path)
+    with pytest.raises(ConfigError, match="6 calibration samples, 6 of them held out"):
+        allocate(tiny_recipe(), Allocating(held_out=6, search=QUICK), path)
+    with pytest.raises(ConfigError, match="method 'wish' is unknown"):
+        Allocating(method="wish")
+    path.write_text("mine")
+    with pytest.raises(ConfigError, match="not a readable allocation plan"):
+        allocate(RECIPE, wanted(), path)
+    assert path.read_text() == "mine"
+
+
+def test_the_command(tmp_path):
+    run = CliRunner().invoke
+    path = tmp_path / "plan.json"
+    options = ["--samples", "4", "--length", "16", "--held-out", "8", "--generations", "1", "-q"]
+    result = run(app, ["search", "random:llama", "--output", str(path), "--levels", "0.5,0.7", *options])
+    assert result.exit_code == 0, result.output
+    assert "70 %" in result.output
+    assert load_plan(path).sparsities == [0.5, 0.7]
+    for arguments, message in (
+        (["--levels", "0.5,much"], "ladder.sparsities"),
+        (["--levels", "0.5", "--preset", "slow"], "--preset: 'slow' is unknown"),
+        (["--levels", "0.5", "--method", "wish"], "method 'wish' is unknown"),
+    ):
+        result = run(app, ["search", "random:llama", "--output", str(tmp_path / "no.json"), *arguments, *options])
+        assert result.exit_code == 1
+        assert message in str(result.exception)

@@ -1,0 +1,145 @@
+"""Allocations: exact budgets, bounds, nested levels, legal moves; and the cheap shapes."""
+
+import itertools
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from elastic_sparsity.allocation import (
+    Size,
+    Trade,
+    bounds,
+    by_depth,
+    by_outliers,
+    fitted,
+    from_the_middle,
+    shifted,
+    total,
+    trade,
+    uniform,
+)
+from elastic_sparsity.errors import ConfigError
+
+SMOL = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]
+ODD = [(28 * 16, 640), (7 * 16, 640), (640, 448), (1920, 640), (640, 1920)]  # 28 heads; rows share a factor of 16
+PRIME = [(101, 97), (103, 97), (97, 101)]  # no common quantum that is small
+
+
+def sizes_of(shapes, blocks=3):
+    return [Size(name=f"{b}.{i}", rows=o, width=w) for b in range(blocks) for i, (o, w) in enumerate(shapes)]
+
+
+MODELS = {"smol": sizes_of(SMOL), "odd": sizes_of(ODD), "prime": sizes_of(PRIME), "one": sizes_of(SMOL[:1], 1)}
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("coarse", [1, 2, 4])
+def test_a_quantum_is_the_same_number_of_weights_within_a_market(model, coarse):
+    sizes = MODELS[model]
+    rules = trade(sizes, coarse=coarse)
+    for market in set(rules.market):
+        quanta = {s.rows * step for s, step, m in zip(sizes, rules.steps, rules.market, strict=True) if m == market}
+        assert len(quanta) == 1
+    assert all(step >= 1 for step in rules.steps)
+
+
+def test_markets():
+    assert set(trade(MODELS["smol"]).market) == {0}
+    assert trade(MODELS["smol"]).steps[:7] == (16, 48, 48, 16, 6, 6, 16)
+    assert len(set(trade(MODELS["prime"]).market)) == 3
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    model=st.sampled_from(sorted(MODELS)),
+    seed=st.integers(0, 2**31),
+    sparsity=st.floats(0.2, 0.8),
+    times=st.integers(0, 40),
+    coarse=st.sampled_from([1, 2, 4]),
+)
+def test_moves_keep_the_budget_and_the_bounds(model, seed, sparsity, times, coarse):
+    sizes, chance = MODELS[model], random.Random(seed)
+    kept = uniform(sizes, sparsity)
+    low = [max(1, k - chance.randint(0, 90)) for k in kept]
+    high = [min(s.width, k + chance.randint(0, 90)) for s, k in zip(sizes, kept, strict=True)]
+    moved = shifted(kept, trade(sizes, coarse=coarse), low, high, times, chance)
+    assert total(sizes, moved) == total(sizes, kept)
+    assert all(a <= k <= b for a, k, b in zip(low, moved, high, strict=True))
+
+
+def test_no_legal_move_is_no_hang():
+    sizes = MODELS["smol"]
+    kept = uniform(sizes, 0.5)
+    assert shifted(kept, trade(sizes), kept, kept, 1000, random.Random(0)) == kept
+    one = MODELS["one"]
+    assert shifted([288], trade(one), [1], [576], 1000, random.Random(0)) == [288]
+
+
+def test_every_legal_move_is_found_and_no_other():
+    """Three linears with steps of 2, 1 and 4; all results of one move."""
+    rules = Trade(steps=(2, 1, 4), market=(0, 0, 0))
+    kept, low, high = [4, 3, 8], [3, 1, 1], [6, 3, 12]
+    expected = set()
+    for giver, taker in itertools.permutations(range(3), 2):
+        after = list(kept)
+        after[giver] -= rules.steps[giver]
+        after[taker] += rules.steps[taker]
+        if all(a <= k <= b for a, k, b in zip(low, after, high, strict=True)):
+            expected.add(tuple(after))
+    found = {tuple(shifted(kept, rules, low, high, 1, random.Random(seed))) for seed in range(300)}
+    assert found == expected
+    assert len(expected) == 3  # 0 and 2 can take, 1 and 2 can give
+
+
+@settings(max_examples=100, deadline=None)
+@given(model=st.sampled_from(sorted(MODELS)), slope=st.floats(-0.2, 0.2), sparsity=st.floats(0.3, 0.7))
+def test_fitted_meets_the_budget_and_is_near_what_was_wanted(model, slope, sparsity):
+    sizes = MODELS[model]
+    depths = [int(size.name.partition(".")[0]) for size in sizes]
+    base, rules = uniform(sizes, sparsity), trade(sizes)
+    wanted = by_depth(sizes, depths, sparsity, slope)
+    kept = fitted(wanted, base, rules, [1] * len(sizes), [size.width for size in sizes])
+    assert total(sizes, kept) == total(sizes, base)
+    if len(sizes) > 1:
+        assert all(abs(k - w) <= 1.6 * step for k, w, step in zip(kept, wanted, rules.steps, strict=True))
+
+
+def test_levels_stay_nested_through_bounds():
+    sizes, chance, done = MODELS["smol"], random.Random(1), {}
+    sparsities = [0.5, 0.6, 0.7, 0.8]
+    for level in from_the_middle(len(sparsities)):
+        low, high = bounds(sizes, done, level)
+        base = uniform(sizes, sparsities[level])
+        start = fitted([float(k) for k in base], base, trade(sizes), low, high)
+        done[level] = shifted(start, trade(sizes), low, high, 200, chance)
+        assert total(sizes, done[level]) == total(sizes, base)
+    for denser, sparser in itertools.pairwise(sorted(done)):
+        assert all(a >= b for a, b in zip(done[denser], done[sparser], strict=True))
+    assert done[1] != uniform(sizes, 0.6)
+
+
+def test_the_middle_comes_first():
+    assert from_the_middle(1) == [0]
+    assert from_the_middle(3) == [1, 2, 0]
+    assert from_the_middle(4) == [2, 1, 3, 0]
+
+
+def test_shapes_over_depth_and_outliers():
+    sizes, depths = sizes_of([(8, 100)], 3), [0, 1, 2]
+    assert by_depth(sizes, depths, 0.5, 0.1) == pytest.approx([60, 50, 40])
+    assert by_depth(sizes, depths, 0.5, -0.1) == pytest.approx([40, 50, 60])
+    assert by_outliers(sizes, depths, 0.5, [0.1, 0.1, 0.4], spread=0.06) == pytest.approx([46, 46, 58])
+    assert by_outliers(sizes, depths, 0.5, [0.2, 0.2, 0.2]) == pytest.approx([50, 50, 50])
+
+
+def test_what_cannot_be_met():
+    sizes = MODELS["smol"]
+    base = uniform(sizes, 0.6)
+    with pytest.raises(ConfigError, match="the budget cannot be met within the bounds"):
+        fitted(base, base, trade(sizes), [1] * len(sizes), [k - 60 for k in base])
+    with pytest.raises(ConfigError, match="leave no step between them"):
+        fitted(base, base, trade(sizes), [k + 1 for k in base], [k + 2 for k in base])
+    with pytest.raises(ConfigError, match="no linears"):
+        trade([])

@@ -1,0 +1,116 @@
+"""One-shot pruning of a whole tiny model by every method: exact counts, what its calibration sees, who wins."""
+
+import copy
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from elastic_sparsity.arch import architecture_of, decoder_blocks, weight_OI
+from elastic_sparsity.baselines import METHODS, WHOLE_MATRIX, prune_one_shot_
+from elastic_sparsity.blocks import BlockRunner
+from elastic_sparsity.calibrate import block_statistics
+from elastic_sparsity.errors import ConfigError
+from elastic_sparsity.importance import importance_scores
+from elastic_sparsity.ladder import Ladder, keep_count
+from elastic_sparsity.masks import drop_levels, mask_at, matrix_mask
+from elastic_sparsity.tiny import tiny_model
+
+LADDER = Ladder(sparsities=(0.5, 0.7), patterns=("2:4",))
+IDS = torch.randint(0, 200, (6, 24), generator=torch.Generator().manual_seed(0))
+
+
+def pruned(method, level, family="llama"):
+    model = tiny_model(family)
+    prune_one_shot_(model, IDS, level, method, autocast=nullcontext)
+    return model
+
+
+def linears_of(model):
+    row = architecture_of(model.config.model_type)
+    return [weight_OI(block.get_submodule(path)) for block in decoder_blocks(model) for path in row.linears]
+
+
+@pytest.mark.parametrize("level", LADDER.levels, ids=lambda level: level.name)
+@pytest.mark.parametrize("method", METHODS)
+def test_counts(method, level):
+    before = tiny_model("llama").state_dict()
+    model = pruned(method, level)
+    for weight in linears_of(model):
+        kept = weight != 0
+        if level.pattern:
+            assert (kept.view(weight.shape[0], -1, 4).sum(-1) == 2).all()
+        elif method in (*WHOLE_MATRIX, "sparsegpt"):
+            assert abs(float(kept.float().mean()) - (1 - level.sparsity)) < 0.02
+        else:
+            assert kept.sum(1).unique().numel() == 1
+    others = {name: tensor for name, tensor in model.state_dict().items() if "_proj" not in name}
+    assert others
+    assert all(torch.equal(tensor, before[name]) for name, tensor in others.items())
+
+
+@pytest.mark.parametrize("method", ["magnitude", "ria"])
+def test_the_first_block_by_hand(method):
+    """Compared within a matrix: rows may keep different numbers."""
+    model = tiny_model("llama")
+    block = decoder_blocks(model)[0]
+    paths = architecture_of("llama").linears
+    linears = {path: block.get_submodule(path) for path in paths}
+    runner = BlockRunner(model.base_model, list(decoder_blocks(model)), IDS, 4)
+    hidden = runner.first_hidden()
+    found = block_statistics(runner, runner.call(0), linears, [hidden], gram=False, autocast=nullcontext, where="first")
+    after = pruned(method, LADDER.levels[0])
+    uneven = 0
+    for path, linear in linears.items():
+        weight = weight_OI(linear)
+        mask = matrix_mask(importance_scores(method, weight, found[path], 0.01, path), 0.5)
+        uneven += mask.sum(1).unique().numel() > 1
+        assert torch.equal(weight_OI(decoder_blocks(after)[0].get_submodule(path)), torch.where(mask, weight, 0.0))
+    assert uneven
+
+
+def test_moves_bring_the_mean_output_nearer_to_the_dense_one():
+    """Of every linear of the first block, whose inputs are the same for both."""
+    model, level = tiny_model("llama"), LADDER.levels[1]
+    by_method = {method: decoder_blocks(pruned(method, level))[0] for method in ("wanda", "dsnot")}
+    runner = BlockRunner(model.base_model, list(decoder_blocks(model)), IDS, 4)
+    block, paths = decoder_blocks(model)[0], architecture_of("llama").linears
+    linears = {path: block.get_submodule(path) for path in paths}
+    found = block_statistics(
+        runner, runner.call(0), linears, [runner.first_hidden()], gram=False, mean=True, autocast=nullcontext, where="0"
+    )
+    errors = {}
+    for method, after in by_method.items():
+        lost = [(weight_OI(linears[path]) - weight_OI(after.get_submodule(path))).detach() for path in paths]
+        errors[method] = sum(float((w @ found[path].mean_I).norm()) for path, w in zip(paths, lost, strict=True))
+    assert errors["dsnot"] < 0.9 * errors["wanda"]
+
+
+def test_the_next_block_sees_the_pruned_ones():
+    """Statistics of the dense stream would give the last block other masks."""
+    whole = pruned("wanda", LADDER.levels[1])
+    alone = tiny_model("llama")
+    last = len(decoder_blocks(alone)) - 1
+    runner = BlockRunner(alone.base_model, list(decoder_blocks(alone)), IDS, 4)
+    hidden = runner.first_hidden()
+    for index in range(last):
+        hidden = runner.map(runner.call(index), hidden)
+    block = decoder_blocks(alone)[last]
+    linears = {path: block.get_submodule(path) for path in architecture_of("llama").linears}
+    found = block_statistics(
+        runner, runner.call(last), linears, [hidden], gram=False, autocast=nullcontext, where="last"
+    )
+    path = "mlp.down_proj"
+    scores = importance_scores("wanda", weight_OI(linears[path]), found[path], 0.01, path)
+    by_dense = mask_at(drop_levels(scores, [keep_count(scores.shape[1], 0.7)]), 0)
+    kept = weight_OI(decoder_blocks(whole)[last].get_submodule(path)) != 0
+    assert kept.sum() == by_dense.sum()
+    assert not torch.equal(kept, by_dense)
+
+
+def test_unknown_method():
+    model = tiny_model("llama")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ConfigError, match="method 'wando' is unknown; expected one of magnitude, wanda, ria"):
+        prune_one_shot_(model, IDS, LADDER.levels[0], "wando", autocast=nullcontext)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
