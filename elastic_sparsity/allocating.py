@@ -10,7 +10,7 @@ from typing import Any
 
 from elastic_sparsity.allocation import (
     Kept,
-    Trade,
+    Moves,
     bounds,
     by_depth,
     by_outliers,
@@ -35,8 +35,9 @@ from elastic_sparsity.supernet import Supernet, TopKL
 log = logging.getLogger(__name__)
 
 METHODS = ("search", "arithmetic", "owl", "uniform")
-SLOPES = (0.05, 0.1, 0.15)
+SLOPES = (0.05, 0.1, 0.15, 0.2, 0.25)  # of the arithmetic progression
 COARSE = (4, 2, 1)  # quanta of a search's first, second and last third
+WIDE = (0.7, 0.4, 0.1)  # and its share of moves of whole types and blocks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,7 +149,7 @@ def _levels(
     done: dict[int, Kept] = {}
     generations = wanted.search.generations if wanted.method == "search" else 0
     for level in from_the_middle(len(plan.sparsities)):
-        name, (low, high) = repr(plan.sparsities[level]), bounds(net.sizes, done, level)
+        name, (low, high) = repr(plan.sparsities[level]), bounds(net.sizes, done, level, plan.sparsities)
         if name not in plan.held_out_kl:
             kept, loss = _cheap(net, level, plan.sparsities, wanted, judge, low, high, done)
             plan = _updated(plan, level, kept, [], [loss])
@@ -164,7 +165,7 @@ def _levels(
         if len(plan.held_out_kl[name]) == 1:
             found = evolve(
                 Generation(plan.level(level), plan.losses[name]), judge, wanted.held_out,
-                partial(_rules, net, generations), low, high, replace(wanted.search, generations=generations),
+                partial(_moves, net, generations), low, high, replace(wanted.search, generations=generations),
                 f"{seed} {name}", keep,
             )  # fmt: skip
             kl = [*plan.held_out_kl[name], judge(found.kept, range(wanted.held_out))]
@@ -176,8 +177,13 @@ def _levels(
     return plan
 
 
-def _rules(net: Supernet, generations: int, number: int) -> Trade:
-    return trade(net.sizes, coarse=COARSE[min(len(COARSE) - 1, len(COARSE) * number // max(1, generations))])
+def _moves(net: Supernet, generations: int, number: int) -> Moves:
+    third = min(len(COARSE) - 1, len(COARSE) * number // max(1, generations))
+    types = net.depths.count(0)
+    everything = range(len(net.sizes))
+    by_type = tuple(tuple(everything[place::types]) for place in range(types))
+    by_block = tuple(tuple(everything[start : start + types]) for start in everything[::types])
+    return Moves(trade=trade(net.sizes, coarse=COARSE[third]), families=(by_type, by_block), wide=WIDE[third])
 
 
 def _cheap(

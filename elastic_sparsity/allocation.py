@@ -41,6 +41,22 @@ class Trade:
     market: tuple[int, ...]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Moves:
+    """What a search may do to an allocation in one move.
+
+    Attributes:
+        trade: quanta between two linears.
+        families: groupings of all linears, e.g. by type and by block; a wide move takes two groups of one family, and
+            moves a quantum between each pair of their members, in order, where that is legal.
+        wide: share of wide moves.
+    """
+
+    trade: Trade
+    families: tuple[tuple[tuple[int, ...], ...], ...] = ()
+    wide: float = 0.0
+
+
 def uniform(sizes: Sequence[Size], sparsity: float) -> Kept:
     """The same sparsity everywhere."""
     return [keep_count(size.width, sparsity) for size in sizes]
@@ -130,27 +146,38 @@ def fitted(wanted: Sequence[float], base: Sequence[int], rules: Trade, low: Sequ
 
 def shifted(
     kept: Sequence[int],
-    rules: Trade,
+    moves: Moves,
     low: Sequence[int],
     high: Sequence[int],
     times: int,
     chance: random.Random,
 ) -> Kept:
-    """`kept` after up to `times` random moves of one quantum from one linear to another; legal ones only.
+    """`kept` after up to `times` random moves; legal ones only.
 
     Returns: fewer moves, or `kept` itself, where nothing legal is left: nothing is tried again and again.
     """
-    moved = list(kept)
+    moved, families = list(kept), [groups for groups in moves.families if len(groups) > 1]
     for _ in range(times):
-        pairs = _legal_markets(moved, rules, low, high)
+        if families and chance.random() < moves.wide:
+            givers, takers = chance.sample(chance.choice(families), 2)
+            for giver, taker in zip(givers, takers, strict=False):
+                _move_(moved, moves.trade, low, high, giver, taker)
+            continue
+        pairs = _legal_markets(moved, moves.trade, low, high)
         if not pairs:
             break
-        givers, takers = chance.choices(pairs, [len(g) * len(t) for g, t in pairs])[0]
-        giver = chance.choice([i for i in givers if len(takers) > 1 or i != takers[0]])
-        taker = chance.choice([i for i in takers if i != giver])
-        moved[giver] -= rules.steps[giver]
-        moved[taker] += rules.steps[taker]
+        who_gives, who_takes = chance.choices(pairs, [len(g) * len(t) for g, t in pairs])[0]
+        giver = chance.choice([i for i in who_gives if len(who_takes) > 1 or i != who_takes[0]])
+        taker = chance.choice([i for i in who_takes if i != giver])
+        _move_(moved, moves.trade, low, high, giver, taker)
     return moved
+
+
+def _move_(kept: Kept, rules: Trade, low: Sequence[int], high: Sequence[int], giver: int, taker: int) -> None:
+    """One quantum from one linear to another, if they trade and stay within their bounds."""
+    given, taken = kept[giver] - rules.steps[giver], kept[taker] + rules.steps[taker]
+    if giver != taker and rules.market[giver] == rules.market[taker] and given >= low[giver] and taken <= high[taker]:
+        kept[giver], kept[taker] = given, taken
 
 
 def _legal_markets(
@@ -172,9 +199,18 @@ def from_the_middle(count: int) -> list[int]:
     return sorted(range(count), key=lambda i: (abs(2 * i - (count - 1)), -i))
 
 
-def bounds(sizes: Sequence[Size], done: dict[int, Kept], level: int) -> tuple[Kept, Kept]:
-    """What a level may keep at least and at most, given the levels that are done; level 0 is the densest."""
-    denser, sparser = [i for i in done if i < level], [i for i in done if i > level]
-    low = list(done[min(sparser)]) if sparser else [1] * len(sizes)
-    high = list(done[max(denser)]) if denser else [size.width for size in sizes]
+def bounds(sizes: Sequence[Size], done: dict[int, Kept], level: int, sparsities: Sequence[float]) -> tuple[Kept, Kept]:
+    """What a level may keep at least and at most, given the levels that are done; level 0 is the densest.
+
+    Leaves room for the levels that are not: as far from their uniform allocation as this one, they are within bounds.
+    """
+    flat = [uniform(sizes, sparsity) for sparsity in sparsities]
+    low, high = [1] * len(sizes), [size.width for size in sizes]
+    for other in range(len(sparsities)):
+        for i, size in enumerate(sizes):
+            if other > level:
+                low[i] = max(low[i], done[other][i] if other in done else 1 + flat[level][i] - flat[other][i])
+            elif other < level:
+                room = size.width - flat[other][i] + flat[level][i]
+                high[i] = min(high[i], done[other][i] if other in done else room)
     return low, high

@@ -44,6 +44,7 @@ def register(app: typer.Typer, progress: Callable[[bool], AbstractContextManager
         if preset not in PRESETS:
             raise ConfigError(f"--preset: {preset!r} is unknown; expected one of {', '.join(PRESETS)}.")
         from elastic_sparsity.allocating import Allocating, allocate  # torch, only here
+        from elastic_sparsity.allocation_plot import plot_plan
         from elastic_sparsity.search import SearchSettings
 
         chosen: dict[str, Any] = dict(PRESETS[preset])
@@ -72,7 +73,9 @@ def register(app: typer.Typer, progress: Callable[[bool], AbstractContextManager
             count = len(plan.losses[repr(sparsity)])
             table.add_row(f"{100 * sparsity:g} %", f"{start:.3f}", f"{found:.3f}", str(count))
         Console(emoji=False).print(table)
-        say(f"{output}: allocation plan")
+        picture = output.with_name(f"{output.name}.png")
+        plot_plan(plan, picture)
+        say(f"{output}: allocation plan; {picture}: over depth")
 
 
 def _number(text: str) -> float | str:

@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from elastic_sparsity.allocation import Kept, Trade, shifted
+from elastic_sparsity.allocation import Kept, Moves, shifted
 from elastic_sparsity.errors import ConfigError, NumericsError
 
 Judge = Callable[[Sequence[int], Sequence[int]], float]  # (kept a row by linear, numbers of windows) -> loss
@@ -56,7 +56,7 @@ def evolve(
     start: Generation,
     judge: Judge,
     num_windows: int,
-    rules: Callable[[int], Trade],
+    moves: Callable[[int], Moves],
     low: Sequence[int],
     high: Sequence[int],
     settings: SearchSettings,
@@ -67,7 +67,7 @@ def evolve(
 
     Args:
         judge: loss of an allocation on some of the windows; lower is better.
-        rules: quanta of a generation, coarse ones first.
+        moves: of a generation, coarse and wide ones first.
         on_generation: called with every finished generation, to keep it.
     Raises: ConfigError: fewer windows than a stage needs. NumericsError: a loss is NaN.
     """
@@ -76,7 +76,7 @@ def evolve(
     now = start
     for number in range(len(now.losses), settings.generations):
         chance = random.Random(f"{seed} {number}")
-        offspring = _offspring(now.kept, rules(number), low, high, settings, chance)
+        offspring = _offspring(now.kept, moves(number), low, high, settings, chance)
         kept, loss = _selected(now.kept, offspring, judge, num_windows, settings, chance)
         now = Generation(kept, [*now.losses, loss])
         on_generation(now)
@@ -84,13 +84,13 @@ def evolve(
 
 
 def _offspring(
-    parent: Kept, rules: Trade, low: Sequence[int], high: Sequence[int], settings: SearchSettings, chance: random.Random
+    parent: Kept, moves: Moves, low: Sequence[int], high: Sequence[int], settings: SearchSettings, chance: random.Random
 ) -> list[Kept]:
     """Different ones, none like the parent; fewer than wanted where there are not as many."""
     found: dict[tuple[int, ...], None] = {}
     for _ in range(4 * settings.offspring):
         times = min(chance.randint(1, settings.most_moves), chance.randint(1, settings.most_moves))
-        child = tuple(shifted(parent, rules, low, high, times, chance))
+        child = tuple(shifted(parent, moves, low, high, times, chance))
         if child != tuple(parent):
             found[child] = None
         if len(found) == settings.offspring:

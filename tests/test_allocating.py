@@ -255,6 +255,7 @@ def test_the_command(tmp_path):
     assert result.exit_code == 0, result.output
     assert "70 %" in result.output
     assert load_plan(path).sparsities == [0.5, 0.7]
+    assert (tmp_path / "plan.json.png").read_bytes().startswith(b"\x89PNG")
     for arguments, message in (
         (["--levels", "0.5,much"], "ladder.sparsities"),
         (["--levels", "0.5", "--preset", "slow"], "--preset: 'slow' is unknown"),

