@@ -214,3 +214,21 @@ def bounds(sizes: Sequence[Size], done: dict[int, Kept], level: int, sparsities:
                 room = size.width - flat[other][i] + flat[level][i]
                 high[i] = min(high[i], done[other][i] if other in done else room)
     return low, high
+
+
+def progressions(
+    sizes: Sequence[Size], depths: Sequence[int], sparsities: Sequence[float], slopes: Sequence[float]
+) -> list[Kept]:
+    """Nested levels, each in its own arithmetic progression over depth as far as the neighbouring levels let it.
+
+    Args:
+        slopes: one a level, see `by_depth`.
+    Raises: ConfigError: see `fitted`.
+    """
+    done: dict[int, Kept] = {}
+    rules = trade(sizes)
+    for level in from_the_middle(len(sparsities)):
+        wanted = by_depth(sizes, depths, sparsities[level], slopes[level])
+        base = uniform(sizes, sparsities[level])
+        done[level] = fitted(wanted, base, rules, *bounds(sizes, done, level, sparsities))
+    return [done[level] for level in range(len(sparsities))]

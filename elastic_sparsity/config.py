@@ -22,6 +22,7 @@ Batch = Annotated[int, Field(gt=0, le=2**16, strict=True)]
 Rank = Annotated[int, Field(ge=0, le=2**13, strict=True)]
 Rate = Annotated[float, Field(ge=0.0, le=1e6, strict=True)]  # more than float32 holds would end in the optimiser
 Share = Annotated[float, Field(ge=0.0, le=1.0, strict=True)]
+Slope = Annotated[float, Field(ge=-1.0, le=1.0, strict=True)]
 Above = Annotated[float, Field(gt=0.0, le=1e6, strict=True)]
 
 
@@ -98,7 +99,10 @@ class AllocationSection(_Section):
     """How sparsity is shared out to the linears."""
 
     plan: str | None = None
-    """File that `elastic-sparsity search` wrote; None = the same sparsity in every linear."""
+    """File that `elastic-sparsity search` wrote; None = the same sparsity in every linear, or by `slope`."""
+    slope: Slope | tuple[Slope, ...] = 0.0
+    """Sparsity rises by twice this from the first block to the last (arXiv 2502.14770): one number, or one for each
+    unstructured level; 0 = uniform."""
 
 
 class AdapterSection(_Section):
@@ -194,6 +198,13 @@ class Recipe(_Section):
             )
         if self.scores.patterns == "within" and not self.ladder.sparsities:
             raise ConfigError("scores.patterns: 'within' needs an unstructured level in ladder.sparsities.")
+        slopes = self.allocation.slope
+        if isinstance(slopes, tuple) and len(slopes) != len(self.ladder.sparsities):
+            raise ConfigError(
+                f"allocation.slope: {len(slopes)} slopes for {len(self.ladder.sparsities)} ladder.sparsities."
+            )
+        if self.allocation.plan is not None and any(self.slopes()):
+            raise ConfigError("allocation.slope: a plan says all there is to say; give one of them.")
         wanted = self.end_to_end
         if self.memory.weights == "stream" and wanted.trainable in ("base", "adapters") and not wanted.shard:
             raise ConfigError(
@@ -215,6 +226,11 @@ class Recipe(_Section):
 
     def build_ladder(self) -> Ladder:
         return Ladder(**self.ladder.model_dump())
+
+    def slopes(self) -> tuple[float, ...]:
+        """Of every unstructured level."""
+        slope = self.allocation.slope
+        return slope if isinstance(slope, tuple) else (slope,) * len(self.ladder.sparsities)
 
     def group_ranks(self) -> tuple[int, ...]:
         ranks = self.adapters.ranks

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from elastic_sparsity.adapters import elastic_linears
+from elastic_sparsity.allocation import progressions
 from elastic_sparsity.allocation_file import allocation_of, load_plan
 from elastic_sparsity.allocator import return_freed_tensors_, usual_allocator_after
 from elastic_sparsity.arch import (
@@ -43,7 +44,7 @@ from elastic_sparsity.precision import default_device, resolve_precision
 from elastic_sparsity.run_folder import RunFolder, is_unfinished, run_folder
 from elastic_sparsity.sharding import shard_block_, whole_tensors
 from elastic_sparsity.shells import LinearRecord
-from elastic_sparsity.supernet import linear_sizes
+from elastic_sparsity.supernet import linear_depths, linear_sizes
 from elastic_sparsity.workers import Workers
 
 log = logging.getLogger(__name__)
@@ -131,11 +132,15 @@ def prepare(
 
 
 def _allocation(recipe: Recipe, model: Any) -> dict[str, tuple[int, ...]]:
-    """Weights kept a row by linear and level, if the recipe names a plan."""
-    if recipe.allocation.plan is None:
+    """Weights kept a row by linear and level, by the recipe's plan or slope; empty = uniform."""
+    sizes, sparsities = linear_sizes(model), recipe.ladder.sparsities
+    if recipe.allocation.plan is not None:
+        path = Path(recipe.allocation.plan)
+        return allocation_of(load_plan(path), path, sizes, sparsities)
+    if not any(recipe.slopes()):
         return {}
-    path = Path(recipe.allocation.plan)
-    return allocation_of(load_plan(path), path, linear_sizes(model), recipe.ladder.sparsities)
+    levels = progressions(sizes, linear_depths(model), sparsities, recipe.slopes())
+    return {size.name: tuple(kept[i] for kept in levels) for i, size in enumerate(sizes)}
 
 
 def run_induction(job: Job) -> tuple[Job, dict[str, Any]]:

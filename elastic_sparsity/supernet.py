@@ -37,6 +37,12 @@ def linear_sizes(model: Any) -> list[Size]:
     return [Size(name=name, rows=shape[0], width=shape[1]) for name, shape in shapes.items()]
 
 
+def linear_depths(model: Any) -> list[int]:
+    """Number of the block of every linear, in the same order."""
+    paths = architecture_of(model.config.model_type).linears
+    return [index for index in range(len(decoder_blocks(model))) for _ in paths]
+
+
 class Supernet:
     """A causal LM whose decoder linears are masked in place; `apply_` sets an allocation, `restore_` the dense weights.
 
@@ -47,11 +53,10 @@ class Supernet:
     """
 
     def __init__(self, model: Any) -> None:
-        blocks, paths = decoder_blocks(model), architecture_of(model.config.model_type).linears
         self.model = model
         self.sizes = linear_sizes(model)
-        self.depths = [index for index in range(len(blocks)) for _ in paths]
-        self.outliers = [0.0] * len(blocks)
+        self.depths = linear_depths(model)
+        self.outliers = [0.0] * len(decoder_blocks(model))
         self._linears: list[Any] = list(linears_of(model).values())
         self._dense = [linear.weight.detach() for linear in self._linears]
         self._rank: list[Tensor] = [torch.empty(0)] * len(self._linears)  # (O, I) int16 or int32, 0 = kept longest

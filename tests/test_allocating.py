@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from elastic_sparsity import ElasticCheckpoint, optimize
 from elastic_sparsity.allocating import METHODS, Allocating, allocate
-from elastic_sparsity.allocation import total, uniform
+from elastic_sparsity.allocation import progressions, total, uniform
 from elastic_sparsity.allocation_file import allocation_of, load_plan
 from elastic_sparsity.arch import decoder_blocks, linears_of, weight_OI
 from elastic_sparsity.baselines import prune_one_shot_
@@ -20,7 +20,7 @@ from elastic_sparsity.errors import ConfigError, OutputError, ShapeError
 from elastic_sparsity.ladder import Ladder
 from elastic_sparsity.search import SearchSettings
 from elastic_sparsity.slicing import load_level
-from elastic_sparsity.supernet import Supernet, TopKL, linear_sizes, top_kl
+from elastic_sparsity.supernet import Supernet, TopKL, linear_depths, linear_sizes, top_kl
 from elastic_sparsity.tiny import tiny_model
 from elastic_sparsity.verify import verify
 
@@ -165,6 +165,18 @@ def test_a_run_keeps_what_the_plan_says(plan_path, tmp_path):
             else:
                 assert per_row.unique().tolist() == [weight_OI(linear).shape[1] // 2]
     assert all(check.passed for check in verify(tmp_path / "out"))
+
+
+def test_a_run_takes_slopes(tmp_path):
+    checkpoint = optimize(tiny_recipe(allocation={"slope": 0.1}), tmp_path / "out")
+    sizes, depths = linear_sizes(tiny_model("llama")), linear_depths(tiny_model("llama"))
+    levels = progressions(sizes, depths, SPARSITIES, [0.1] * 3)
+    assert [list(spec.kept) for spec in checkpoint.linears.values()] == [list(x) for x in zip(*levels, strict=True)]
+    assert levels[0] != uniform(sizes, 0.5)
+    with pytest.raises(ConfigError, match="2 slopes for 3 ladder.sparsities"):
+        tiny_recipe(allocation={"slope": (0.1, 0.2)})
+    with pytest.raises(ConfigError, match="allocation.slope: a plan says all there is to say"):
+        tiny_recipe(allocation={"slope": 0.1, "plan": "plan.json"})
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt", "magnitude"])

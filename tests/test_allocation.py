@@ -16,6 +16,7 @@ from elastic_sparsity.allocation import (
     by_outliers,
     fitted,
     from_the_middle,
+    progressions,
     shifted,
     total,
     trade,
@@ -153,6 +154,22 @@ def test_levels_stay_nested_and_never_get_stuck(model, seed, sparsities):
         assert total(sizes, done[level]) == total(sizes, base)
     for denser, sparser in itertools.pairwise(sorted(done)):
         assert all(a >= b for a, b in zip(done[denser], done[sparser], strict=True))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    model=st.sampled_from(sorted(MODELS)),
+    slopes=st.lists(st.floats(-1, 1), min_size=3, max_size=3),
+)
+def test_progressions_are_nested_and_of_the_budget_whatever_the_slopes(model, slopes):
+    sizes, sparsities = MODELS[model], [0.5, 0.6, 0.7]
+    depths = [int(size.name.partition(".")[0]) for size in sizes]
+    levels = progressions(sizes, depths, sparsities, slopes)
+    for kept, sparsity in zip(levels, sparsities, strict=True):
+        assert total(sizes, kept) == total(sizes, uniform(sizes, sparsity))
+        assert all(1 <= k <= size.width for k, size in zip(kept, sizes, strict=True))
+    for denser, sparser in itertools.pairwise(levels):
+        assert all(a >= b for a, b in zip(denser, sparser, strict=True))
 
 
 def test_the_middle_comes_first():

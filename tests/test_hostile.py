@@ -154,6 +154,7 @@ def test_numbers_that_training_cannot_survive(ledger):
             "warmup": (1.0,),
         },
         "scores": {"damping": (1e-300, 1e300)},
+        "allocation": {"slope": (-1.0, 1e-300, (0.0, 1.0, -1.0), (0.1,), ()), "plan": ("", "\0", "/", "a" * 5000)},
         "mixer": {"lr": (1e300,), "weights": ((1e308,) * 4, (1e-320,) * 4)},
         "adapters": {"ranks": (33, 10**6, 10**12, 2**70, (2, 2, 2, -1), (0,))},
         "ladder": {"patterns": (("2:3",), ("1:32",), ("31:32", "2:7"))},

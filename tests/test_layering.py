@@ -144,8 +144,8 @@ ALLOWED = {
         "torch", "config", "errors", "memory_plan", "model_shapes", "plan_sizes", "precision", "probe", "work_plan",
     },
     "pipeline": {
-        "torch", "adapters", "allocation_file", "allocator", "arch", "attention", "block_phase", "block_state",
-        "calibration_text", "checkpoint", "model_shapes", "plan_sizes", "planning",
+        "torch", "adapters", "allocation", "allocation_file", "allocator", "arch", "attention", "block_phase",
+        "block_state", "calibration_text", "checkpoint", "model_shapes", "plan_sizes", "planning",
         "checkpoint_writer", "config", "data", "distill", "end_to_end", "errors", "files", "fused_layers", "inducing",
         "manifest", "models", "precision", "run_folder", "sharding", "shells", "supernet",
         "workers",
