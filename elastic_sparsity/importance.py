@@ -21,13 +21,15 @@ class InputStatistics:
     Args:
         width: input features I.
         gram: also accumulate the (I, I) matrix sum x xT, needed by Hessian-aware scores and SparseGPT.
+        means: also accumulate the sum of x.
     """
 
-    def __init__(self, width: int, *, gram: bool, device: torch.device | str = "cpu") -> None:
+    def __init__(self, width: int, *, gram: bool, means: bool = False, device: torch.device | str = "cpu") -> None:
         self.width = width
         self.num_tokens = 0
         self._square_sum_I = torch.zeros(width, dtype=torch.float64, device=device)
         self.gram_II = torch.zeros(width, width, dtype=torch.float32, device=device) if gram else None
+        self._sum_I = torch.zeros(width, dtype=torch.float64, device=device) if means else None
 
     def update(self, x: Tensor) -> None:
         """Add a batch of inputs of shape (..., I)."""
@@ -35,6 +37,8 @@ class InputStatistics:
             raise ShapeError(f"input statistics: expected {self.width} features, found shape {tuple(x.shape)}.")
         x_TI = x.detach().reshape(-1, self.width).float()
         self.num_tokens += x_TI.shape[0]
+        if self._sum_I is not None:
+            self._sum_I += x_TI.sum(dim=0)
         if self.gram_II is None:
             self._square_sum_I += x_TI.square().sum(dim=0)
             return
@@ -46,6 +50,12 @@ class InputStatistics:
         """(I,) float32: sum of squares of every channel."""
         return self._square_sum_I.float() if self.gram_II is None else self.gram_II.diagonal().clone()
 
+    @property
+    def mean_I(self) -> Tensor:
+        """(I,) float64: mean of every channel; only with `means`."""
+        assert self._sum_I is not None
+        return self._sum_I / self.num_tokens
+
     def reduce(self, sum_: Callable[[list[Tensor]], None]) -> None:
         """Adds up the statistics of several workers. `sum_` sums tensors in place over all of them."""
         count = torch.tensor([self.num_tokens], dtype=torch.float64, device=self._square_sum_I.device)
@@ -53,6 +63,8 @@ class InputStatistics:
         self.num_tokens = int(count)
         if self.gram_II is not None:
             sum_([self.gram_II])
+        if self._sum_I is not None:
+            sum_([self._sum_I])
 
     def checked(self, where: str) -> "InputStatistics":
         """Itself, if it is finite and not empty.
