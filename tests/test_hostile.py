@@ -182,6 +182,8 @@ PIECES = (
 EVAL_OPTIONS = ("--window", "--max-windows", "--precision", "--reference", "--level")
 INDUCE_OPTIONS = ("--levels", "--length", "--seed", "--calibration")
 ONE_STEP = ("--steps", "1", "--samples", "6", "--length", "8", "-q")
+PRUNE_OPTIONS = ("--structured", "--multiple", "--scores", "--length", "--damping", "--dtype", "--calibration")
+FEW = ("--samples", "4", "--length", "8", "-q")
 BENCH_OPTIONS = ("--batch", "--prompt", "--new-tokens", "--repeats", "--threads", "--device", "--way", "--level")
 
 
@@ -193,6 +195,7 @@ def test_command_lines(ledger, tiny_checkpoint, text_file, quick, tmp_path):
         ("slice", tiny_checkpoint, "--output", ledger.out): ("--dtype", "--format", "--level"),
         ("export", tiny_checkpoint, "--output", ledger.out): ("--dtype", "--format", "--level"),
         ("induce", "random:llama", "--output", ledger.out, *ONE_STEP): INDUCE_OPTIONS,
+        ("prune", "random:llama", "--structured", "0.5", "--output", ledger.out, *FEW): PRUNE_OPTIONS,
         ("plan", quick, "--no-probe"): ("--device-memory", "--host-memory", "--disk", "--config", "--model"),
     }
     for command, options in numbers.items():
@@ -208,6 +211,7 @@ def test_command_lines(ledger, tiny_checkpoint, text_file, quick, tmp_path):
         **{command: [tiny_checkpoint] for command in commands},
         "train": [quick],
         "induce": ["random:llama", *ONE_STEP],
+        "prune": ["random:llama", "--structured", "0.5", *FEW],
         "plan": [quick, "--no-probe"],
         "upgrade": [tmp_path],
     }

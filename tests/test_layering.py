@@ -20,6 +20,8 @@ ALLOWED = {
     "soft_mask": {"torch", "errors"},
     "mixer": {"torch", "errors"},
     "sparsegpt": {"torch", "errors", "importance"},
+    "structured_order": {"torch", "errors"},
+    "structured_sizes": {"errors"},
     "packing": {"torch", "numpy", "errors"},
     "packed_weight": {"torch", "packing", "precision"},
     "native": {"torch", "errors", "packed_weight"},
@@ -58,6 +60,9 @@ ALLOWED = {
     "absorption": {"torch", "errors", "folding", "wiring"},
     "rotation": {"torch", "arch", "errors", "folding", "wiring"},
     "residual": {"torch", "arch", "errors", "folding", "wiring"},
+    "structured_parts": {
+        "torch", "transformers", "accelerate", "arch", "errors", "structured_sizes", "wiring",
+    },
     "weight_stream": {"torch", "transformers", "accelerate", "arch", "errors", "tensor_file"},
     "models": {
         "torch", "safetensors", "transformers", "gguf", "arch", "errors", "files", "induction_file", "precision",
@@ -97,6 +102,14 @@ ALLOWED = {
         "importance", "ladder", "masks", "mixer", "models", "precision", "run_folder", "workers",
     },
     "baselines": {"torch", "arch", "blocks", "calibrate", "errors", "importance", "ladder", "masks", "sparsegpt"},
+    "structured": {
+        "torch", "arch", "blocks", "calibrate", "errors", "importance", "structured_order", "structured_parts",
+        "structured_sizes", "wiring",
+    },
+    "pruning": {
+        "torch", "calibration_text", "config", "files", "models", "precision", "structured", "structured_parts",
+        "structured_sizes",
+    },
     "placement": {"torch", "accelerate", "errors", "precision", "semi_structured", "ways"},
     "packed": {"torch", "adapters", "errors", "native", "packed_weight"},
     "decoding": {
@@ -151,9 +164,10 @@ ALLOWED = {
     "cli_export": {"transformers", "exports", "terminal"},
     "cli_induce": {"config", "inducing", "terminal"},
     "cli_plan": {"config", "errors", "plan_sizes", "planning", "report"},
+    "cli_prune": {"errors", "pruning", "structured", "terminal"},
     "cli": {
-        "transformers", "checkpoint", "choosing", "cli_device", "cli_export", "cli_induce", "cli_plan", "config",
-        "errors", "files",
+        "transformers", "checkpoint", "choosing", "cli_device", "cli_export", "cli_induce", "cli_plan", "cli_prune",
+        "config", "errors", "files",
         "hub", "inspection", "measure", "overlay", "peft_export", "pipeline", "precision", "report", "slicing",
         "terminal", "transfer", "verify", "workers",
     },
