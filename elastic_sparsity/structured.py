@@ -74,8 +74,9 @@ def prune_structured_(
     kept: list[Kept] = []
     for index, block in enumerate(blocks):
         call, where = runner.call(index), f"{prefix}.{index}"
-        chosen: dict[str, Tensor] = {}
         parts = parts_of(block, config)
+        chosen = {part.name: torch.arange(len(part.units_UC)) for part in parts}
+        parts = [part for part in parts if _count(part, sizes) < len(part.units_UC)]
         with autocast():
             dense = None if accumulate else runner.map(call, hidden)
         for together in ([part] for part in parts) if accumulate else [parts]:
@@ -117,8 +118,6 @@ def _by_obs_(
     block: nn.Module, part: Part, sizes: Sizes, found: InputStatistics, damping: float, at_once: int, where: str
 ) -> Tensor:
     linear, count, units_UC = linear_at(block, part.path), _count(part, sizes), part.units_UC
-    if count == len(units_UC):
-        return torch.arange(count)
     assert found.gram_II is not None
     mean_I = found.mean_I if linear.bias is not None else None
     hessian_II = damped_hessian(found.gram_II, damping, mean_I=mean_I, num_tokens=found.num_tokens, where=where)

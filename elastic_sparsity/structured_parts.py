@@ -93,13 +93,15 @@ def sizes_for(model: Any, sparsity: float, multiple: int | None = None) -> Sizes
     """
     row, config = architecture_of(model.config.model_type), model.config
     blocks = decoder_blocks(model)
-    by_name = {part.name: part for block in blocks for part in parts_of(block, config)}  # checks every block
-    mlp, attention = by_name["mlp"], by_name.get("attention")
-    sizes = [tensor.numel() for path in row.linears for tensor in linear_at(blocks[0], path).parameters()]
+    for block in blocks[1:]:
+        parts_of(block, config)  # checks it
+    parts = {part.name: part for part in parts_of(blocks[0], config)}
+    mlp, attention = parts["mlp"], parts.get("attention")
+    numbers = [tensor.numel() for path in row.linears for tensor in linear_at(blocks[0], path).parameters()]
     num_groups = len(heads_of(blocks[0], config).key_KC)
     return choose_sizes(
         sparsity,
-        total=sum(sizes),
+        total=sum(numbers),
         group_cost=unit_cost(blocks[0], attention) if attention else 0,
         num_groups=num_groups,
         channel_cost=unit_cost(blocks[0], mlp),
