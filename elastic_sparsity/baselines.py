@@ -59,8 +59,10 @@ def prune_one_shot_(
         where = f"{row.blocks}.{index}"
         linears = {path: block.get_submodule(path) for path in row.linears}
         call = runner.call(index)
-        gram, mean = method in ("obs", "sparsegpt"), method == "dsnot"
-        found = block_statistics(runner, call, linears, [hidden], gram=gram, mean=mean, autocast=autocast, where=where)
+        gram, means = method in ("obs", "sparsegpt"), method == "dsnot"
+        found = block_statistics(
+            runner, call, linears, [hidden], gram=gram, means=means, autocast=autocast, where=where
+        )
         for path, linear in linears.items():
             weight = weight_OI(linear)
             name = f"{where}.{path}"

@@ -20,7 +20,7 @@ def block_statistics(
     streams: Sequence[Activations],
     *,
     gram: bool,
-    mean: bool = False,
+    means: bool = False,
     autocast: Callable[[], Any],
     where: str,
     sum_: Callable[[list[Tensor]], None] = lambda tensors: None,
@@ -38,7 +38,7 @@ def block_statistics(
     def observe(names: tuple[str, ...], x: Tensor) -> None:
         if names[0] not in statistics:
             width = weight_OI(linears[names[0]]).shape[1]
-            shared = InputStatistics(width, gram=gram, mean=mean, device=x.device)
+            shared = InputStatistics(width, gram=gram, means=means, device=x.device)
             statistics.update(dict.fromkeys(names, shared))
         statistics[names[0]].update(x)
 

@@ -20,6 +20,7 @@ from elastic_sparsity.cli_device import register as register_device
 from elastic_sparsity.cli_export import register as register_export
 from elastic_sparsity.cli_induce import register as register_induce
 from elastic_sparsity.cli_plan import register as register_plan
+from elastic_sparsity.cli_prune import register as register_prune
 from elastic_sparsity.cli_search import register as register_search
 from elastic_sparsity.config import Recipe, read_recipe
 from elastic_sparsity.errors import ConfigError, ElasticSparsityError
@@ -88,6 +89,7 @@ def recipe_path(name: str) -> Path:
 register_plan(app, recipe_path)
 register_induce(app, _progress)
 register_search(app, _progress)
+register_prune(app, _progress)
 
 
 @app.command()

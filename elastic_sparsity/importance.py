@@ -21,15 +21,15 @@ class InputStatistics:
     Args:
         width: input features I.
         gram: also accumulate the (I, I) matrix sum x xT, needed by Hessian-aware scores and SparseGPT.
-        mean: also accumulate the sum of x, needed by DSnoT.
+        means: also accumulate the sum of x, needed by DSnoT and structured pruning.
     """
 
-    def __init__(self, width: int, *, gram: bool, mean: bool = False, device: torch.device | str = "cpu") -> None:
+    def __init__(self, width: int, *, gram: bool, means: bool = False, device: torch.device | str = "cpu") -> None:
         self.width = width
         self.num_tokens = 0
-        self._sum_I = torch.zeros(width, dtype=torch.float64, device=device) if mean else None
         self._square_sum_I = torch.zeros(width, dtype=torch.float64, device=device)
         self.gram_II = torch.zeros(width, width, dtype=torch.float32, device=device) if gram else None
+        self._sum_I = torch.zeros(width, dtype=torch.float64, device=device) if means else None
 
     def update(self, x: Tensor) -> None:
         """Add a batch of inputs of shape (..., I)."""
@@ -52,16 +52,14 @@ class InputStatistics:
 
     @property
     def mean_I(self) -> Tensor:
-        """(I,) float32: mean of every channel."""
+        """(I,) float64: mean of every channel; only with `means`."""
         assert self._sum_I is not None
-        return (self._sum_I / self.num_tokens).float()
+        return self._sum_I / self.num_tokens
 
     @property
     def variance_I(self) -> Tensor:
-        """(I,) float32: variance of every channel over the tokens."""
-        assert self._sum_I is not None
-        mean_I = self._sum_I / self.num_tokens
-        return (self.square_sum_I.double() / self.num_tokens - mean_I.square()).clamp_min(0).float()
+        """(I,) float64: variance of every channel over the tokens; only with `means`."""
+        return (self.square_sum_I.double() / self.num_tokens - self.mean_I.square()).clamp_min(0)
 
     def reduce(self, sum_: Callable[[list[Tensor]], None]) -> None:
         """Adds up the statistics of several workers. `sum_` sums tensors in place over all of them."""

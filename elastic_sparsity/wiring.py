@@ -30,6 +30,9 @@ class Wiring:
     head_norms: norms on the queries and keys of every head.
     gain_offset: what a norm adds to its stored gain (Gemma: 1).
     embeddings: token embeddings first, then learned positions.
+    width_field: the config's field for the MLP's intermediate channels.
+    free_heads: whether the config can say that there are fewer heads of the same size.
+    attention_bias, mlp_bias: the config's field that gives every linear of the branch a bias; "" = there is none.
     """
 
     attention_norm: str
@@ -49,6 +52,10 @@ class Wiring:
     gain_offset: float = 0.0
     embeddings: tuple[str, ...] = ("model.embed_tokens",)
     final_norm: str = "model.norm"
+    width_field: str = "intermediate_size"
+    free_heads: bool = True
+    attention_bias: str = ""
+    mlp_bias: str = ""
 
     @property
     def attention_inputs(self) -> tuple[str, ...]:
@@ -68,14 +75,15 @@ _GEMMA2 = replace(
     post_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
     activation="hidden_activation",
     gain_offset=1.0,
+    attention_bias="attention_bias",
 )
 _HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 
 WIRINGS: dict[str, Wiring] = {
-    "llama": _LLAMA,
+    "llama": replace(_LLAMA, attention_bias="attention_bias", mlp_bias="mlp_bias"),
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
-    "qwen3": replace(_LLAMA, head_norms=_HEAD_NORMS),
+    "qwen3": replace(_LLAMA, head_norms=_HEAD_NORMS, attention_bias="attention_bias"),
     "gemma2": _GEMMA2,
     "gemma3_text": replace(_GEMMA2, head_norms=_HEAD_NORMS),
     "phi3": replace(
@@ -99,6 +107,8 @@ WIRINGS: dict[str, Wiring] = {
         rotary="none",
         embeddings=("model.decoder.embed_tokens", "model.decoder.embed_positions"),
         final_norm="model.decoder.final_layer_norm",
+        width_field="ffn_dim",
+        free_heads=False,
     ),
     "gpt_neox": Wiring(
         attention_norm="input_layernorm",
@@ -114,6 +124,7 @@ WIRINGS: dict[str, Wiring] = {
         rotary="partial",
         embeddings=("gpt_neox.embed_in",),
         final_norm="gpt_neox.final_layer_norm",
+        free_heads=False,
     ),
     "gpt2": Wiring(
         attention_norm="ln_1",
@@ -130,6 +141,8 @@ WIRINGS: dict[str, Wiring] = {
         rotary="none",
         embeddings=("transformer.wte", "transformer.wpe"),
         final_norm="transformer.ln_f",
+        width_field="n_inner",
+        free_heads=False,
     ),
 }
 

@@ -185,6 +185,8 @@ INDUCE_OPTIONS = ("--levels", "--length", "--seed", "--calibration")
 SEARCH_OPTIONS = ("--levels", "--length", "--seed", "--method", "--preset", "--held-out")
 ONE_SEARCH = ("--samples", "2", "--length", "8", "--held-out", "8", "--generations", "1", "-q")
 ONE_STEP = ("--steps", "1", "--samples", "6", "--length", "8", "-q")
+PRUNE_OPTIONS = ("--structured", "--multiple", "--scores", "--length", "--damping", "--dtype", "--calibration")
+FEW = ("--samples", "4", "--length", "8", "-q")
 BENCH_OPTIONS = ("--batch", "--prompt", "--new-tokens", "--repeats", "--threads", "--device", "--way", "--level")
 
 
@@ -197,6 +199,7 @@ def test_command_lines(ledger, tiny_checkpoint, text_file, quick, tmp_path):
         ("export", tiny_checkpoint, "--output", ledger.out): ("--dtype", "--format", "--level"),
         ("induce", "random:llama", "--output", ledger.out, *ONE_STEP): INDUCE_OPTIONS,
         ("search", "random:llama", "--output", ledger.out, *ONE_SEARCH): SEARCH_OPTIONS,
+        ("prune", "random:llama", "--structured", "0.5", "--output", ledger.out, *FEW): PRUNE_OPTIONS,
         ("plan", quick, "--no-probe"): ("--device-memory", "--host-memory", "--disk", "--config", "--model"),
     }
     for command, options in numbers.items():
@@ -213,6 +216,7 @@ def test_command_lines(ledger, tiny_checkpoint, text_file, quick, tmp_path):
         "train": [quick],
         "induce": ["random:llama", *ONE_STEP],
         "search": ["random:llama", *ONE_SEARCH],
+        "prune": ["random:llama", "--structured", "0.5", *FEW],
         "plan": [quick, "--no-probe"],
         "upgrade": [tmp_path],
     }

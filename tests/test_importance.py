@@ -48,6 +48,19 @@ def test_obs_by_hand():
 
 
 @pytest.mark.parametrize("gram", [False, True])
+def test_means_over_batches_and_workers(gram):
+    mine, other = (InputStatistics(4, gram=gram, means=True) for _ in range(2))
+    batches = [random(5, 4, seed=seed) + 3 for seed in range(4)]
+    for number, batch in enumerate(batches):
+        (other if number == 3 else mine).update(batch)
+    torch.testing.assert_close(mine.mean_I, torch.cat(batches[:3]).double().mean(dim=0), rtol=1e-6, atol=0)
+    theirs = []
+    other.reduce(theirs.extend)  # what another worker would send
+    mine.reduce(lambda tensors: [x.add_(theirs.pop(0)) for x in tensors] and None)
+    torch.testing.assert_close(mine.mean_I, torch.cat(batches).double().mean(dim=0), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("gram", [False, True])
 def test_wanda_equals_a_triple_loop(gram):
     weight, x = random(3, 4), random(5, 4, seed=1)
     found = wanda_scores(weight, statistics_of(x, gram=gram).square_sum_I)
@@ -86,12 +99,12 @@ def test_ria_of_zero_rows_and_columns_is_zero():
 
 def test_mean_and_variance_equal_torchs_over_all_batches():
     batches = [random(4, 6) + 3, random(2, 5, 6, seed=1) - 1]
-    statistics = InputStatistics(6, gram=False, mean=True)
+    statistics = InputStatistics(6, gram=False, means=True)
     for batch in batches:
         statistics.update(batch)
     x = torch.cat([batch.flatten(0, -2) for batch in batches]).double()
-    torch.testing.assert_close(statistics.mean_I, x.mean(0).float())
-    torch.testing.assert_close(statistics.variance_I, x.var(0, correction=0).float(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(statistics.mean_I, x.mean(0))
+    torch.testing.assert_close(statistics.variance_I, x.var(0, correction=0), rtol=1e-5, atol=1e-6)
 
 
 def test_obs_equals_the_cheapest_repair_of_a_row():

@@ -25,6 +25,8 @@ ALLOWED = {
     "soft_mask": {"torch", "errors"},
     "mixer": {"torch", "errors"},
     "sparsegpt": {"torch", "errors", "importance"},
+    "structured_order": {"torch", "errors"},
+    "structured_sizes": {"errors"},
     "packing": {"torch", "numpy", "errors"},
     "packed_weight": {"torch", "packing", "precision"},
     "native": {"torch", "errors", "packed_weight"},
@@ -63,6 +65,9 @@ ALLOWED = {
     "absorption": {"torch", "errors", "folding", "wiring"},
     "rotation": {"torch", "arch", "errors", "folding", "wiring"},
     "residual": {"torch", "arch", "errors", "folding", "wiring"},
+    "structured_parts": {
+        "torch", "transformers", "accelerate", "arch", "errors", "structured_sizes", "wiring",
+    },
     "weight_stream": {"torch", "transformers", "accelerate", "arch", "errors", "tensor_file"},
     "models": {
         "torch", "safetensors", "transformers", "gguf", "arch", "errors", "files", "induction_file", "precision",
@@ -108,6 +113,14 @@ ALLOWED = {
     },
     "baselines": {
         "torch", "arch", "blocks", "calibrate", "errors", "importance", "ladder", "mask_moves", "masks", "sparsegpt",
+    },
+    "structured": {
+        "torch", "arch", "blocks", "calibrate", "errors", "importance", "structured_order", "structured_parts",
+        "structured_sizes", "wiring",
+    },
+    "pruning": {
+        "torch", "calibration_text", "config", "files", "models", "precision", "structured", "structured_parts",
+        "structured_sizes",
     },
     "placement": {"torch", "accelerate", "errors", "precision", "semi_structured", "ways"},
     "packed": {"torch", "adapters", "errors", "native", "packed_weight"},
@@ -165,10 +178,10 @@ ALLOWED = {
     "cli_induce": {"config", "inducing", "terminal"},
     "cli_search": {"allocating", "allocation_plot", "config", "errors", "search", "terminal"},
     "cli_plan": {"config", "errors", "plan_sizes", "planning", "report"},
+    "cli_prune": {"errors", "pruning", "structured", "terminal"},
     "cli": {
-        "transformers", "checkpoint", "choosing", "cli_device", "cli_export", "cli_induce", "cli_plan", "cli_search",
-        "config",
-        "errors", "files",
+        "transformers", "checkpoint", "choosing", "cli_device", "cli_export", "cli_induce", "cli_plan", "cli_prune",
+        "cli_search", "config", "errors", "files",
         "hub", "inspection", "measure", "overlay", "peft_export", "pipeline", "precision", "report", "slicing",
         "terminal", "transfer", "verify", "workers",
     },

@@ -16,11 +16,11 @@ def problem(rows: int, width: int, seed: int, pattern=None):
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, width, generator=generator)
     x = torch.randn(200, width, generator=generator) * torch.rand(width, generator=generator) + 0.5
-    statistics = InputStatistics(width, gram=False, mean=True)
+    statistics = InputStatistics(width, gram=False, means=True)
     statistics.update(x)
     scores = wanda_scores(weight, statistics.square_sum_I)
     mask = mask_at(drop_levels(scores, [width // 2]), 0) if pattern is None else pattern_mask(scores, *pattern)
-    return weight, mask, statistics.mean_I, statistics.variance_I, statistics.square_sum_I.sqrt()
+    return weight, mask, statistics.mean_I.float(), statistics.variance_I.float(), statistics.square_sum_I.sqrt()
 
 
 def by_hand(weight, mask, mean, variance, norm, pattern, moves, tolerance):

