@@ -88,6 +88,7 @@ def load_base(model_id: str, dtype: str = "auto") -> BaseModel:
         raise ConfigError(f"model.id: {model_id!r} is unknown; packaged models: {', '.join(PACKAGED_MODELS)}.")
     elif model_id.endswith(".gguf"):
         model, tokenizer = _from_gguf(Path(model_id), dtype)
+        _keep_license_(model, Path(model_id))
     else:
         model, tokenizer = _from_pretrained(model_id, dtype)
     architecture_of(model.config.model_type)
@@ -291,6 +292,19 @@ def _check_dtypes(folder: Path, model: Any) -> None:
                 dtype = file.get_slice(name).get_dtype() if name in names else "F32"
                 if dtype not in ("F64", "F32", "F16", "BF16"):
                     raise UnsupportedModelError(f"{path}: {name}: stored as {dtype}; expected a model of plain floats.")
+
+
+def _keep_license_(model: Any, path: Path) -> None:
+    """config.json carries on what a GGUF file says of its license: whoever passes the model on has to know it."""
+    import gguf
+
+    try:
+        field = gguf.GGUFReader(path).get_field("general.license")
+        found = None if field is None else field.contents()
+    except ValueError:  # not UTF-8
+        return
+    if isinstance(found, str):
+        model.config.license = found
 
 
 def _from_gguf(path: Path, dtype: str) -> tuple[Any, Any]:

@@ -231,11 +231,11 @@ def _figures(rows: Any) -> Iterable[Figure]:
 def _protocol(protocol: Any) -> Iterable[tuple[str, str]]:
     windows = _at(protocol, "windows")
     counts = [_number(x) for x in windows] if isinstance(windows, list) else []
-    for key, value in _texts(protocol):
+    for key, value in sorted(_texts(protocol), key=lambda pair: pair[0] == "sha256"):  # the long one last
         if key != "windows":
             yield key, value
         elif len(counts) == 2 and all(x is not None and math.isfinite(x) for x in counts):
-            yield key, f"{counts[0]:,.0f} of {counts[1]:,.0f} tokens"
+            yield key, f"{counts[0]:,.0f} windows of {counts[1]:,.0f} tokens"
 
 
 def _calibration(config: Mapping[str, Any]) -> Iterable[tuple[str, str]]:

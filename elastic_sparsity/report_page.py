@@ -37,7 +37,8 @@ th,td{padding:.5rem .85rem;text-align:left;border-top:1px solid var(--line);vert
 thead th{border-top:0;color:var(--soft);font-weight:600;font-size:.82rem;white-space:nowrap}
 tbody th{font-weight:600}.n{text-align:right;white-space:nowrap}
 .ours td,.ours th{background:var(--tint)}
-.facts th{width:16rem;min-width:9rem;font-weight:400;color:var(--soft)}.facts td{min-width:12rem}
+.wide{white-space:nowrap}.facts tr:first-child>*{border-top:0}.facts td{min-width:12rem}
+.facts th{width:16rem;min-width:9rem;font-weight:400;color:var(--soft)}
 pre{overflow-x:auto;background:var(--card);border:1px solid var(--line);border-radius:.6rem;padding:.8rem 1rem;
 font-size:.86rem;line-height:1.5;margin:.6rem 0}
 code,pre{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace}
@@ -50,8 +51,9 @@ figcaption{margin:.5rem .2rem 0;line-height:1.45}
 li{margin:.35rem 0;max-width:46rem}ul{padding-left:1.2rem}
 details{margin:.8rem 0}summary{cursor:pointer;color:var(--accent)}
 footer{margin-top:3rem;color:var(--soft);font-size:.85rem;border-top:1px solid var(--line);padding-top:1rem}
-@media(max-width:34rem){main{padding:1.5rem .9rem 3rem}h1{font-size:1.5rem}th,td{padding:.45rem .6rem}
-.facts th{width:auto;min-width:7.5rem}figure{padding:.5rem}.tiles dd{font-size:1.05rem}}
+@media(max-width:34rem){main{padding:1.5rem .9rem 3rem}h1{font-size:1.5rem}th,td{padding:.42rem .5rem}
+table{font-size:.84rem}thead th{font-size:.76rem}.facts th{width:auto;min-width:7.5rem}
+figure{padding:.5rem}.tiles dd{font-size:1.05rem}}
 @media print{.scroll{overflow:visible}figure,.scroll{break-inside:avoid}}
 """
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -68,7 +70,7 @@ def page(facts: Facts, plots: Mapping[str, str | None]) -> str:
         _use(facts),
         _levels(facts),
         _others(facts),
-        _quality_plots(plots),
+        _quality_plots(facts, plots),
         _bytes(facts, plots),
         _layers(facts, plots),
         _made(facts),
@@ -95,18 +97,15 @@ def _head(facts: Facts) -> str:
         "dense perplexity": words.perplexity(facts.figure("dense", "dense")),
     }
     inner = "".join(f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in tiles.items())
-    base = ""
+    base = escape(facts.base_hub_id or facts.base_id or words.NOT_RECORDED)
     if facts.base_hub_id is not None:
-        link = f'<a href="https://huggingface.co/{escape(facts.base_hub_id)}">{escape(facts.base_hub_id)}</a>'
-        base = f'<p class="soft">Base model: {link}{_license(facts)}</p>'
+        base = f'<a href="https://huggingface.co/{base}">{base}</a>'
+    license_ = escape(facts.license or words.NOT_RECORDED)
     return (
         f'<header><p class="kicker">Elastic sparse checkpoint</p>\n<h1>{escape(facts.name)}</h1>\n'
-        f'<p>{escape(words.lead(facts))}</p>\n{base}<dl class="tiles">{inner}</dl></header>'
+        f"<p>{escape(words.lead(facts))}</p>\n"
+        f'<p class="soft">Base model: {base}; license: {license_}</p><dl class="tiles">{inner}</dl></header>'
     )
-
-
-def _license(facts: Facts) -> str:
-    return "" if facts.license is None else f", license {escape(facts.license)}"
 
 
 def _use(facts: Facts) -> str:
@@ -129,7 +128,7 @@ def use_commands(facts: Facts) -> tuple[str, str]:
 def _python(facts: Facts, level: str) -> str:
     name = json.dumps(facts.name, ensure_ascii=False)  # double quotes: the shell's are single
     call = f'ElasticModel.from_pretrained({name}, level="{level}")'
-    return f"from elastic_sparsity import ElasticModel; print({call})"
+    return f"from elastic_sparsity import ElasticModel\nprint({call})"
 
 
 def _levels(facts: Facts) -> str:
@@ -148,7 +147,8 @@ def _others(facts: Facts) -> str:
     others = words.other_rows(facts)
     if not others:
         return ""
-    rows, ours = [], set()
+    rows: list[tuple[str, str, str, str]] = []
+    ours = set()
     for name in dict.fromkeys(row.level for row in others):
         here = [row for row in facts.figures if row.level == name]
         for row in sorted(here, key=lambda x: x.method != "elastic"):
@@ -162,10 +162,13 @@ def _others(facts: Facts) -> str:
     )
 
 
-def _quality_plots(plots: Mapping[str, str | None]) -> str:
+def _quality_plots(facts: Facts, plots: Mapping[str, str | None]) -> str:
+    if not facts.figures:
+        return ""  # said below the levels
     if plots["sparsity"] is None:
-        return f"<h2>Quality in pictures</h2>\n<p>{escape(words.NO_FIGURES)}</p>"
-    figures = _figure(plots["sparsity"], "Perplexity against sparsity, every method. Hollow marks: N:M levels.")
+        return "<h2>Quality in pictures</h2>\n<p>No recorded perplexity can be drawn.</p>"
+    more = words.drawn(len(facts.methods), words.DRAWN_METHODS, "methods")
+    figures = _figure(plots["sparsity"], f"Perplexity against sparsity, by method. Hollow marks: N:M levels.{more}")
     if plots["bytes"] is not None:
         figures += _figure(
             plots["bytes"],
@@ -196,12 +199,13 @@ def _layers(facts: Facts, plots: Mapping[str, str | None]) -> str:
     figures = _figure(
         plots["zeros"],
         "Zeros by layer type and block. Every row of a layer has the same count, so an even picture is as it should "
-        "be. N:M levels show what the pattern promises.",
+        "be. N:M levels show what the pattern promises." + words.drawn(len(facts.levels), words.DRAWN_MAPS, "levels"),
     )
     figures += _figure(
         plots["errors"],
         "Error by layer: each block's training loss against the dense block at the end of its training, by level "
-        "(log scale). What the loss is relative to is a setting of the recipe, block.loss.",
+        "(log scale). What the loss is relative to is a setting of the recipe, block.loss."
+        + words.drawn(len(facts.loss_levels), words.DRAWN_LOSSES, "levels"),
     )
     parts.append(f'<div class="plots">{figures}</div>' if figures else "")
     if plots["errors"] is None:
@@ -243,7 +247,8 @@ def _table(
         start = '<tr class="ours">' if number in ours else "<tr>"
         lines.append(f'{start}<th scope="row">{escape(first)}</th>{cells}</tr>')
     body = "\n".join(lines)
-    return f'<div class="scroll"><table><thead><tr>{titles}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
+    kind = "scroll wide" if len(head) > 2 else "scroll"
+    return f'<div class="{kind}"><table><thead><tr>{titles}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
 
 
 def _facts_table(rows: Iterable[tuple[str, str]]) -> str:

@@ -14,12 +14,11 @@ from typing import Any
 from elastic_sparsity import report_words as words
 from elastic_sparsity.report_facts import Facts
 
-INK, GRID = "#0a0b0c", "#0d0e0f"  # stand-ins: the page's text colour and its lines
+INK, GRID, PAPER = "#0a0b0c", "#0d0e0f", "#0e0f10"  # stand-ins for the page's own colours
 PALETTE = ("#0d9488", "#e08a1e", "#7c6ff0", "#dc5087", "#3b8fd9", "#8a8f98", "#a3782e", "#5f9e3a")
 MARKERS = "os^DvPX*"
-MAX_METHODS = len(PALETTE)
-MAX_PANELS = 6  # of heat maps
-MAX_ROWS, MAX_COLUMNS = 40, 400
+MAX_LABELS = 12
+MAX_ROWS, MAX_COLUMNS = 40, 4000  # of a heat map
 WIDTH = 4.7  # inches: on a phone's width the text keeps its size
 
 
@@ -29,7 +28,7 @@ def perplexity_by_sparsity(facts: Facts) -> str | None:
     lines: dict[str, list[tuple[float, float]]] = {}
     patterns: dict[str, list[tuple[float, float]]] = {}
     for row in facts.figures:
-        if row.level in at and _drawable(row.perplexity) and row.method in facts.methods[:MAX_METHODS]:
+        if row.level in at and _drawable(row.perplexity) and row.method in facts.methods[: words.DRAWN_METHODS]:
             level = at[row.level]
             kind = patterns if level.is_pattern else lines
             kind.setdefault(row.method, []).append((100 * level.sparsity, row.perplexity or 0.0))
@@ -37,7 +36,7 @@ def perplexity_by_sparsity(facts: Facts) -> str | None:
         return None
     with _figure("sparsity", height=3.6) as (figure, made):
         axes = _axes(figure, "zeros, % of sparsified weights", "perplexity (log, lower is better)")
-        for number, method in enumerate(facts.methods[:MAX_METHODS]):
+        for number, method in enumerate(facts.methods[: words.DRAWN_METHODS]):
             style = {"color": PALETTE[number], "marker": MARKERS[number], "zorder": 3 if method == "elastic" else 2}
             width = 2.2 if method == "elastic" else 1.4
             if method in lines:
@@ -48,9 +47,12 @@ def perplexity_by_sparsity(facts: Facts) -> str | None:
                 axes.plot(*zip(*patterns[method], strict=True), **hollow, **style)
         _dense_line(axes, facts)
         _log_scale(axes)
+        shares = sorted({round(100 * level.sparsity, 1) for level in facts.levels})
+        if len(shares) <= 8:
+            axes.set_xticks(shares)
         if patterns:
             axes.plot([], [], color=INK, marker="o", mfc="none", mew=1.6, ms=8, ls="none", label="N:M level")
-        axes.legend(fontsize=8, framealpha=0, labelcolor=INK)
+        _legend(axes)
     return made[0]
 
 
@@ -70,7 +72,11 @@ def perplexity_by_bytes(facts: Facts) -> str | None:
         for level, value in found:
             axes.plot(level.alone_bytes / 1e6, value, color=PALETTE[5], marker="s", mfc="none", ms=7)
             axes.plot(level.bytes / 1e6, value, color=PALETTE[0], marker="o", mfc="none", ms=8)
-            axes.annotate(level.title, (level.bytes / 1e6, value), (6, 5), textcoords="offset points", fontsize=8)
+            if len(found) > MAX_LABELS:
+                continue
+            axes.annotate(
+                level.title, (level.bytes / 1e6, value), (-6, -9), textcoords="offset points", ha="right", fontsize=8
+            )
         axes.axvline(facts.total_bytes / 1e6, color=PALETTE[0], ls=":", lw=1.4)
         axes.plot([], [], color=PALETTE[0], marker="o", label="read from the one checkpoint")
         axes.plot([], [], color=PALETTE[0], ls=":", label="the one checkpoint, all levels")
@@ -78,7 +84,7 @@ def perplexity_by_bytes(facts: Facts) -> str | None:
         _dense_line(axes, facts)
         _log_scale(axes)
         axes.margins(x=0.12)
-        axes.legend(fontsize=7.5, framealpha=0, labelcolor=INK)
+        _legend(axes)
     return made[0]
 
 
@@ -101,45 +107,49 @@ def zeros_by_layer(facts: Facts) -> str | None:
     """Heat maps of zeros by layer type and block, one a level; None if there are too many to draw."""
     if len(facts.types) > MAX_ROWS or len(facts.blocks) > MAX_COLUMNS:
         return None
-    numbers = drawn_levels(facts)
-    row_height = 0.16 * len(facts.types)
-    with _figure("zeros", height=0.8 + len(numbers) * (row_height + 0.35)) as (figure, made):
-        panels = figure.subplots(len(numbers), 1, sharex=True, squeeze=False)[:, 0]
+    numbers = spread(len(facts.levels), words.DRAWN_MAPS)
+    columns = min(2, len(numbers))
+    rows = -(-len(numbers) // columns)
+    with _figure("zeros", height=0.7 + rows * (0.35 + 0.16 * len(facts.types))) as (figure, made):
+        panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+        for spare in panels.flat[len(numbers) :]:
+            spare.set_visible(False)
         names = [kind.rpartition(".")[2] for kind in facts.types]
         image = None
-        for axes, number in zip(panels, numbers, strict=True):
+        for axes, number in zip(panels.flat, numbers, strict=False):
             table = [[math.nan if x is None else 100 * x for x in row] for row in facts.zeros[number]]
             image = _heat_map(axes, table, names, vmin=0, vmax=100)
             axes.set_title(facts.levels[number].title, fontsize=9, loc="left", color=INK)
-        _block_axis(panels[-1], facts.blocks)
+        for axes in panels.flat[max(0, len(numbers) - columns) : len(numbers)]:  # those with none below
+            _block_axis(axes, facts.blocks, most=6)
         _color_bar(figure, image, panels, "zeros, %")
     return made[0]
 
 
 def block_errors(facts: Facts) -> str | None:
     """Heat map of every block's final training loss by level, on a log scale; None without a record."""
-    names, table = facts.loss_levels, facts.block_losses
-    if not names or len(names) > MAX_ROWS or len(table[0]) > 10 * MAX_COLUMNS:
+    numbers = spread(len(facts.loss_levels), words.DRAWN_LOSSES)
+    names, table = [facts.loss_levels[i] for i in numbers], [facts.block_losses[i] for i in numbers]
+    if not table or len(table[0]) > MAX_COLUMNS:
         return None
     logs = [[math.log10(x) if _drawable(x) else math.nan for x in map(_or_nan, row)] for row in table]
     finite = [x for row in logs for x in row if math.isfinite(x)]
     if not finite:
         return None
-    with _figure("errors", height=1.2 + 0.26 * len(names)) as (figure, made):
+    with _figure("errors", height=1.2 + min(0.42 * len(names), 3.2)) as (figure, made):
         axes = figure.subplots()
         low, high = min(finite), max(finite)
         image = _heat_map(axes, logs, [words.level_title(x) for x in names], vmin=low, vmax=max(high, low + 0.1))
         _block_axis(axes, range(len(table[0])))
-        _color_bar(figure, image, [axes], "log10 of the loss")
+        _color_bar(figure, image, axes, "log10 of the loss")
     return made[0]
 
 
-def drawn_levels(facts: Facts) -> list[int]:
-    """Which levels get a heat map: all, or of many the first, the last and some between."""
-    count = len(facts.levels)
-    if count <= MAX_PANELS:
+def spread(count: int, most: int) -> list[int]:
+    """Which of `count` things are drawn: all, or of many the first, the last and some between."""
+    if count <= most:
         return list(range(count))
-    return sorted({round(i * (count - 1) / (MAX_PANELS - 1)) for i in range(MAX_PANELS)})
+    return sorted({round(i * (count - 1) / (most - 1)) for i in range(most)})
 
 
 def _drawable(value: float | None) -> bool:
@@ -156,7 +166,8 @@ def _figure(name: str, height: float) -> Iterator[tuple[Any, list[str]]]:
     import matplotlib  # slow imports, only here
     from matplotlib.figure import Figure
 
-    style = {"svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False, "font.size": 9, "text.color": INK}
+    style: Any = {"svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False}
+    style |= {"font.size": 9, "text.color": INK}
     made: list[str] = []
     with matplotlib.rc_context(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of glyphs that its own font lacks: the page's fonts draw the text
@@ -178,7 +189,7 @@ def _for_page(svg: str, name: str) -> str:
     used = set(re.findall(r'(?:href="#|url\(#)([\w.-]+)', svg))
     svg = re.sub(r' id="([^"]*)"', lambda x: f' id="{name}-{x[1]}"' if x[1] in used else "", svg)
     svg = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", svg)
-    return svg.replace(INK, "currentColor").replace(GRID, "var(--line)")
+    return svg.replace(INK, "currentColor").replace(GRID, "var(--line)").replace(PAPER, "var(--card)")
 
 
 def _axes(figure: Any, x_label: str, y_label: str) -> Any:
@@ -196,6 +207,10 @@ def _quiet(axes: Any) -> None:
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(GRID)
     axes.tick_params(which="both", color=GRID, labelcolor=INK)
+
+
+def _legend(axes: Any) -> None:
+    axes.legend(fontsize=7.5, facecolor=PAPER, edgecolor="none", framealpha=0.85, labelcolor=INK)
 
 
 def _dense_line(axes: Any, facts: Facts) -> None:
@@ -227,15 +242,15 @@ def _heat_map(axes: Any, table: Sequence[Sequence[float]], names: Sequence[str],
     return image
 
 
-def _block_axis(axes: Any, blocks: Sequence[int]) -> None:
-    step = max(1, -(-len(blocks) // 10))
+def _block_axis(axes: Any, blocks: Sequence[int], most: int = 12) -> None:
+    step = max(1, -(-len(blocks) // most))
     axes.set_xticks(range(0, len(blocks), step), [str(block) for block in blocks[::step]])
     axes.tick_params(axis="x", labelbottom=True)
     axes.set_xlabel("block", color=INK)
 
 
-def _color_bar(figure: Any, image: Any, panels: Sequence[Any], label: str) -> None:
-    bar = figure.colorbar(image, ax=list(panels), fraction=0.04, aspect=30, pad=0.02)
+def _color_bar(figure: Any, image: Any, panels: Any, label: str) -> None:
+    bar = figure.colorbar(image, ax=panels, fraction=0.04, aspect=30, pad=0.02)
     bar.set_label(label, color=INK, fontsize=8)
     bar.outline.set_visible(False)
     bar.ax.tick_params(color=GRID, labelcolor=INK, labelsize=7.5)

@@ -8,6 +8,7 @@ from elastic_sparsity.report_facts import Facts, Figure, LevelFacts
 
 NOT_MEASURED = "not measured"
 NOT_RECORDED = "not recorded"
+DRAWN_METHODS, DRAWN_MAPS, DRAWN_LOSSES = 8, 6, 20  # the tables have all
 NO_FIGURES = (
     "No quality is stored in this checkpoint: neither perplexity nor KL to the dense model was measured. "
     "elastic-sparsity eval measures both."
@@ -30,13 +31,13 @@ def perplexity(figure: Figure | None) -> str:
 
 def kl(figure: Figure | None) -> str:
     if figure is not None and figure.method == "dense":
-        return "0 by definition"
+        return "0"  # by definition
     return number(figure.kl if figure else None, 4)
 
 
 def zeros(level: LevelFacts) -> str:
     """Share of zeros; what a pattern promises is a lower bound."""
-    return f"{'at least ' if level.is_pattern else ''}{100 * level.sparsity:.2f} %"
+    return f"{'>= ' if level.is_pattern else ''}{100 * level.sparsity:.2f} %"
 
 
 def lead(facts: Facts) -> str:
@@ -55,6 +56,11 @@ def listed(names: Sequence[str], most: int = 12) -> str:
     return ", ".join(names) if len(names) <= most else f"{', '.join(names[:most])} ... of {len(names)}"
 
 
+def drawn(count: int, most: int, what: str) -> str:
+    """What a caption adds if not all is drawn."""
+    return "" if count <= most else f" Of {count:,} {what}, {most} are drawn."
+
+
 def size(count: float) -> str:
     return human_bytes(count)
 
@@ -71,7 +77,7 @@ def protocol(facts: Facts) -> str:
         return NO_FIGURES
     if not facts.protocol:
         return "How these figures were measured is not recorded."
-    return f"Measured on: {'; '.join(f'{key} {value}' for key, value in facts.protocol)}."
+    return f"Measured on: {'; '.join(x if key == 'windows' else f'{key} {x}' for key, x in facts.protocol)}."
 
 
 def other_rows(facts: Facts) -> list[Figure]:
@@ -90,9 +96,9 @@ def totals(facts: Facts) -> list[tuple[str, int]]:
     count = len(facts.levels)
     return [
         ("this checkpoint, all levels", facts.total_bytes),
-        (f"{count} single-level elastic folders", sum(level.bytes for level in facts.levels)),
-        (f"{count} bitmask files, merged (computed)", sum(level.alone_bytes for level in facts.levels)),
-        (f"{count} dense files with zeros (computed)", count * facts.dense_bytes),
+        (f"{count} x single-level elastic folder", sum(level.bytes for level in facts.levels)),
+        (f"{count} x bitmask file, merged (computed)", sum(level.alone_bytes for level in facts.levels)),
+        (f"{count} x dense file with zeros (computed)", count * facts.dense_bytes),
     ]
 
 
@@ -162,7 +168,7 @@ def limits(facts: Facts) -> Iterator[str]:
         yield f"The files of {listed(missing)} are not in this folder; elastic-sparsity upgrade fetches them."
     if facts.license is None:
         yield "The base model's license is not recorded here. It applies to this checkpoint too; look it up."
-    yield "What the base model gets wrong, a sparse copy gets wrong too, and more often the sparser it is."
+    yield "The base model's own limits hold for every level; what else its sparse copies get wrong was not measured."
 
 
 def _missing_figures(facts: Facts) -> Iterator[str]:

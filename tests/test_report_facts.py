@@ -31,7 +31,8 @@ def test_all_that_a_run_recorded(folder):
             assert facts.figure(level, method).kl == (KL[level] if method == "elastic" else None)
     assert facts.figure("dense", "dense").kl is None
     assert dict(facts.protocol) == {
-        "text": "wikitext2-test.raw.txt", "sha256": HASH, "windows": "147 of 2,048 tokens", "precision": "bfloat16",
+        "text": "wikitext2-test.raw.txt", "sha256": HASH, "windows": "147 windows of 2,048 tokens",
+        "precision": "bfloat16",
     }  # fmt: skip
     assert facts.run == Run(seconds=93.4, peak_bytes=5000.0, workers=1.0, traffic_bytes=None)
     assert facts.seed == "0" and facts.trainable == "base" and facts.base_id == "random:llama"
