@@ -263,7 +263,7 @@ def _block_losses(losses: Any) -> tuple[tuple[str, ...], tuple[tuple[float | Non
 def _settings(recipe: Any) -> Iterable[tuple[str, str]]:
     for section, fields in recipe.items() if isinstance(recipe, dict) else []:
         for field, value in fields.items() if isinstance(fields, dict) else [("", fields)]:
-            text = "none" if value is None else value if isinstance(value, str) else json.dumps(value)
+            text = "none" if value is None else value if isinstance(value, str) else _json(value)
             yield _clean(f"{section}.{field}".rstrip(".")), _clean(text)
 
 
@@ -321,6 +321,13 @@ def _text(value: Any) -> str | None:
     return _clean(str(value))
 
 
+def _json(value: Any) -> str:
+    try:
+        return json.dumps(value)
+    except RecursionError:
+        return "nested too deeply to be shown"
+
+
 def _clean(text: str) -> str:
     """One line, not too long, without control characters."""
     return plain(" ".join(text[: 4 * MAX_TEXT].split()))[:MAX_TEXT]
@@ -328,6 +335,6 @@ def _clean(text: str) -> str:
 
 def _texts(record: Any) -> Iterable[tuple[str, str]]:
     for key, value in record.items() if isinstance(record, dict) else []:
-        text = _text(value) if not isinstance(value, Sequence) or isinstance(value, str) else json.dumps(value)
+        text = _text(value) if not isinstance(value, Sequence) or isinstance(value, str) else _json(value)
         if text is not None:
             yield _clean(key), _clean(text)

@@ -64,19 +64,16 @@ def perplexity_by_bytes(facts: Facts) -> str | None:
         return None
     with _figure("bytes", height=3.6) as (figure, made):
         axes = _axes(figure, "MB (tensors)", "perplexity (log, lower is better)")
-        read = sorted((level.bytes / 1e6, value) for level, value in found if not level.is_pattern)
-        alone = sorted((level.alone_bytes / 1e6, value) for level, value in found if not level.is_pattern)
-        for points, color, marker, style in ((read, PALETTE[0], "o", "-"), (alone, PALETTE[5], "s", "--")):
-            if points:
-                axes.plot(*zip(*points, strict=True), color=color, marker=marker, ls=style, lw=1.8, ms=5)
-        for level, value in found:
-            axes.plot(level.alone_bytes / 1e6, value, color=PALETTE[5], marker="s", mfc="none", ms=7)
-            axes.plot(level.bytes / 1e6, value, color=PALETTE[0], marker="o", mfc="none", ms=8)
-            if len(found) > MAX_LABELS:
-                continue
-            axes.annotate(
-                level.title, (level.bytes / 1e6, value), (-6, -9), textcoords="offset points", ha="right", fontsize=8
-            )
+        chain = sorted((x for x in found if not x[0].is_pattern), key=lambda x: x[0].sparsity)
+        patterns = [x for x in found if x[0].is_pattern]
+        for points, style, fill in ((chain, None, None), (patterns, "none", "none")):
+            kept, values = [level for level, _ in points], [value for _, value in points]
+            alone, read = [level.alone_bytes / 1e6 for level in kept], [level.bytes / 1e6 for level in kept]
+            axes.plot(alone, values, color=PALETTE[5], marker="s", ls=style or "--", lw=1.8, ms=5, mfc=fill)
+            axes.plot(read, values, color=PALETTE[0], marker="o", ls=style or "-", lw=1.8, ms=6, mfc=fill)
+        for level, value in found if len(found) <= MAX_LABELS else ():
+            at = (level.bytes / 1e6, value)
+            axes.annotate(level.title, at, (-6, -9), textcoords="offset points", ha="right", fontsize=8)
         axes.axvline(facts.total_bytes / 1e6, color=PALETTE[0], ls=":", lw=1.4)
         axes.plot([], [], color=PALETTE[0], marker="o", label="read from the one checkpoint")
         axes.plot([], [], color=PALETTE[0], ls=":", label="the one checkpoint, all levels")

@@ -8,7 +8,7 @@ from conftest import tiny_recipe
 from reports import Page, quality, with_record
 from test_cli import expect_error, run
 
-from elastic_sparsity import ElasticCheckpoint, copy_level, optimize, pipeline, upgrade, verify, write_report
+from elastic_sparsity import ElasticCheckpoint, copy_level, optimize, pipeline, reporting, upgrade, verify, write_report
 from elastic_sparsity.errors import CheckpointError, ConfigError, OutputError
 from elastic_sparsity.model_card import MARK
 
@@ -16,6 +16,14 @@ from elastic_sparsity.model_card import MARK
 @pytest.fixture
 def folder(tiny_checkpoint, tmp_path):
     return shutil.copytree(tiny_checkpoint, tmp_path / "c")
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Pages without plots, which take most of the time; whatever is said of files holds with them too."""
+    monkeypatch.setattr(
+        reporting, "plots_of", lambda _: dict.fromkeys(("sparsity", "bytes", "totals", "zeros", "errors"))
+    )
 
 
 def test_the_command_end_to_end(capsys, folder):
@@ -30,7 +38,7 @@ def test_the_command_end_to_end(capsys, folder):
     assert not list(folder.glob(".*")), "nothing is left behind"
 
 
-def test_another_page_and_no_card(capsys, folder, tmp_path):
+def test_another_page_and_no_card(capsys, folder, tmp_path, undrawn):
     page = tmp_path / "new" / "page.html"
     code, stdout, stderr = run(capsys, "report", folder, "--output", page, "--no-card")
     assert code == 0 and f"{page}: the report." in stdout, stderr
@@ -39,7 +47,7 @@ def test_another_page_and_no_card(capsys, folder, tmp_path):
     assert "report.html" not in (folder / "README.md").read_text(), "the card names no page that is not beside it"
 
 
-def test_what_a_person_wrote_stays(capsys, folder):
+def test_what_a_person_wrote_stays(capsys, folder, undrawn):
     card, page = folder / "README.md", folder / "report.html"
     card.write_text("# Mine\n")
     expect_error(capsys, "README.md: is there already, and not by `elastic-sparsity report`; give --no-card",
@@ -89,7 +97,7 @@ def test_a_folder_that_may_not_be_written(folder):
         folder.chmod(0o755)
 
 
-def test_the_checkpoint_stays_what_it_was(folder, tmp_path):
+def test_the_checkpoint_stays_what_it_was(folder, tmp_path, undrawn):
     """Verified, copied and upgraded as before; a device's part can have its own report."""
     before = (folder / "elastic_config.json").read_bytes()
     write_report(folder)
@@ -103,7 +111,7 @@ def test_the_checkpoint_stays_what_it_was(folder, tmp_path):
     assert all(check.passed for check in verify(part))
 
 
-def test_a_run_that_was_killed_after_its_checkpoint_still_ends(tmp_path, monkeypatch):
+def test_a_run_that_was_killed_after_its_checkpoint_still_ends(tmp_path, monkeypatch, undrawn):
     """It finds a checkpoint with a report in it, and goes on as it would without."""
 
     def killed(*_):
