@@ -11,6 +11,7 @@ from elastic_sparsity.packed_files import load_packed
 from elastic_sparsity.peft_export import export_peft, reapply_masks_
 from elastic_sparsity.pipeline import optimize
 from elastic_sparsity.planning import Plan, plan
+from elastic_sparsity.reporting import write_report
 from elastic_sparsity.slicing import ElasticModel, save_sliced, set_level
 from elastic_sparsity.transfer import copy_level, upgrade
 from elastic_sparsity.verify import verify
@@ -40,4 +41,5 @@ __all__ = [
     "upgrade",
     "verify",
     "write_overlay",
+    "write_report",
 ]

@@ -21,6 +21,7 @@ from elastic_sparsity.cli_export import register as register_export
 from elastic_sparsity.cli_induce import register as register_induce
 from elastic_sparsity.cli_plan import register as register_plan
 from elastic_sparsity.cli_prune import register as register_prune
+from elastic_sparsity.cli_report import register as register_report
 from elastic_sparsity.cli_search import register as register_search
 from elastic_sparsity.config import Recipe, read_recipe
 from elastic_sparsity.errors import ConfigError, ElasticSparsityError
@@ -336,3 +337,4 @@ def eval_command(
 
 
 register_device(app, _progress)
+register_report(app)

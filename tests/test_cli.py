@@ -53,7 +53,8 @@ def quick_recipe(tmp_path):
 def test_verbs_are_these():
     names = {command.name or command.callback.__name__ for command in cli.app.registered_commands}
     makers = {"demo", "train", "slice", "upgrade", "overlay", "restore", "export-peft", "export"}
-    assert names == makers | {"eval", "induce", "inspect", "doctor", "bench", "plan", "prune"}
+    measured = {"eval", "inspect", "doctor", "bench", "plan", "report"}
+    assert names == makers | measured | {"induce", "search", "prune"}
 
 
 def test_train_slice_eval(capsys, tmp_path, quick_recipe, text_file):

@@ -167,6 +167,14 @@ ALLOWED = {
         "baselines", "calibration_text", "checkpoint", "config", "data", "errors", "evaluate", "hub", "ladder",
         "models", "precision", "slicing", "workers",
     },
+    "report_facts": {"checkpoint", "files", "hub", "inspection", "ladder", "models", "shells", "terminal"},
+    "report_words": {"report", "report_facts"},
+    "report_plots": {"report_facts", "report_words"},
+    "report_page": {"report_facts", "report_words"},
+    "model_card": {"report_facts", "report_page", "report_words"},
+    "reporting": {
+        "checkpoint", "errors", "files", "hub", "manifest", "model_card", "report_facts", "report_page", "report_plots",
+    },
     "bench": {
         "torch", "transformers", "calibration_text", "checkpoint", "device_profile", "doctor", "errors", "hub",
         "ladder", "slicing", "ways",
@@ -179,9 +187,10 @@ ALLOWED = {
     "cli_search": {"allocating", "allocation_plot", "config", "errors", "search", "terminal"},
     "cli_plan": {"config", "errors", "plan_sizes", "planning", "report"},
     "cli_prune": {"errors", "pruning", "structured", "terminal"},
+    "cli_report": {"reporting", "terminal"},
     "cli": {
         "transformers", "checkpoint", "choosing", "cli_device", "cli_export", "cli_induce", "cli_plan", "cli_prune",
-        "cli_search", "config", "errors", "files",
+        "cli_report", "cli_search", "config", "errors", "files",
         "hub", "inspection", "measure", "overlay", "peft_export", "pipeline", "precision", "report", "slicing",
         "terminal", "transfer", "verify", "workers",
     },

