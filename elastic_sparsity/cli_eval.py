@@ -74,7 +74,7 @@ def _tasks(tasks: str, folder: Path | None, data: Path | None, limit: int | None
     from elastic_sparsity.zero_shot import check_amounts
 
     check_amounts(limit, batch)
-    return load_tasks([name.strip() for name in tasks.split(",")], folder=folder, data=data)
+    return load_tasks([name.strip() for name in tasks.split(",")], folder=folder, data=data, limit=limit)
 
 
 class Record:
@@ -147,6 +147,15 @@ def _zero_shot(path: str, tasks: dict[str, Any], record: Record, limit: int | No
     from elastic_sparsity.measure import zero_shot_path
     from elastic_sparsity.report import tasks_table
 
-    rows = zero_shot_path(path, tasks, limit=limit, on_row=record.add_task, **options)
-    documents = "all documents" if limit is None else f"the first {limit} documents"
-    Console(emoji=False).print(tasks_table(rows, f"zero-shot, % right ± standard error, {documents}"))
+    rows: list[dict[str, Any]] = []
+
+    def keep(row: dict[str, Any]) -> None:
+        rows.append(row)
+        record.add_task(row)
+
+    try:
+        zero_shot_path(path, tasks, limit=limit, on_row=keep, **options)
+    finally:  # also after an error or Ctrl-C: what is done took long
+        documents = "all documents" if limit is None else f"the first {limit} documents"
+        if rows:
+            Console(emoji=False).print(tasks_table(rows, f"zero-shot, % right ± standard error, {documents}"))

@@ -7,6 +7,7 @@ choices) is refused. Knows no model.
 """
 
 import difflib
+import itertools
 import json
 import logging
 import random
@@ -33,7 +34,12 @@ def check_harness() -> None:
 
 
 def load_tasks(
-    names: Sequence[str], *, folder: str | Path | None = None, data: str | Path | None = None, seed: int = 0
+    names: Sequence[str],
+    *,
+    folder: str | Path | None = None,
+    data: str | Path | None = None,
+    limit: int | None = None,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """The harness's tasks by name, in the order asked, with their documents read and checked.
 
@@ -41,6 +47,7 @@ def load_tasks(
         names: of task files in `folder`; without one the harness's own, of whose groups and tags come all the tasks.
         folder: holds task files (*.yaml).
         data: folder of the files that the task files name; None = the task files' folder.
+        limit: how many documents of each will be scored and are looked through; None = all.
         seed: of what a task draws when it is made, if it does.
     Raises: ConfigError: lm-eval is missing, no names, an unknown name, no such folder, a task file that does not work.
         DataError: a data file that is missing, damaged, empty or not what its task file expects, or no hub.
@@ -53,10 +60,12 @@ def load_tasks(
     if not wanted or not all(isinstance(name, str) and name.strip() for name in wanted):
         raise ConfigError(f"tasks: {brief(list(names))} names none; expected e.g. piqa,arc_easy.")
     with quiet_harness(), seeded(seed):
-        return _load(wanted, folder, data)
+        return _load(wanted, folder, data, limit)
 
 
-def _load(names: Sequence[str], folder: str | Path | None, data: str | Path | None) -> dict[str, Any]:
+def _load(
+    names: Sequence[str], folder: str | Path | None, data: str | Path | None, limit: int | None
+) -> dict[str, Any]:
     from lm_eval.tasks import TaskManager  # slow import, only here
 
     found: dict[str, Any] = {}
@@ -70,7 +79,12 @@ def _load(names: Sequence[str], folder: str | Path | None, data: str | Path | No
     _check_names(names, manager.all_subtasks, str(folder))
     for name in names:
         entry = manager.task_index[name]
-        found[name] = _local_task(name, entry.cfg, Path(entry.yaml_path), Path(folder if data is None else data))
+        where = Path(entry.yaml_path)
+        files = _data_files(entry.cfg, where, Path(folder if data is None else data))
+        found[name] = _local_task(name, where, files)
+        if files:
+            split = found[name].config.test_split or found[name].config.validation_split
+            _check_documents(found[name], name, files.get(split, where), limit)
     return found
 
 
@@ -98,29 +112,20 @@ def _harness_tasks(manager: Any, name: str) -> dict[str, Any]:
         raise DataError(f"task {name!r}: {reason}.") from error
 
 
-def _local_task(name: str, config: Mapping[str, Any], where: Path, data: Path) -> Any:
-    """One task file as a task. Its data files are read here; a task file without any is left to the harness."""
+def _local_task(name: str, where: Path, files: Mapping[str, Path]) -> Any:
+    """A task file as a task. Its data files are read here; a task file without any is left to the harness."""
     from lm_eval.tasks import TaskManager  # slow import, only here
 
-    files = _data_files(config, where, data)
-    change = {"task": name}
-    if files:
-        documents = {split: _as_dataset(path, read_documents(path)) for split, path in files.items()}
-        change |= {"custom_dataset": lambda **_: documents}
+    documents = {split: read_documents(path) for split, path in files.items()}
+    splits = {split: _as_dataset(files[split], found) for split, found in documents.items()}
+    change = {"task": name, "custom_dataset": lambda **_: splits} if files else {"task": name}
     manager = TaskManager(include_path=str(where.parent), include_defaults=False)
     try:  # the harness's way to change fields of a task is to name it in a group
-        task = manager.load([{"group": "changed", "task": [change]}])["tasks"][name]
+        return manager.load([{"group": "changed", "task": [change]}])["tasks"][name]
     except Exception as error:  # whatever the fields of a task file and its templates lead to
-        has = f" Fields of {next(iter(files.values()))}: {', '.join(_fields(documents))}." if files else f" {OFFLINE}."
-        raise ConfigError(f"task {name!r}: {where} does not work: {_reason(error)}.{has}") from error
-    if files:
-        split = task.config.test_split or task.config.validation_split
-        _check_documents(task, name, files.get(split, where))
-    return task
-
-
-def _fields(documents: Mapping[str, Any]) -> list[str]:
-    return sorted({field for split in documents.values() for field in split.features})
+        seen = [f"the first document of {files[split]} is {brief(x[0], 300)}" for split, x in documents.items()]
+        hint = ", ".join(seen) or OFFLINE
+        raise ConfigError(f"task {name!r}: {where} does not work: {_reason(error)}; {hint}.") from error
 
 
 def _data_files(config: Mapping[str, Any], where: Path, data: Path) -> dict[str, Path]:
@@ -203,13 +208,13 @@ def _as_dataset(path: Path, documents: list[dict[str, Any]]) -> Any:
         raise DataError(f"{path}: cannot be read: {_reason(error)}.") from error
 
 
-def _check_documents(task: Any, name: str, path: Path) -> None:
+def _check_documents(task: Any, name: str, path: Path, limit: int | None) -> None:
     """That every document has choices and a right one, or a continuation; the harness would only count it as wrong."""
     kind = task.OUTPUT_TYPE
     if kind not in ("multiple_choice", "loglikelihood"):
         return
     try:
-        for number, document in enumerate(task.eval_docs, start=1):
+        for number, document in enumerate(itertools.islice(task.eval_docs, limit), start=1):
             where = f"{path}: document {number}"
             if kind == "loglikelihood" or task.multiple_input:
                 continuation = task.doc_to_target(document)

@@ -6,6 +6,7 @@ means in closed form (the harness would bootstrap LAMBADA's perplexity in severa
 """
 
 import copy
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ class TaskScore:
         error: standard error of `value` over documents; None where it is no mean, or of one document.
         num_documents: that were scored.
         metrics: every metric of the task by name, `metric` among them.
+        sha256: 16 digits over the documents that were scored and their prompts, to tell figures that are comparable.
     """
 
     task: str
@@ -40,6 +42,7 @@ class TaskScore:
     error: float | None
     num_documents: int
     metrics: dict[str, float]
+    sha256: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +83,7 @@ def zero_shot(
     options: dict[str, Any] = {"limit": limit, "batch_size": batch_size, "precision": precision, "seed": seed}
     scores = tuple(
         score_task(model, tokenizer, name, task, on_progress=on_progress, **options)
-        for name, task in load_tasks(names, folder=folder, data=data, seed=seed).items()
+        for name, task in load_tasks(names, folder=folder, data=data, limit=limit, seed=seed).items()
     )
     if not all(score.metric.startswith("acc") for score in scores):
         return ZeroShot(scores, None, None)
@@ -162,9 +165,10 @@ def _score(name: str, results: Mapping[str, Any], samples: Sequence[Mapping[str,
     if not metrics:
         raise ConfigError(f"task {name!r}: defines no metric.")
     metric = next((x for x in METRICS if x in metrics), keys[0])
-    values = [sample.get(metric) for sample in samples if sample["filter"] == first]
-    error = _standard_error(values, metrics[metric])
-    return TaskScore(name, metric, metrics[metric], error, len(values), metrics)
+    scored = [sample for sample in samples if sample["filter"] == first]
+    error = _standard_error([sample.get(metric) for sample in scored], metrics[metric])
+    digest = hashlib.sha256("".join(sample["doc_hash"] + sample["prompt_hash"] for sample in scored).encode())
+    return TaskScore(name, metric, metrics[metric], error, len(scored), metrics, digest.hexdigest()[:16])
 
 
 def _standard_error(values: Sequence[Any], mean: float) -> float | None:
