@@ -148,9 +148,13 @@ def zero_shot_path(
     """
     check_amounts(limit, batch_size)
     tokenizer, jobs = _jobs(path, level, hub)
+    device = default_device()
+    resolved = resolve_precision(precision, device)
     rows: list[dict[str, Any]] = []
     for level_name, method, _, load in jobs:
-        model = load().to(default_device())
+        model = load().to(device)
+        if resolved == "float32":  # products of bfloat16 weights too; emulated ones would be slow besides
+            model = model.float()
         for name, task in tasks.items():
             score = score_task(
                 model,
@@ -159,7 +163,7 @@ def zero_shot_path(
                 task,
                 limit=limit,
                 batch_size=batch_size,
-                precision=resolve_precision(precision, model.device.type),
+                precision=resolved,
                 seed=seed,
                 on_progress=lambda _, done, total, at=f"{name}, {level_name}": progress(at, done, total),  # type: ignore[misc]
             )

@@ -1,5 +1,6 @@
 """Zero-shot accuracy: the harness's answers against a slow loop of our own, and what is refused."""
 
+import importlib.util
 import json
 import random
 import sys
@@ -387,6 +388,52 @@ def test_mistakes_on_the_command_line(capsys, three):
                  "-1"))  # fmt: skip
     expect_error(capsys, "'piqua' is unknown; did you mean piqa?", *tasks_command("random:llama", three, "--tasks",
                  "piqua"))  # fmt: skip
+
+
+def test_the_benchmark_goes_on_where_it_was_stopped(capsys, monkeypatch, tiny_checkpoint, three, tmp_path):
+    spec = importlib.util.spec_from_file_location("zero_shot_benchmark", TASKS.parent / "zero_shot.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    arguments = [
+        "--task-data",
+        three,
+        "--tasks",
+        "piqa,winogrande",
+        "--limit",
+        "3",
+        "--levels",
+        "0.5",
+        "2:4",
+        "--dense",
+    ]
+    arguments += ["--baselines", "magnitude", "--precision", "float32"]
+    monkeypatch.setattr(sys, "argv", ["zero_shot.py", *map(str, [tiny_checkpoint, *arguments])])
+    monkeypatch.setattr(benchmark, "RESULTS", tmp_path / "results")
+    scored = []
+
+    def stops_after_three(*args, **options):
+        if len(scored) == 3:
+            raise KeyboardInterrupt
+        scored.append(args[2])
+        return score_task(*args, **options)
+
+    monkeypatch.setattr(benchmark, "score_task", stops_after_three)
+    with pytest.raises(KeyboardInterrupt):
+        benchmark.main()
+    cells = json.loads((tmp_path / "results" / "zero_shot.json").read_text())["rows"]
+    assert [(row["level"], row["method"], row["task"]) for row in cells] == [
+        ("dense", "dense", "piqa"), ("dense", "dense", "winogrande"), ("0.5", "elastic", "piqa"),
+    ]  # fmt: skip
+    monkeypatch.setattr(benchmark, "score_task", score_task)
+    benchmark.main()
+    result = json.loads((tmp_path / "results" / "zero_shot.json").read_text())
+    assert result["rows"][:3] == cells and len(result["rows"]) == 10  # dense, and two methods at two levels
+    assert {"date", "device", "commit", "seed", "versions", "protocol"} <= result.keys()
+    assert (tmp_path / "results" / "zero_shot.png").stat().st_size > 1000
+    assert "goes on after 3 cells" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--limit", "2"])
+    with pytest.raises(ConfigError, match="has the protocol .* give another --name"):
+        benchmark.main()
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="../shared/data/zero_shot is absent")
