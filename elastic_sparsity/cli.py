@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as RichProgress
 
 from elastic_sparsity.cli_device import register as register_device
+from elastic_sparsity.cli_eval import register as register_eval
 from elastic_sparsity.cli_export import register as register_export
 from elastic_sparsity.cli_induce import register as register_induce
 from elastic_sparsity.cli_plan import register as register_plan
@@ -25,7 +26,7 @@ from elastic_sparsity.cli_report import register as register_report
 from elastic_sparsity.cli_search import register as register_search
 from elastic_sparsity.config import Recipe, read_recipe
 from elastic_sparsity.errors import ConfigError, ElasticSparsityError
-from elastic_sparsity.files import check_output_file, is_file
+from elastic_sparsity.files import is_file
 from elastic_sparsity.terminal import plain, say
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=__doc__)
@@ -296,45 +297,6 @@ def restore(
     say(f"{output}: the whole checkpoint, every file with its recorded sha256.")
 
 
-@app.command("eval")
-def eval_command(
-    path: Annotated[
-        str, typer.Argument(help="Elastic checkpoint or Hugging Face model (folder or hub id), or .gguf file.")
-    ],
-    text: Annotated[str, typer.Option(help="Text file to measure on.")],
-    level: Annotated[str | None, typer.Option(help="One level of an elastic checkpoint; default: all.")] = None,
-    reference: Annotated[str | None, typer.Option(help="Dense model, for KL.")] = None,
-    window: Annotated[int, typer.Option(help="Tokens a window.", min=8)] = 2048,
-    max_windows: Annotated[int | None, typer.Option(help="Only the first windows.", min=1)] = None,
-    precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
-    output: Annotated[Path | None, typer.Option(help="Also write the rows as JSON.")] = None,
-    quiet: Quiet = False,
-) -> None:
-    """Perplexity and KL to a reference, for dense, sliced and elastic models alike."""
-    from elastic_sparsity.files import write_json
-    from elastic_sparsity.measure import evaluate_path
-    from elastic_sparsity.report import results_table
-
-    if precision not in ("auto", "float32", "bfloat16"):
-        raise ConfigError(f"--precision: {precision!r} is not auto, float32 or bfloat16.")
-    if output is not None:
-        check_output_file(output)
-    with _progress(quiet) as progress:
-        rows, protocol = evaluate_path(
-            path,
-            text,
-            level=level,
-            reference=reference,
-            window=window,
-            max_windows=max_windows,
-            precision=precision,
-            progress=progress,
-        )
-    counts = protocol["windows"]
-    Console(emoji=False).print(results_table(rows, f"{protocol['text']}, {counts[0]} windows of {counts[1]} tokens"))
-    if output is not None:
-        write_json(output, {"protocol": protocol, "rows": rows})
-
-
+register_eval(app, _progress)
 register_device(app, _progress)
 register_report(app)

@@ -1,8 +1,10 @@
 """Measuring checkpoints and models as a user would load them: quality and bytes as table rows."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from elastic_sparsity.models import load_base
 from elastic_sparsity.precision import autocast_factory, default_device, resolve_precision
 from elastic_sparsity.slicing import load_level, load_tokenizer
 from elastic_sparsity.workers import Workers
+from elastic_sparsity.zero_shot import check_amounts, score_task
 
 
 def measure(
@@ -104,25 +107,7 @@ def evaluate_path(
     """
     teacher = None if reference is None else load_base(reference)
     rows: list[dict[str, Any]] = []
-    jobs: list[tuple[str, str, int, Callable[[], Any]]]
-    folder = elastic_folder(path, **hub)
-    if folder is not None:
-        checkpoint = ElasticCheckpoint(folder)
-        levels = checkpoint.ladder.levels if level is None else (checkpoint.ladder.find(level),)
-        if is_hub_id(path):  # the files of the same commit
-            fetch_levels(path, [x.name for x in levels], **{**hub, "revision": folder.name})
-        checkpoint.check_extras()  # the tokenizer among them
-        tokenizer = load_tokenizer(folder)
-        jobs = [
-            (x.name, "elastic", checkpoint.bytes_of(x), partial(load_level, checkpoint, x, checkpoint.dtype))
-            for x in levels
-        ]
-    elif level is not None:
-        raise ConfigError(f"{path}: --level needs an elastic checkpoint; this is none.")
-    else:
-        base = load_base(path)
-        tokenizer = base.tokenizer
-        jobs = [("dense", "as it is", base.model.get_memory_footprint(), partial(getattr, base, "model"))]
+    tokenizer, jobs = _jobs(path, level, hub)
     ids = windows(tokenize(tokenizer, read_text(text)), window, max_windows)
     for name, method, size, load in jobs:
         model = load().to(default_device())
@@ -138,3 +123,78 @@ def evaluate_path(
         )
         rows.append(_row(name, method, found[method], size))
     return rows, {"text": Path(text).name, "sha256": token_hash(ids), "windows": list(ids.shape), "precision": resolved}
+
+
+def zero_shot_path(
+    path: str,
+    tasks: Mapping[str, Any],
+    *,
+    limit: int | None = None,
+    batch_size: int = 8,
+    level: str | None = None,
+    precision: str = "auto",
+    seed: int = 0,
+    progress: Progress = silent,
+    on_row: Callable[[dict[str, Any]], None] = lambda row: None,
+    **hub: Any,
+) -> list[dict[str, Any]]:
+    """Zero-shot rows, one a level and task, for whatever `evaluate_path` takes.
+
+    Args:
+        tasks: of `load_tasks`.
+        limit, batch_size, seed: as in `zero_shot`.
+        on_row: gets every row as soon as it is there.
+    Raises: as `evaluate_path` and `zero_shot`.
+    """
+    check_amounts(limit, batch_size)
+    tokenizer, jobs = _jobs(path, level, hub)
+    device = default_device()
+    resolved = resolve_precision(precision, device)
+    rows: list[dict[str, Any]] = []
+    for level_name, method, _, load in jobs:
+        model = load().to(device)
+        if resolved == "float32":  # products of bfloat16 weights too; emulated ones would be slow besides
+            model = model.float()
+        for name, task in tasks.items():
+            score = score_task(
+                model,
+                tokenizer,
+                name,
+                task,
+                limit=limit,
+                batch_size=batch_size,
+                precision=resolved,
+                seed=seed,
+                on_progress=lambda _, done, total, at=f"{name}, {level_name}": progress(at, done, total),  # type: ignore[misc]
+            )
+            rows.append({"level": level_name, "method": method, **asdict(score)})
+            on_row(rows[-1])
+    return rows
+
+
+def zero_shot_protocol(limit: int | None, precision: str = "auto", seed: int = 0) -> dict[str, Any]:
+    """What a zero-shot figure depends on besides model and data; figures of two protocols are not comparable."""
+    resolved = resolve_precision(precision, default_device())
+    return {"lm_eval": version("lm-eval"), "documents": limit or "all", "precision": resolved, "seed": seed}
+
+
+def _jobs(
+    path: str, level: str | None, hub: dict[str, Any]
+) -> tuple[Any, list[tuple[str, str, int, Callable[[], Any]]]]:
+    """The tokenizer, and (level, method, bytes, loader) of every model to measure at `path`."""
+    folder = elastic_folder(path, **hub)
+    if folder is None:
+        if level is not None:
+            raise ConfigError(f"{path}: --level needs an elastic checkpoint; this is none.")
+        base = load_base(path)
+        size = base.model.get_memory_footprint()
+        return base.tokenizer, [("dense", "as it is", size, partial(getattr, base, "model"))]
+    checkpoint = ElasticCheckpoint(folder)
+    levels = checkpoint.ladder.levels if level is None else (checkpoint.ladder.find(level),)
+    if is_hub_id(path):  # the files of the same commit
+        fetch_levels(path, [x.name for x in levels], **{**hub, "revision": folder.name})
+    checkpoint.check_extras()  # the tokenizer among them
+    return load_tokenizer(folder), [
+        (x.name, "elastic", checkpoint.bytes_of(x), partial(load_level, checkpoint, x, checkpoint.dtype))
+        for x in levels
+    ]

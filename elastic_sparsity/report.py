@@ -1,7 +1,9 @@
-"""Results as a table and a plot. Knows only rows: level, method, perplexity, kl, bytes."""
+"""Results as a table and a plot. Knows only rows: level, method, and perplexity, kl, bytes or a task's score."""
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,16 @@ from elastic_sparsity.errors import ConfigError, OutputError, brief
 from elastic_sparsity.terminal import title as as_title
 
 Row = Mapping[str, Any]
+
+
+def mean_score(scores: Sequence[tuple[float, float | None]]) -> tuple[float, float | None]:
+    """Mean of tasks' (value, standard error), and its error: the root of the sum of squares over the number of tasks.
+
+    The error is over documents alone: another choice of tasks would differ by more.
+    """
+    known = [error for _, error in scores if error is not None]
+    mean = sum(value for value, _ in scores) / len(scores)
+    return mean, math.sqrt(sum(x * x for x in known)) / len(scores) if len(known) == len(scores) else None
 
 
 def human_bytes(count: float) -> str:
@@ -83,6 +95,53 @@ def results_table(rows: Sequence[Row], title: str) -> Table:
     return table
 
 
+def tasks_table(rows: Sequence[Row], title: str) -> Table:
+    """A rich table of zero-shot results in percent with standard errors: a line a task, a column a level and method.
+
+    The last line is the mean over tasks, of the columns that have all of them.
+    """
+    columns = list(dict.fromkeys((row["level"], row["method"]) for row in rows))
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    cells = {(row["level"], row["method"], row["task"]): row for row in rows}
+    same_method = len({method for _, method in columns}) == 1
+    table = Table(title=as_title(title))
+    for name in ("task", "metric", "documents"):
+        table.add_column(name, justify="right" if name == "documents" else "left")
+    for level, method in columns:
+        table.add_column(level_title(level) if same_method else f"{level_title(level)}\n{method}", justify="right")
+    for task in tasks:
+        found = [cells.get((*column, task)) for column in columns]
+        row = next(x for x in found if x is not None)
+        values = ["" if x is None else _percent(x["metric"], x["value"], x["error"]) for x in found]
+        table.add_row(as_title(task), row["metric"], str(row["num_documents"]), *values)
+    means = {(row["level"], row["method"]): row for row in task_means(rows)}
+    if len(tasks) > 1 and means:
+        table.add_section()
+        shown = [_percent("acc", means[x]["value"], means[x]["error"]) if x in means else "" for x in columns]
+        table.add_row("mean", "", "", *shown)
+    return table
+
+
+def task_means(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Mean over tasks and its standard error, for each level and method that has every task, if all are accuracies."""
+    tasks = {row["task"] for row in rows}
+    if not all(row["metric"].startswith("acc") for row in rows):
+        return []
+    means = []
+    for level, method in dict.fromkeys((row["level"], row["method"]) for row in rows):
+        mine = [row for row in rows if (row["level"], row["method"]) == (level, method)]
+        if len(mine) == len(tasks):
+            value, error = mean_score([(row["value"], row["error"]) for row in mine])
+            means.append({"level": level, "method": method, "value": value, "error": error, "num_tasks": len(mine)})
+    return means
+
+
+def _percent(metric: str, value: float, error: float | None) -> str:
+    """ "61.2 ± 1.1" for accuracies, which are shares; other metrics as they are."""
+    scale = 100 if metric.startswith("acc") else 1
+    return f"{scale * value:.1f}" + ("" if error is None else f" ± {scale * error:.1f}")
+
+
 def level_title(level: str) -> str:
     """A level's name for people: "0.6" -> "60 %"; others stay as they are."""
     try:
@@ -93,6 +152,21 @@ def level_title(level: str) -> str:
 
 def plot_results(rows: Sequence[Row], path: Path, title: str) -> None:
     """Perplexity of every method by level (log scale), with the dense model as a line, as a PNG."""
+    with _level_bars(rows, "perplexity", path, title) as axes:
+        axes.set_yscale("log")
+        axes.set_ylabel("perplexity (log scale, lower is better)")
+
+
+def plot_tasks(rows: Sequence[Row], path: Path, title: str) -> None:
+    """Mean zero-shot accuracy of every method by level with standard errors, and the dense model's, as a PNG."""
+    percent = [{**row, "value": 100 * row["value"], "error": 100 * (row["error"] or 0)} for row in task_means(rows)]
+    with _level_bars(percent, "value", path, title) as axes:
+        axes.set_ylabel("mean accuracy, % (higher is better)")
+
+
+@contextmanager
+def _level_bars(rows: Sequence[Row], key: str, path: Path, title: str) -> Iterator[Any]:
+    """Bars of every method by level, with the dense model as a line; written when the block has labelled the axes."""
     import matplotlib  # slow import, only here
 
     matplotlib.use("Agg")
@@ -101,23 +175,24 @@ def plot_results(rows: Sequence[Row], path: Path, title: str) -> None:
     dense = [row for row in rows if row["level"] == "dense"]
     levels = list(dict.fromkeys(row["level"] for row in rows if row["level"] != "dense"))
     methods = list(dict.fromkeys(row["method"] for row in rows if row["level"] != "dense"))
-    figure, axes = pyplot.subplots(figsize=(1.8 + 1.5 * len(levels), 4.2), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(1.8 + 1.5 * max(1, len(levels)), 4.2), layout="constrained")
     width = 0.8 / max(1, len(methods))
     for number, method in enumerate(sorted(methods, key=lambda m: m == "elastic")):
-        values = {row["level"]: row["perplexity"] for row in rows if row["method"] == method}
-        at = [i + (number - (len(methods) - 1) / 2) * width for i, level in enumerate(levels) if level in values]
-        heights = [values[level] for level in levels if level in values]
-        bars = axes.bar(at, heights, width, label=method, color="tab:green" if method == "elastic" else None)
+        found = {row["level"]: row for row in rows if row["method"] == method}
+        at = [i + (number - (len(methods) - 1) / 2) * width for i, level in enumerate(levels) if level in found]
+        heights = [found[level][key] for level in levels if level in found]
+        errors = [found[level]["error"] for level in levels if level in found] if key == "value" else None
+        color = "tab:green" if method == "elastic" else None
+        bars = axes.bar(at, heights, width, yerr=errors, label=method, color=color)
         axes.bar_label(bars, [f"{h:.3g}" if h < 1000 else f"{h:.0f}" for h in heights], fontsize=8)
     for row in dense:
-        axes.axhline(row["perplexity"], color="black", linestyle="--", label=f"dense ({row['perplexity']:.1f})")
-    axes.set_yscale("log")
+        axes.axhline(row[key], color="black", linestyle="--", label=f"dense ({row[key]:.1f})")
     axes.set_xticks(range(len(levels)), [level_title(level) for level in levels])
     axes.set_xlabel("level (share of zeros, or N:M)")
-    axes.set_ylabel("perplexity (log scale, lower is better)")
     axes.set_title(title)
     axes.legend()
     try:
+        yield axes
         figure.savefig(path, dpi=120)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {error}.") from error

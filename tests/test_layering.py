@@ -145,6 +145,8 @@ ALLOWED = {
         "placement", "slicing",
     },
     "evaluate": {"torch", "arch", "errors"},
+    "task_files": {"torch", "numpy", "transformers", "datasets", "lm_eval", "errors", "files"},
+    "zero_shot": {"numpy", "lm_eval", "errors", "report", "task_files"},
     "plan_sizes": {"config", "ladder", "model_shapes", "shells"},
     "memory_plan": {"config", "files", "masks", "model_shapes", "plan_sizes"},
     "work_plan": {"plan_sizes"},
@@ -165,7 +167,7 @@ ALLOWED = {
     },
     "measure": {
         "baselines", "calibration_text", "checkpoint", "config", "data", "errors", "evaluate", "hub", "ladder",
-        "models", "precision", "slicing", "workers",
+        "models", "precision", "slicing", "workers", "zero_shot",
     },
     "report_facts": {"checkpoint", "files", "hub", "inspection", "ladder", "models", "shells", "terminal"},
     "report_words": {"report", "report_facts"},
@@ -182,6 +184,7 @@ ALLOWED = {
     # layer 5
     "__main__": {"cli"},
     "cli_device": {"bench", "device_profile", "device_report", "doctor", "errors", "files", "precision", "terminal"},
+    "cli_eval": {"errors", "files", "measure", "report", "task_files", "zero_shot"},
     "cli_export": {"transformers", "exports", "terminal"},
     "cli_induce": {"config", "inducing", "terminal"},
     "cli_search": {"allocating", "allocation_plot", "config", "errors", "search", "terminal"},
@@ -189,8 +192,8 @@ ALLOWED = {
     "cli_prune": {"errors", "pruning", "structured", "terminal"},
     "cli_report": {"reporting", "terminal"},
     "cli": {
-        "transformers", "checkpoint", "choosing", "cli_device", "cli_export", "cli_induce", "cli_plan", "cli_prune",
-        "cli_report", "cli_search", "config", "errors", "files",
+        "transformers", "checkpoint", "choosing", "cli_device", "cli_eval", "cli_export", "cli_induce", "cli_plan",
+        "cli_prune", "cli_report", "cli_search", "config", "errors", "files",
         "hub", "inspection", "measure", "overlay", "peft_export", "pipeline", "precision", "report", "slicing",
         "terminal", "transfer", "verify", "workers",
     },
@@ -221,7 +224,8 @@ def test_the_table_has_no_dead_rows():
 
 
 def test_import_loads_no_slow_library():
-    code = "import sys, elastic_sparsity; print([m for m in ('transformers', 'peft', 'datasets') if m in sys.modules])"
+    slow = ("transformers", "peft", "datasets", "lm_eval")
+    code = f"import sys, elastic_sparsity; print([m for m in {slow} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

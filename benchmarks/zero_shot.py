@@ -1,0 +1,172 @@
+"""What does a level cost in zero-shot accuracy, next to the dense model and to one-shot pruning of each level alone?
+
+lm-evaluation-harness over the models in memory, with the task files of `tasks/` and a folder of their .jsonl data
+(PIQA, ARC-Easy, ARC-Challenge, OpenBookQA, WinoGrande, BoolQ, LAMBADA). A cell is one method at one level on one task.
+Every cell is written to `results/NAME.json` when it is there, and the same command goes on with those that are missing:
+it may be stopped at any time. Baselines are pruned on the first samples of the checkpoint's own calibration set.
+
+    python benchmarks/zero_shot.py elastic-smollm2-135m --task-data zero_shot --dense --baselines wanda sparsegpt \\
+        --calibration abc-news.txt
+"""
+
+import argparse
+import copy
+import datetime
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from elastic_sparsity import ElasticCheckpoint
+from elastic_sparsity.baselines import prune_one_shot_
+from elastic_sparsity.calibration_text import calibration_tokens
+from elastic_sparsity.config import make_recipe
+from elastic_sparsity.errors import ConfigError
+from elastic_sparsity.files import write_json
+from elastic_sparsity.measure import zero_shot_protocol
+from elastic_sparsity.models import load_base
+from elastic_sparsity.pipeline import versions
+from elastic_sparsity.precision import autocast_factory, default_device
+from elastic_sparsity.report import plot_tasks, task_means, tasks_table
+from elastic_sparsity.slicing import load_level, load_tokenizer
+from elastic_sparsity.task_files import load_tasks
+from elastic_sparsity.zero_shot import check_amounts, score_task
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+TASKS = "piqa,arc_easy,arc_challenge,openbookqa,winogrande,boolq,lambada_openai"
+
+
+def main() -> None:
+    args = arguments()
+    checkpoint = ElasticCheckpoint(args.checkpoint)
+    check_amounts(args.limit, args.batch_size)
+    tasks = load_tasks(args.tasks.split(","), folder=args.task_folder, data=args.task_data, limit=args.limit)
+    protocol = zero_shot_protocol(args.limit, args.precision) | {
+        "checkpoint_id": checkpoint.config["checkpoint_id"],
+        "base_model": checkpoint.config["base_model"],
+        "baseline_samples": args.baseline_samples,
+    }
+    path = RESULTS / f"{args.name}.json"
+    result = begun(path, protocol)
+    tokenizer = load_tokenizer(args.checkpoint)
+    for level, method, make in models(args, checkpoint, protocol["precision"]):
+        done = {row["task"] for row in result["rows"] if (row["level"], row["method"]) == (level, method)}
+        missing = [name for name in tasks if name not in done]
+        model = make() if missing else None
+        for name in missing:
+            started = time.monotonic()
+            score = score_task(
+                model, tokenizer, name, tasks[name], limit=args.limit, batch_size=args.batch_size,
+                precision=protocol["precision"],
+            )  # fmt: skip
+            seconds = round(time.monotonic() - started, 1)
+            result["rows"].append({"level": level, "method": method, **asdict(score), "seconds": seconds})
+            write_json(path, result)
+            log(f"{method} {level} {name}: {score.metric} {score.value:.4f} in {seconds:.0f} s")
+    show(result, args.name)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--task-data", required=True, help="folder of the tasks' .jsonl files")
+    parser.add_argument("--task-folder", default=HERE / "tasks", help="folder of task files")
+    parser.add_argument("--tasks", default=TASKS)
+    parser.add_argument("--limit", type=int, help="only the first documents of every task")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--levels", nargs="*", help="levels of the checkpoint; default: all")
+    parser.add_argument("--dense", action="store_true", help="also the base model")
+    parser.add_argument("--baselines", nargs="*", default=[], help="magnitude, wanda, obs, sparsegpt")
+    parser.add_argument("--baseline-samples", type=int, default=128)
+    parser.add_argument("--calibration", help="the text it was trained on; default: the path in its recipe")
+    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--name", default="zero_shot")
+    return parser.parse_args()
+
+
+def begun(path: Path, protocol: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier start with this protocol left, or a new result.
+
+    Raises: ConfigError: if the file is of another protocol: its cells cannot stand beside new ones.
+    """
+    if path.is_file():
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if result["protocol"] != protocol:
+            raise ConfigError(f"{path}: has the protocol {result['protocol']}, not {protocol}; give another --name.")
+        log(f"{path}: goes on after {len(result['rows'])} cells")
+        return dict(result)
+    RESULTS.mkdir(exist_ok=True)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=HERE, check=False)
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": f"{platform.processor() or platform.machine()}, {default_device()}",
+        "commit": commit.stdout.strip(),
+        "seed": protocol["seed"],
+        "versions": versions(("elastic-sparsity", "torch", "transformers", "lm-eval", "datasets")),
+        "protocol": protocol,
+        "rows": [],
+    }
+
+
+def models(
+    args: argparse.Namespace, checkpoint: ElasticCheckpoint, precision: str
+) -> Iterator[tuple[str, str, Callable[[], Any]]]:
+    """(level, method, function that makes the model) of all that is to be measured; nothing is made unless called."""
+    data = dict(checkpoint.config["recipe"])
+    if args.calibration:
+        data["calibration"] = {**data["calibration"], "source": args.calibration}
+    recipe = make_recipe(data)
+    held: dict[str, Any] = {}
+
+    def base() -> Any:
+        if "base" not in held:
+            held["base"] = load_base(recipe.model.id, recipe.model.dtype)
+        return held["base"]
+
+    def elastic(level: Any) -> Any:
+        return load_level(checkpoint, level, checkpoint.dtype).to(base().model.device, base().model.dtype)
+
+    def one_shot(level: Any, method: str) -> Any:
+        if "tokens" not in held:
+            held["tokens"] = calibration_tokens(recipe, base())[0][: args.baseline_samples]
+        model = copy.deepcopy(base().model)
+        prune_one_shot_(
+            model, held["tokens"], level, method, damping=recipe.scores.damping, batch_size=recipe.block.batch_size,
+            autocast=autocast_factory(precision, model.device.type),
+        )  # fmt: skip
+        return model
+
+    if args.dense:
+        yield "dense", "dense", lambda: base().model
+    levels = [checkpoint.ladder.find(name) for name in args.levels or [x.name for x in checkpoint.ladder.levels]]
+    for level in levels:
+        yield level.name, "elastic", lambda level=level: elastic(level)  # type: ignore[misc]
+    for level in levels:
+        for method in args.baselines:
+            yield level.name, method, lambda level=level, method=method: one_shot(level, method)  # type: ignore[misc]
+
+
+def show(result: dict[str, Any], name: str) -> None:
+    """One table, and a plot of the means if there are any."""
+    order = {level: number for number, level in enumerate(dict.fromkeys(row["level"] for row in result["rows"]))}
+    rows = sorted(result["rows"], key=lambda row: order[row["level"]])
+    documents = result["protocol"]["documents"]
+    title = f"zero-shot, % right ± standard error ({documents} documents a task)"
+    Console(width=200).print(tasks_table(rows, title))
+    if task_means(rows):
+        plot_tasks(rows, RESULTS / f"{name}.png", f"mean of {len({row['task'] for row in rows})} zero-shot tasks")
+
+
+def log(text: str) -> None:
+    print(f"{datetime.datetime.now():%H:%M:%S} {text}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""The command that measures: perplexity and KL on a text, zero-shot accuracy on tasks."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from elastic_sparsity.errors import ConfigError
+from elastic_sparsity.files import check_output_file, is_file, write_json
+
+PRECISIONS = ("auto", "float32", "bfloat16")
+CELL = ("level", "method", "task")  # what a zero-shot row is the result of
+
+
+def register(app: typer.Typer, progress_bars: Callable[[bool], Any]) -> None:
+    """Adds the command to an app; `progress_bars(quiet)` is a context that yields a progress function."""
+
+    @app.command("eval")
+    def eval_command(
+        path: Annotated[
+            str, typer.Argument(help="Elastic checkpoint or Hugging Face model (folder or hub id), or .gguf file.")
+        ],
+        text: Annotated[str | None, typer.Option(help="Text file to measure perplexity on.")] = None,
+        level: Annotated[str | None, typer.Option(help="One level of an elastic checkpoint; default: all.")] = None,
+        reference: Annotated[str | None, typer.Option(help="Dense model, for KL.")] = None,
+        window: Annotated[int, typer.Option(help="Tokens a window.", min=8)] = 2048,
+        max_windows: Annotated[int | None, typer.Option(help="Only the first windows.", min=1)] = None,
+        tasks: Annotated[
+            str | None, typer.Option(help="Zero-shot tasks of lm-evaluation-harness, as piqa,arc_easy.")
+        ] = None,
+        task_folder: Annotated[
+            Path | None, typer.Option(help="Folder of task files (*.yaml) that read local data; needs no hub.")
+        ] = None,
+        task_data: Annotated[Path | None, typer.Option(help="Folder of the .jsonl files that task files name.")] = None,
+        task_limit: Annotated[int | None, typer.Option(help="Only the first documents of every task.")] = None,
+        task_batch: Annotated[int, typer.Option(help="Sequences in one forward pass of a task.")] = 8,
+        precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+        output: Annotated[
+            Path | None, typer.Option(help="Also write the rows as JSON; other results of this path there are kept.")
+        ] = None,
+        quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No bars and no log, only the result.")] = False,
+    ) -> None:
+        """Perplexity, KL to a reference and zero-shot accuracy, for dense, sliced and elastic models alike."""
+        _check(text, tasks, precision, {"--task-folder": task_folder, "--task-data": task_data})
+        shared = {"level": level, "precision": precision}
+        record = Record(output, path)
+        with progress_bars(quiet) as progress:
+            found = {}
+            if tasks is not None:  # whatever is wrong with them shows before an hour of perplexity
+                found = _tasks(tasks, task_folder, task_data, task_limit, task_batch)
+                record.start_tasks(task_limit, precision)
+            if text is not None:
+                sizes = {"window": window, "max_windows": max_windows, "reference": reference}
+                _perplexity(path, text, record, progress=progress, **sizes, **shared)
+            if tasks is not None:
+                _zero_shot(path, found, record, progress=progress, limit=task_limit, batch_size=task_batch, **shared)
+
+
+def _check(text: str | None, tasks: str | None, precision: str, folders: dict[str, Path | None]) -> None:
+    if precision not in PRECISIONS:
+        raise ConfigError(f"--precision: {precision!r} is not auto, float32 or bfloat16.")
+    if text is None and tasks is None:
+        raise ConfigError("eval: nothing to measure; give --text, --tasks or both.")
+    for option, folder in folders.items():
+        if folder is not None and tasks is None:
+            raise ConfigError(f"{option}: is for tasks; name some with --tasks, as piqa,arc_easy.")
+
+
+def _tasks(tasks: str, folder: Path | None, data: Path | None, limit: int | None, batch: int) -> dict[str, Any]:
+    from elastic_sparsity.task_files import load_tasks
+    from elastic_sparsity.zero_shot import check_amounts
+
+    check_amounts(limit, batch)
+    return load_tasks([name.strip() for name in tasks.split(",")], folder=folder, data=data, limit=limit)
+
+
+class Record:
+    """The output file: the model, `protocol` and `rows` of perplexity, and the same of tasks under `zero_shot`.
+
+    It is written at every result. What it holds of this model stays, unless it is measured anew.
+
+    Raises: ConfigError: if it holds zero-shot rows of another model. OutputError: if it cannot be made.
+    """
+
+    def __init__(self, output: Path | None, path: str) -> None:
+        self.output, self.data = output, dict[str, Any](model=path)
+        if output is None:
+            return
+        check_output_file(output)
+        held = _held(output) if is_file(output) else {}
+        if held.get("model") == path:
+            self.data = held
+        elif "zero_shot" in held:
+            raise ConfigError(f"{output}: holds zero-shot results of {held.get('model')!r}; name another --output.")
+
+    def set_perplexity(self, rows: list[dict[str, Any]], protocol: dict[str, Any]) -> None:
+        self._write({**self.data, "protocol": protocol, "rows": rows})
+
+    def start_tasks(self, limit: int | None, precision: str) -> None:
+        """Raises: ConfigError: if the file's other tasks were measured by another protocol."""
+        from elastic_sparsity.measure import zero_shot_protocol
+
+        protocol = zero_shot_protocol(limit, precision)
+        held = self.data.setdefault("zero_shot", {"protocol": protocol, "rows": []})
+        if held["protocol"] != protocol:
+            raise ConfigError(
+                f"{self.output}: its zero-shot rows have the protocol {held['protocol']}, these would have {protocol}; "
+                "name another --output."
+            )
+
+    def add_task(self, row: dict[str, Any]) -> None:
+        held = self.data["zero_shot"]
+        kept = [x for x in held["rows"] if any(x[key] != row[key] for key in CELL)]
+        self._write({**self.data, "zero_shot": {**held, "rows": [*kept, row]}})
+
+    def _write(self, data: dict[str, Any]) -> None:
+        self.data = data
+        if self.output is not None:
+            write_json(self.output, data)
+
+
+def _held(output: Path) -> dict[str, Any]:
+    """What an earlier `eval` wrote there; nothing if that was another program."""
+    try:
+        data = json.loads(output.read_text(encoding="utf-8"))
+        tasks = data.get("zero_shot", {"protocol": {}, "rows": []})
+        is_ours = isinstance(tasks["protocol"], dict) and all(key in row for row in tasks["rows"] for key in CELL)
+    except (OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError):
+        return {}
+    return data if is_ours else {}
+
+
+def _perplexity(path: str, text: str, record: Record, **options: Any) -> None:
+    from elastic_sparsity.measure import evaluate_path
+    from elastic_sparsity.report import results_table
+
+    rows, protocol = evaluate_path(path, text, **options)
+    counts = protocol["windows"]
+    Console(emoji=False).print(results_table(rows, f"{protocol['text']}, {counts[0]} windows of {counts[1]} tokens"))
+    record.set_perplexity(rows, protocol)
+
+
+def _zero_shot(path: str, tasks: dict[str, Any], record: Record, limit: int | None, **options: Any) -> None:
+    from elastic_sparsity.measure import zero_shot_path
+    from elastic_sparsity.report import tasks_table
+
+    rows: list[dict[str, Any]] = []
+
+    def keep(row: dict[str, Any]) -> None:
+        rows.append(row)
+        record.add_task(row)
+
+    try:
+        zero_shot_path(path, tasks, limit=limit, on_row=keep, **options)
+    finally:  # also after an error or Ctrl-C: what is done took long
+        documents = "all documents" if limit is None else f"the first {limit} documents"
+        if rows:
+            Console(emoji=False).print(tasks_table(rows, f"zero-shot, % right ± standard error, {documents}"))
