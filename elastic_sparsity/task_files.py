@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from elastic_sparsity.errors import ConfigError, DataError, ElasticSparsityError, brief
-from elastic_sparsity.files import is_file, is_folder
+from elastic_sparsity.files import is_file, is_folder, strange_file
 
 OFFLINE = "without a hub, give local task files (--task-folder) and their data (--task-data)"
 
@@ -56,6 +56,8 @@ def load_tasks(
     for option, path in (("task folder", folder), ("task data", data)):
         if path is not None and not is_folder(path):
             raise ConfigError(f"{option}: {str(path)!r} is no folder.")
+    if folder is not None and (strange := strange_file(Path(folder))):  # the harness would wait for a pipe for ever
+        raise ConfigError(f"task folder: {strange} is neither file nor folder; move it away.")
     wanted = list(dict.fromkeys(names))
     if not wanted or not all(isinstance(name, str) and name.strip() for name in wanted):
         raise ConfigError(f"tasks: {brief(list(names))} names none; expected e.g. piqa,arc_easy.")
@@ -213,8 +215,9 @@ def _check_documents(task: Any, name: str, path: Path, limit: int | None) -> Non
     kind = task.OUTPUT_TYPE
     if kind not in ("multiple_choice", "loglikelihood"):
         return
+    number, count = 1, len(task.eval_docs) if limit is None else min(limit, len(task.eval_docs))
     try:
-        for number, document in enumerate(itertools.islice(task.eval_docs, limit), start=1):
+        for number, document in enumerate(itertools.islice(task.eval_docs, count), start=1):
             where = f"{path}: document {number}"
             if kind == "loglikelihood" or task.multiple_input:
                 continuation = task.doc_to_target(document)

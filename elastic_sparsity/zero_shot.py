@@ -128,7 +128,8 @@ def score_task(
             if task.get_config("num_fewshot") is None:
                 task.set_config("num_fewshot", 0)
             task.set_fewshot_seed(seed)
-            found = evaluate(harness_model, {"tasks": {name: task}}, limit=limit, bootstrap_iters=0, log_samples=True)
+            first = None if limit is None else min(limit, len(task.eval_docs))
+            found = evaluate(harness_model, {"tasks": {name: task}}, limit=first, bootstrap_iters=0, log_samples=True)
     except ElasticSparsityError:
         raise
     except (ArithmeticError, AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:

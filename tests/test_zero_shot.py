@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import random
 import sys
 from functools import partial
@@ -190,7 +191,9 @@ def test_limit(model, tokenizer, three):
     measure = partial(zero_shot, model, tokenizer, ["piqa"], folder=TASKS, data=three)
     (score,) = measure(limit=1).scores
     assert (score.num_documents, score.error) == (1, None)
-    assert measure(limit=100) == measure() and len(score.sha256) == 16 and score.sha256 != measure().scores[0].sha256
+    whole = measure()
+    assert measure(limit=100) == measure(limit=10**30) == whole
+    assert len(score.sha256) == 16 and score.sha256 != whole.scores[0].sha256
     for bad in (0, -1, 0.5, True):
         with pytest.raises(ConfigError, match="task limit: .*; expected a whole number from 1 on"):
             measure(limit=bad)
@@ -206,6 +209,9 @@ def test_unknown_names(three, monkeypatch):
             load_tasks(none, folder=TASKS, data=three)
     with pytest.raises(ConfigError, match="task folder: .* is no folder"):
         load_tasks(["piqa"], folder=three / "no")
+    os.mkfifo(three / "pipe.yaml")
+    with pytest.raises(ConfigError, match=r"pipe\.yaml is neither file nor folder"):
+        load_tasks(["piqa"], folder=three)
     with pytest.raises(ConfigError, match="task data: .* is no folder"):
         load_tasks(["piqa"], folder=TASKS, data=three / "no")
     import lm_eval.tasks
