@@ -21,27 +21,43 @@ _ROTARY = "apply_rotary_pos_emb"  # transformers' name, in every model's own mod
 
 @contextmanager
 def fused_layers(model: nn.Module) -> Iterator[None]:
-    """Inside, a frozen model's norms and rotary embedding take one pass each."""
+    """Inside, a frozen model's norms and rotary embedding take one pass each.
+
+    Norms by their classes: of a model that is read block by block, the blocks come later.
+    """
     home = sys.modules.get(type(model).__module__)
     rotary: Any = getattr(home, _ROTARY, None)
     with ExitStack() as undo:
-        for norm in filter(_is_usual_norm, model.modules()):
-            _replace(undo, norm, "forward", partial(_norm, norm, norm.forward))
+        for kind in _usual_norms(model):
+            _replace(undo, kind, "forward", _norm(kind.forward))
         if _is_usual_rotary(rotary):
             _replace(undo, home, _ROTARY, partial(_rotate, rotary))
         yield
 
 
 def _replace(undo: ExitStack, owner: Any, name: str, value: Any) -> None:
-    own = vars(owner).get(name)  # of a module's forward: the class's, unless somebody wrapped it
+    own = vars(owner).get(name)  # of a class's forward: None, if it is inherited
     undo.callback(delattr, owner, name) if own is None else undo.callback(setattr, owner, name, own)
     setattr(owner, name, value)
 
 
-def _norm(module: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    fits = len(args) == 1 and not kwargs and args[0].shape[-1:] == module.weight.shape
-    found = fused_rms_norm(args[0], module.weight, module.variance_epsilon) if fits else None
-    return original(*args, **kwargs) if found is None else found
+def _norm(original: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
+        fits = len(args) == 1 and not kwargs and args[0].shape[-1:] == module.weight.shape
+        found = fused_rms_norm(args[0], module.weight, module.variance_epsilon) if fits else None
+        return original(module, *args, **kwargs) if found is None else found
+
+    return forward
+
+
+def _usual_norms(model: nn.Module) -> list[type[nn.Module]]:
+    """Classes of norms of which all that have their weights here, and at least one, are the usual ones."""
+    found: dict[type[nn.Module], list[bool]] = {}
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if type(module).__name__.endswith("RMSNorm") and isinstance(weight, Tensor) and weight.device.type != "meta":
+            found.setdefault(type(module), []).append(_is_usual_norm(module))
+    return [kind for kind, usual in found.items() if all(usual)]
 
 
 @torch.no_grad()

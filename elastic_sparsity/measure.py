@@ -105,19 +105,24 @@ def evaluate_path(
         **hub: as in `checkpoint_folder`, for an elastic hub id.
     Raises: ConfigError, DataError, CheckpointError, LevelError.
     """
-    teacher = None if reference is None else load_base(reference)
+    device = default_device()
+    resolved = resolve_precision(precision, device)
+    teacher = None if reference is None else load_base(reference).model
+    if teacher is not None and resolved == "float32":
+        teacher = teacher.float()
     rows: list[dict[str, Any]] = []
     tokenizer, jobs = _jobs(path, level, hub)
     ids = windows(tokenize(tokenizer, read_text(text)), window, max_windows)
     for name, method, size, load in jobs:
-        model = load().to(default_device())
+        model = load().to(device)
         check_length("--window", window, model)
         check_vocabulary(ids, model.config.vocab_size)
-        resolved = resolve_precision(precision, model.device.type)
+        if resolved == "float32":  # also of weights in 16 bits: the protocol says what was computed
+            model = model.float()
         found = evaluate(
             {method: model},
             ids,
-            reference=None if teacher is None else teacher.model,
+            reference=teacher,
             autocast=autocast_factory(resolved, model.device.type),
             on_window=lambda done, total, name=name: progress(f"evaluating {name}", done, total),  # type: ignore[misc]
         )

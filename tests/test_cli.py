@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from elastic_sparsity import ElasticCheckpoint, cli
+from elastic_sparsity.measure import evaluate_path
 from elastic_sparsity.tiny import byte_tokenizer, tiny_model
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 40
@@ -89,6 +90,20 @@ def test_train_slice_eval(capsys, tmp_path, quick_recipe, text_file):
         found = {row["level"]: row["perplexity"] for row in json.loads(result.read_text())["rows"]}
         seen.append(found["0.7"] if "0.7" in found else found["dense"])
     assert seen == pytest.approx([seen[0]] * 3, rel=1e-2), "elastic, one level of it, and the slice disagree"
+
+
+def test_float32_means_float32_of_a_model_in_bfloat16_too(tmp_path, text_file):
+    model = tiny_model("llama").bfloat16()
+    for name, dtype in (("half", torch.bfloat16), ("whole", torch.float32)):
+        model.to(dtype).save_pretrained(tmp_path / name)
+        byte_tokenizer().save_pretrained(tmp_path / name)
+    options = {"window": 64, "max_windows": 2, "precision": "float32"}
+    rows = [
+        evaluate_path(str(tmp_path / name), str(text_file), reference=str(tmp_path / "half"), **options)[0]
+        for name in ("half", "whole")
+    ]
+    assert rows[0][0]["perplexity"] == rows[1][0]["perplexity"]
+    assert rows[1][0]["kl"] == pytest.approx(0, abs=1e-6)
 
 
 def test_eval_with_reference_gives_kl(capsys, tmp_path, text_file):

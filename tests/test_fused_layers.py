@@ -62,14 +62,18 @@ def test_an_exception_and_a_second_use_inside_leave_layers_as_they_were():
     model = tiny_model("llama").requires_grad_(False)
     home, norm = sys.modules[type(model).__module__], model.model.norm
     rotary = getattr(home, _ROTARY)
-    wrapped = norm.forward = lambda x: type(norm).forward(norm, x)  # as accelerate's hooks do
+    kind = type(norm)
+    own = kind.forward
+    wrapped = norm.forward = lambda x: kind.forward(norm, x)  # as accelerate's hooks do
     with pytest.raises(KeyError, match="inside"), fused_layers(model):
-        outer = norm.forward
+        outer = kind.forward
+        assert outer is not own
         with fused_layers(model):
-            assert norm.forward is not outer
-        assert norm.forward is outer and getattr(home, _ROTARY) is not rotary
+            assert kind.forward is not outer
+        assert kind.forward is outer and getattr(home, _ROTARY) is not rotary
         raise KeyError("inside")
-    assert norm.forward is wrapped and getattr(home, _ROTARY) is rotary
+    assert kind.forward is own and getattr(home, _ROTARY) is rotary
+    assert norm.forward is wrapped
     assert [module for module in model.modules() if "forward" in vars(module)] == [norm]
 
 
