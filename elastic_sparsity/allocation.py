@@ -68,23 +68,22 @@ def total(sizes: Sequence[Size], kept: Sequence[int]) -> int:
 
 
 def trade(sizes: Sequence[Size], share: float = 1 / 32, coarse: int = 1) -> Trade:
-    """Quanta of about `share` of the median linear, times `coarse`.
+    """Quanta of about `share` of the median linear, times `coarse`: whole numbers of the fine ones.
 
     Raises: ConfigError: no linears.
     """
     if not sizes:
         raise ConfigError("allocation: the model has no linears to share sparsity out to.")
     common = math.lcm(*{size.rows for size in sizes})
-    quantum = coarse * common * max(1, round(share * median(size.rows * size.width for size in sizes) / common))
+    quantum = common * max(1, round(share * median(size.rows * size.width for size in sizes) / common))
     steps = [quantum // size.rows for size in sizes]
-    if all(step <= COARSEST * size.width for step, size in zip(steps, sizes, strict=True)):
-        return Trade(steps=tuple(steps), market=(0,) * len(sizes))
-    markets = {rows: number for number, rows in enumerate(sorted({size.rows for size in sizes}))}
-    widths = {rows: min(size.width for size in sizes if size.rows == rows) for rows in markets}
-    return Trade(
-        steps=tuple(coarse * max(1, round(share * widths[size.rows])) for size in sizes),
-        market=tuple(markets[size.rows] for size in sizes),
-    )
+    market = [0] * len(sizes)
+    if any(step > COARSEST * size.width for step, size in zip(steps, sizes, strict=True)):
+        markets = {rows: number for number, rows in enumerate(sorted({size.rows for size in sizes}))}
+        widths = {rows: min(size.width for size in sizes if size.rows == rows) for rows in markets}
+        steps = [max(1, round(share * widths[size.rows])) for size in sizes]
+        market = [markets[size.rows] for size in sizes]
+    return Trade(steps=tuple(coarse * step for step in steps), market=tuple(market))
 
 
 def by_depth(sizes: Sequence[Size], depths: Sequence[int], sparsity: float, slope: float) -> list[float]:

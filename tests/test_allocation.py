@@ -145,12 +145,13 @@ def test_levels_stay_nested_and_never_get_stuck(model, seed, sparsities):
     """However far the levels before went, the next one finds its budget within the bounds that they leave."""
     sizes, chance, done = MODELS[model], random.Random(seed), {}
     sparsities = sorted(sparsities)
-    moves = Moves(trade=trade(sizes), families=families_of(sizes), wide=0.5)
     for level in from_the_middle(len(sparsities)):
         low, high = bounds(sizes, done, level, sparsities)
         base = uniform(sizes, sparsities[level])
-        start = fitted([float(k) for k in base], base, moves.trade, low, high)
-        done[level] = shifted(start, moves, low, high, 300, chance)
+        done[level] = fitted([float(k) for k in base], base, trade(sizes), low, high)
+        for coarse in (4, 2, 1):
+            moves = Moves(trade=trade(sizes, coarse=coarse), families=families_of(sizes), wide=0.5)
+            done[level] = shifted(done[level], moves, low, high, 100, chance)
         assert total(sizes, done[level]) == total(sizes, base)
     for denser, sparser in itertools.pairwise(sorted(done)):
         assert all(a >= b for a, b in zip(done[denser], done[sparser], strict=True))
