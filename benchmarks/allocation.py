@@ -12,13 +12,11 @@ run goes on, and further plans add columns; `--restart` begins anew.
 import argparse
 import copy
 import datetime
-import json
-import platform
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
+from cells import RESULTS, begin, device, log, question_of
 from rich.console import Console
 from rich.table import Table
 
@@ -27,7 +25,6 @@ from elastic_sparsity.baselines import prune_one_shot_
 from elastic_sparsity.calibration_text import calibration_tokens
 from elastic_sparsity.config import make_recipe
 from elastic_sparsity.data import read_text, tokenize, windows
-from elastic_sparsity.doctor import read_facts
 from elastic_sparsity.evaluate import evaluate
 from elastic_sparsity.files import write_json
 from elastic_sparsity.ladder import Ladder
@@ -36,7 +33,6 @@ from elastic_sparsity.pipeline import versions
 from elastic_sparsity.precision import autocast_factory, resolve_precision
 from elastic_sparsity.supernet import linear_sizes
 
-RESULTS = Path(__file__).parent / "results"
 UNIFORM = "uniform"
 
 
@@ -60,24 +56,11 @@ def main() -> None:
     args = parser.parse_args()
     plans = {path.stem: load_plan(path) for path in args.plans}
     file = RESULTS / f"{args.name}.json"
-    result = begin(args, file)
+    question = question_of(args, ("plans", "methods", "levels"))
+    result = begin(args, file, question, {"dense": None, "plans": {}, "cells": {}})
     result["plans"] |= {name: {"made": plan.made, "held_out_kl": plan.held_out_kl} for name, plan in plans.items()}
     measure_cells(args, plans, result, file)
     show(result)
-
-
-def begin(args: argparse.Namespace, file: Path) -> dict[str, Any]:
-    """The result so far, if it is of the same question."""
-    names = ("model", "samples", "length", "seed", "window", "every")
-    question = {name: getattr(args, name) for name in names}
-    question |= {name: Path(getattr(args, name)).name for name in ("calibration", "evaluation")}
-    if file.is_file() and not args.restart:
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        if found["question"] != question:
-            raise SystemExit(f"{file}: is of {found['question']}, not of {question}; give --restart or another --name.")
-        return found
-    RESULTS.mkdir(exist_ok=True)
-    return {"question": question, "dense": None, "plans": {}, "cells": {}}
 
 
 def measure_cells(
@@ -121,7 +104,7 @@ def measure_cells(
             "perplexity": quality.perplexity,
             "seconds": round(seconds, 1),
             "date": datetime.date.today().isoformat(),
-            "device": f"{read_facts().cpu}, {platform.machine()}, {torch.get_num_threads()} threads, no GPU",
+            "device": device(),
             "versions": versions(),
         }
         log(f"{cell} {quality.perplexity:.2f}")
@@ -148,10 +131,6 @@ def show(result: dict[str, Any]) -> None:
         ]  # fmt: skip
         table.add_row(method, level, *cells)
     Console(width=120).print(table)
-
-
-def log(text: str) -> None:
-    print(f"{datetime.datetime.now():%H:%M:%S} {text}", flush=True)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import datetime
 import json
 import os
 import platform
-import subprocess
 import tempfile
 import time
 from collections import defaultdict
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cells import commit
 from efficiency_count import Counts, Shapes, block_phase_counts, check_counts, end_to_end
 from rich.console import Console
 from rich.table import Table
@@ -203,11 +203,6 @@ def plot(phases: dict[str, dict], path: Path) -> None:
     axis.set_xlabel("seconds of the whole recipe")
     axis.legend()
     figure.savefig(path, dpi=110)
-
-
-def commit() -> str:
-    found = subprocess.run(["git", "-C", HERE, "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return found.stdout.strip()
 
 
 def progress(stage: str, done: int, total: int) -> None:

@@ -11,14 +11,12 @@ an interrupted run goes on, `--restart` begins anew.
 import argparse
 import copy
 import datetime
-import json
 import math
-import platform
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
+from cells import RESULTS, begin, device, log, question_of
 from rich.console import Console
 from rich.table import Table
 
@@ -27,7 +25,6 @@ from elastic_sparsity.baselines import prune_one_shot_
 from elastic_sparsity.calibration_text import calibration_tokens
 from elastic_sparsity.config import Recipe, make_recipe
 from elastic_sparsity.data import read_text, tokenize, windows
-from elastic_sparsity.doctor import read_facts
 from elastic_sparsity.evaluate import evaluate
 from elastic_sparsity.files import write_json
 from elastic_sparsity.inducing import absorb_importance_, learn
@@ -35,8 +32,6 @@ from elastic_sparsity.models import load_base
 from elastic_sparsity.pipeline import versions
 from elastic_sparsity.precision import autocast_factory, resolve_precision
 from elastic_sparsity.workers import Workers
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:
@@ -56,33 +51,17 @@ def main() -> None:
     parser.add_argument("--restart", action="store_true")
     args = parser.parse_args()
     file = RESULTS / f"{args.name}.json"
-    result = begin(args, file)
+    result = begin_of(args, file)
     for seed in args.seeds:
         measure_seed(args, seed, result, file)
     show(result)
 
 
-def begin(args: argparse.Namespace, file: Path) -> dict[str, Any]:
-    """The result so far, if it is of the same question."""
-    question = {
-        name: value for name, value in vars(args).items() if name not in ("methods", "seeds", "name", "restart")
-    }
-    question |= {name: Path(question[name]).name for name in ("calibration", "evaluation")}
-    if file.is_file() and not args.restart:
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        if found["question"] != question:
-            raise SystemExit(f"{file}: is of {found['question']}, not of {question}; give --restart or another --name.")
-        return found
-    RESULTS.mkdir(exist_ok=True)
-    return {
-        "date": datetime.date.today().isoformat(),
-        "device": f"{read_facts().cpu}, {platform.machine()}, {torch.get_num_threads()} threads, no GPU",
-        "versions": versions(),
-        "question": question,
-        "dense": None,
-        "induction": {},
-        "cells": {},
-    }
+def begin_of(args: argparse.Namespace, file: Path) -> dict[str, Any]:
+    new = {"date": datetime.date.today().isoformat(), "device": device(), "versions": versions()}
+    return begin(
+        args, file, question_of(args, ("methods", "seeds")), {**new, "dense": None, "induction": {}, "cells": {}}
+    )
 
 
 def recipe_of(args: argparse.Namespace, seed: int) -> Recipe:
@@ -172,10 +151,6 @@ def show(result: dict[str, Any]) -> None:
         spread = f"{min(shares):.0f} to {max(shares):.0f} %" if len(pairs) > 1 else f"{shares[0]:.0f} %"
         table.add_row(method, level, f"{plain:.1f}", f"{induced:.1f}", spread, str(len(pairs)))
     Console(width=110).print(table)
-
-
-def log(text: str) -> None:
-    print(f"{datetime.datetime.now():%H:%M:%S} {text}", flush=True)
 
 
 if __name__ == "__main__":

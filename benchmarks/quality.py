@@ -18,8 +18,9 @@ from rich.console import Console
 from elastic_sparsity import ElasticCheckpoint
 from elastic_sparsity.config import make_recipe
 from elastic_sparsity.files import write_json
+from elastic_sparsity.manifest import RUN_NAME
 from elastic_sparsity.measure import measure
-from elastic_sparsity.pipeline import RUN_NAME, versions
+from elastic_sparsity.pipeline import versions
 from elastic_sparsity.report import plot_results, results_table
 
 RESULTS = Path(__file__).parent / "results"

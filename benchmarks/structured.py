@@ -11,22 +11,19 @@ cell goes into the JSON as soon as it is measured and is not measured again; `--
 import argparse
 import copy
 import datetime
-import json
-import platform
 import statistics
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from cells import RESULTS, begin, commit, device, log, question_of
 from rich.console import Console
 from rich.table import Table
 
 from elastic_sparsity.calibration_text import calibration_tokens
 from elastic_sparsity.config import make_recipe
 from elastic_sparsity.data import read_text, tokenize, windows
-from elastic_sparsity.doctor import read_facts
 from elastic_sparsity.evaluate import evaluate
 from elastic_sparsity.files import write_json
 from elastic_sparsity.models import BaseModel, load_base
@@ -36,8 +33,6 @@ from elastic_sparsity.structured import prune_structured_
 from elastic_sparsity.structured_parts import sizes_for, sliced_model, usual_multiple
 from elastic_sparsity.structured_sizes import Sizes
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "results"
 METHODS: dict[str, dict[str, Any]] = {
     "obs": {"scores": "obs"},
     "obs, dense inputs": {"scores": "obs", "accumulate": False},
@@ -67,7 +62,7 @@ def main() -> None:
     parser.add_argument("--restart", action="store_true")
     args = parser.parse_args()
     file = RESULTS / f"{args.name}.json"
-    result = begin(args, file)
+    result = begin_of(args, file)
     base = load_base(args.model)
     base.model.float()
     measure_quality(args, base, result, file)
@@ -76,28 +71,10 @@ def main() -> None:
     plot(result, file.with_suffix(".png"))
 
 
-def begin(args: argparse.Namespace, file: Path) -> dict[str, Any]:
-    """The result so far, if it is of the same question."""
-    left_out = ("methods", "sparsities", "name", "restart")
-    question = {name: value for name, value in vars(args).items() if name not in left_out}
-    question |= {name: Path(question[name]).name for name in ("calibration", "evaluation")}
-    if file.is_file() and not args.restart:
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        if found["protocol"] != question:
-            raise SystemExit(f"{file}: is of {found['protocol']}, not of {question}; give --restart or another --name.")
-        return found
-    RESULTS.mkdir(exist_ok=True)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=HERE, check=False)
-    return {
-        "date": datetime.date.today().isoformat(),
-        "device": f"{read_facts().cpu}, {platform.machine()}, {torch.get_num_threads()} threads, no GPU",
-        "commit": commit.stdout.strip(),
-        "seed": args.seed,
-        "versions": versions(),
-        "protocol": question,
-        "cells": {},
-        "speed": {},
-    }
+def begin_of(args: argparse.Namespace, file: Path) -> dict[str, Any]:
+    new = {"date": datetime.date.today().isoformat(), "device": device(), "commit": commit(), "versions": versions()}
+    question = question_of(args, ("methods", "sparsities"))
+    return begin(args, file, question, {**new, "seed": args.seed, "cells": {}, "speed": {}})
 
 
 def sizes_of(args: argparse.Namespace, model: Any, sparsity: float) -> tuple[Sizes, int]:
@@ -201,7 +178,7 @@ def measure_speed(args: argparse.Namespace, model: Any, result: dict[str, Any], 
 
 
 def show(result: dict[str, Any]) -> None:
-    title = f"{result['protocol']['evaluation']}, {result['windows'][0]} windows of {result['windows'][1]} tokens"
+    title = f"{result['question']['evaluation']}, {result['windows'][0]} windows of {result['windows'][1]} tokens"
     table = Table(title=f"{title}, dense {result['cells']['dense']['perplexity']:.2f}")
     for column in ("removed", "method", "perplexity", "bytes, of dense", "prefill", "decode"):
         table.add_column(column, justify="left" if column == "method" else "right")
@@ -242,10 +219,6 @@ def plot(result: dict[str, Any], path: Path) -> None:
         axis.legend()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
-
-
-def log(text: str) -> None:
-    print(f"{datetime.datetime.now():%H:%M:%S} {text}", flush=True)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from elastic_sparsity.config import make_recipe
+from elastic_sparsity.config import make_recipe, number_or_text
 from elastic_sparsity.terminal import plain, say
 
 
@@ -40,7 +40,7 @@ def register(app: typer.Typer, progress: Callable[[bool], AbstractContextManager
                 "model": {"id": model},
                 "calibration": {"source": calibration, "samples": samples, "length": length},
                 "ladder": {
-                    "sparsities": [_number(name) for name in names if ":" not in name],
+                    "sparsities": [number_or_text(name) for name in names if ":" not in name],
                     "patterns": [name for name in names if ":" in name],
                 },
                 "induction": {"steps": steps, "samples": min(64, samples), "held_out": max(1, min(8, samples // 4))},
@@ -61,11 +61,3 @@ def register(app: typer.Typer, progress: Callable[[bool], AbstractContextManager
         if not found.used:
             say("No gain: the scales were left out; try more --steps or other --calibration text.")
         say(f"{output}: induced model")
-
-
-def _number(text: str) -> float | str:
-    """What is no number goes to the recipe's own check, which names it."""
-    try:
-        return float(text)
-    except ValueError:
-        return text

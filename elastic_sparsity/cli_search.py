@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,13 +10,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from elastic_sparsity.config import make_recipe
+from elastic_sparsity.config import make_recipe, number_or_text
 from elastic_sparsity.errors import ConfigError
+from elastic_sparsity.search import SearchSettings
 from elastic_sparsity.terminal import say
 
 PRESETS = {
-    "fast": {"generations": 40, "offspring": 16, "windows": (1, 4, 8), "survivors": (4, 1)},
-    "paper": {"generations": 200, "offspring": 128, "windows": (4, 32, 256), "survivors": (16, 4)},
+    "fast": SearchSettings(generations=40),
+    "paper": SearchSettings(generations=200, offspring=128, windows=(4, 32, 256), survivors=(16, 4)),
 }
 
 
@@ -45,26 +47,23 @@ def register(app: typer.Typer, progress: Callable[[bool], AbstractContextManager
             raise ConfigError(f"--preset: {preset!r} is unknown; expected one of {', '.join(PRESETS)}.")
         from elastic_sparsity.allocating import Allocating, allocate  # torch, only here
         from elastic_sparsity.allocation_plot import plot_plan
-        from elastic_sparsity.search import SearchSettings
 
-        chosen: dict[str, Any] = dict(PRESETS[preset])
+        settings = PRESETS[preset]
         if generations is not None:
-            chosen["generations"] = generations
-        judged = max(16, *chosen["windows"]) if held_out is None else held_out
+            settings = replace(settings, generations=generations)
+        judged = max(16, *settings.windows) if held_out is None else held_out
         recipe = make_recipe(
             {
                 "seed": seed,
                 "model": {"id": model},
                 "calibration": {"source": calibration, "samples": samples + judged, "length": length},
-                "ladder": {"sparsities": [_number(text) for text in levels.split(",")]},
+                "ladder": {"sparsities": [number_or_text(text) for text in levels.split(",")]},
                 "block": {"samples": samples},
             },
             "search",
         )
         with progress(quiet) as report:
-            plan = allocate(
-                recipe, Allocating(method=method, held_out=judged, search=SearchSettings(**chosen)), output, report
-            )
+            plan = allocate(recipe, Allocating(method=method, held_out=judged, search=settings), output, report)
         table = Table(title="KL to the dense model on held-out text, nats a token")
         for column in ("level", "best start", "found", "generations"):
             table.add_column(column, justify="left" if column == "level" else "right")
@@ -76,11 +75,3 @@ def register(app: typer.Typer, progress: Callable[[bool], AbstractContextManager
         picture = output.with_name(f"{output.name}.png")
         plot_plan(plan, picture)
         say(f"{output}: allocation plan; {picture}: over depth")
-
-
-def _number(text: str) -> float | str:
-    """What is no number goes to the recipe's own check, which names it."""
-    try:
-        return float(text)
-    except ValueError:
-        return text.strip()

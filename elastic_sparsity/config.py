@@ -262,6 +262,14 @@ def _explain(problem: dict[str, Any]) -> str:
     return f"{field}: {problem['msg']}, found {brief(problem['input'])}."
 
 
+def number_or_text(text: str) -> float | str:
+    """A number of a command line; what is none goes on as text to the recipe's own check, which names it."""
+    try:
+        return float(text)
+    except ValueError:
+        return text.strip()
+
+
 def make_recipe(data: dict[str, Any], where: str = "recipe") -> Recipe:
     """A checked recipe from plain data.
 

@@ -55,7 +55,7 @@ def _usual_norms(model: nn.Module) -> list[type[nn.Module]]:
     found: dict[type[nn.Module], list[bool]] = {}
     for module in model.modules():
         weight = getattr(module, "weight", None)
-        if type(module).__name__.endswith("RMSNorm") and isinstance(weight, Tensor) and weight.device.type != "meta":
+        if isinstance(weight, Tensor) and weight.device.type != "meta":
             found.setdefault(type(module), []).append(_is_usual_norm(module))
     return [kind for kind, usual in found.items() if all(usual)]
 

@@ -16,6 +16,7 @@ from elastic_sparsity.shells import LinearSpec, num_shells, shell_names
 FORMAT = "elastic_sparsity"
 FORMAT_VERSION = 2
 CONFIG_NAME = "elastic_config.json"
+RUN_NAME = "run.json"  # beside it: what differs between equal runs, so no part of the checkpoint
 OVERLAY_NAME = "elastic_overlay.json"  # see overlay.py
 KNOWN_FEATURES: frozenset[str] = frozenset()  # what a writer may list under "requires": nothing yet
 MAX_CONFIG_BYTES = 256_000_000

@@ -35,7 +35,7 @@ from elastic_sparsity.errors import ConfigError, OutputError
 from elastic_sparsity.files import check_output_folder, is_file, write_json
 from elastic_sparsity.fused_layers import fused_layers
 from elastic_sparsity.inducing import learn
-from elastic_sparsity.manifest import CONFIG_NAME
+from elastic_sparsity.manifest import CONFIG_NAME, RUN_NAME
 from elastic_sparsity.model_shapes import read_shapes
 from elastic_sparsity.models import BaseModel, load_base, stream_base
 from elastic_sparsity.plan_sizes import Choices
@@ -48,7 +48,6 @@ from elastic_sparsity.supernet import linear_depths, linear_sizes
 from elastic_sparsity.workers import Workers
 
 log = logging.getLogger(__name__)
-RUN_NAME = "run.json"
 
 
 def optimize(

@@ -17,11 +17,12 @@ from elastic_sparsity.files import is_file
 from elastic_sparsity.hub import is_hub_id
 from elastic_sparsity.inspection import level_info
 from elastic_sparsity.ladder import Level
+from elastic_sparsity.manifest import RUN_NAME
 from elastic_sparsity.models import PACKAGED_MODELS
 from elastic_sparsity.shells import LinearSpec
 from elastic_sparsity.terminal import plain
 
-RUN_NAME, MODEL_CONFIG_NAME = "run.json", "config.json"  # beside elastic_config.json
+MODEL_CONFIG_NAME = "config.json"  # beside elastic_config.json
 MAX_JSON_BYTES = 4_000_000
 MAX_TEXT = 200
 _BLOCK = re.compile(r"(?:.*?\.)??(\d{1,6})\.(.+)")

@@ -198,8 +198,9 @@ def _layers(facts: Facts, plots: Mapping[str, str | None]) -> str:
         parts.append(f"<p>Zeros by layer: {size}, too many to draw.</p>")
     figures = _figure(
         plots["zeros"],
-        "Zeros by layer type and block. Every row of a layer has the same count, so an even picture is as it should "
-        "be. N:M levels show what the pattern promises." + words.drawn(len(facts.levels), words.DRAWN_MAPS, "levels"),
+        "Zeros by layer type and block. Every row of a layer has the same count; without an allocation so has every "
+        "layer its share, and an even picture is as it should be. N:M levels show what the pattern promises."
+        + words.drawn(len(facts.levels), words.DRAWN_MAPS, "levels"),
     )
     figures += _figure(
         plots["errors"],

@@ -8,8 +8,8 @@ from elastic_sparsity.checkpoint import ElasticCheckpoint
 from elastic_sparsity.errors import ConfigError, OutputError
 from elastic_sparsity.files import atomic_file, check_output_file, is_file
 from elastic_sparsity.hub import checkpoint_folder, is_hub_id
-from elastic_sparsity.manifest import CONFIG_NAME
-from elastic_sparsity.report_facts import MODEL_CONFIG_NAME, RUN_NAME, Facts, read_facts
+from elastic_sparsity.manifest import CONFIG_NAME, RUN_NAME
+from elastic_sparsity.report_facts import MODEL_CONFIG_NAME, Facts, read_facts
 
 PAGE_NAME, CARD_NAME = "report.html", "README.md"
 MAX_MARK_BYTES = 1_000_000  # of a file that is there: as far as our mark is looked for

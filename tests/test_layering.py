@@ -169,7 +169,9 @@ ALLOWED = {
         "baselines", "calibration_text", "checkpoint", "config", "data", "errors", "evaluate", "hub", "ladder",
         "models", "precision", "slicing", "workers", "zero_shot",
     },
-    "report_facts": {"checkpoint", "files", "hub", "inspection", "ladder", "models", "shells", "terminal"},
+    "report_facts": {
+        "checkpoint", "files", "hub", "inspection", "ladder", "manifest", "models", "shells", "terminal",
+    },
     "report_words": {"report", "report_facts"},
     "report_plots": {"report_facts", "report_words"},
     "report_page": {"report_facts", "report_words"},

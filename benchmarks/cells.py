@@ -1,0 +1,46 @@
+"""A benchmark's JSON that is filled cell by cell: an interrupted run goes on, another question is refused."""
+
+import argparse
+import datetime
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from elastic_sparsity.doctor import read_facts
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+
+
+def question_of(args: argparse.Namespace, left_out: tuple[str, ...]) -> dict[str, Any]:
+    """The arguments that a figure depends on; of files only the names."""
+    question = {name: value for name, value in vars(args).items() if name not in (*left_out, "name", "restart")}
+    return question | {name: Path(question[name]).name for name in ("calibration", "evaluation")}
+
+
+def begin(args: argparse.Namespace, file: Path, question: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """The result so far, if it is of the same question and `--restart` was not given; else `new` with the question."""
+    if file.is_file() and not args.restart:
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if found["question"] != question:
+            raise SystemExit(f"{file}: is of {found['question']}, not of {question}; give --restart or another --name.")
+        return found
+    RESULTS.mkdir(exist_ok=True)
+    return {**new, "question": question}
+
+
+def device() -> str:
+    return f"{read_facts().cpu}, {platform.machine()}, {torch.get_num_threads()} threads, no GPU"
+
+
+def commit() -> str:
+    found = subprocess.run(["git", "-C", HERE, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return found.stdout.strip()
+
+
+def log(text: str) -> None:
+    print(f"{datetime.datetime.now():%H:%M:%S} {text}", flush=True)
