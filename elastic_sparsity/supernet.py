@@ -22,7 +22,7 @@ from elastic_sparsity.arch import (
 )
 from elastic_sparsity.blocks import BlockRunner
 from elastic_sparsity.calibrate import block_statistics
-from elastic_sparsity.errors import ShapeError
+from elastic_sparsity.errors import NumericsError, ShapeError
 from elastic_sparsity.importance import importance_scores
 from elastic_sparsity.ladder import keep_count
 
@@ -53,7 +53,7 @@ class Supernet:
     """
 
     def __init__(self, model: Any) -> None:
-        self.model = model
+        self.model = model.requires_grad_(False)
         self.sizes = linear_sizes(model)
         self.depths = linear_depths(model)
         self.outliers = [0.0] * len(decoder_blocks(model))
@@ -132,6 +132,39 @@ class Supernet:
                 self._set_(i, self._rank[i] < count)
                 self._applied[i] = count
 
+    def prices(self, gradients: Callable[[], Any]) -> list[Tensor]:
+        """What other numbers of kept weights would change, to first order, at the applied allocation.
+
+        Dropping a weight w changes a loss by -g w, adding it by +g w, with g the loss's gradient where it stands.
+
+        Args:
+            gradients: leaves the gradients of the masked weights in their `grad`.
+        Returns: by linear (I + 1,) float64, the predicted change of the loss if it kept 0, 1, ... I weights a row.
+        Raises: NumericsError: a gradient is not finite.
+        """
+        for linear in self._linears:
+            linear.weight.requires_grad_(True)
+        try:
+            gradients()
+            return [self._price(i) for i in range(len(self._linears))]
+        finally:
+            for linear in self._linears:
+                linear.weight.requires_grad_(False)
+                linear.weight.grad = None
+
+    def _price(self, i: int) -> Tensor:
+        linear, count = self._linears[i], self._applied[i]
+        if count is None or linear.weight.grad is None:
+            raise ShapeError(f"{self.sizes[i].name}: no gradient; apply an allocation that this linear takes part in.")
+        product = (linear.weight.grad.float() * self._dense[i].float()).double()
+        product_OI = product.T if is_transposed(linear) else product
+        by_rank = torch.zeros(self.sizes[i].width, dtype=torch.float64, device=product.device)
+        by_rank.index_add_(0, self._rank[i].flatten().long(), product_OI.flatten())
+        curve = torch.cat([by_rank.new_zeros(1), by_rank.cumsum(0)])
+        if not curve.isfinite().all():
+            raise NumericsError(f"{self.sizes[i].name}: the loss's gradient is not finite; check model and text.")
+        return (curve - curve[count]).cpu()
+
     def restore_(self) -> None:
         """The dense weights again."""
         for linear, dense in zip(self._linears, self._dense, strict=True):
@@ -173,18 +206,24 @@ class TopKL:
     @torch.no_grad()
     def __call__(self, windows: Sequence[int]) -> float:
         """Mean over the positions of the windows with these numbers, nats a token."""
-        loss = 0.0
+        return sum(float(self._sum(number)) for number in windows) / (len(windows) * self._windows_ST.shape[1])
+
+    def backward(self, windows: Sequence[int]) -> None:
+        """Adds the gradients of that mean to the parameters that take part and require one."""
         for number in windows:
-            tokens_TK, teacher_TK = self._dense[number]
-            with self._autocast():
-                parts = self._parts(self._windows_ST[number])
-            start = 0
-            for logits in parts:
-                rows = slice(start, start + logits.shape[0])
-                student = logits.log_softmax(-1).gather(1, tokens_TK[rows].long())
-                loss += float(top_kl(teacher_TK[rows], student).double().sum())
-                start += logits.shape[0]
-        return loss / (len(windows) * self._windows_ST.shape[1])
+            (self._sum(number) / (len(windows) * self._windows_ST.shape[1])).backward()
+
+    def _sum(self, number: int) -> Tensor:
+        tokens_TK, teacher_TK = self._dense[number]
+        with self._autocast():
+            parts = self._parts(self._windows_ST[number])
+        loss, start = torch.zeros((), dtype=torch.float64, device=teacher_TK.device), 0
+        for logits in parts:
+            rows = slice(start, start + logits.shape[0])
+            student = logits.log_softmax(-1).gather(1, tokens_TK[rows].long())
+            loss = loss + top_kl(teacher_TK[rows], student).double().sum()
+            start += logits.shape[0]
+        return loss
 
 
 def top_kl(teacher_TK: Tensor, student_TK: Tensor) -> Tensor:

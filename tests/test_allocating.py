@@ -16,7 +16,8 @@ from elastic_sparsity.allocation_file import allocation_of, load_plan
 from elastic_sparsity.arch import decoder_blocks, linears_of, weight_OI
 from elastic_sparsity.baselines import prune_one_shot_
 from elastic_sparsity.cli import app
-from elastic_sparsity.errors import ConfigError, OutputError, ShapeError
+from elastic_sparsity.descent import DescentSettings
+from elastic_sparsity.errors import ConfigError, NumericsError, OutputError, ShapeError
 from elastic_sparsity.ladder import Ladder
 from elastic_sparsity.search import SearchSettings
 from elastic_sparsity.slicing import load_level
@@ -31,7 +32,7 @@ RECIPE = tiny_recipe(calibration={"samples": 8}, ladder={"sparsities": SPARSITIE
 
 
 def wanted(method="search", search=QUICK):
-    return Allocating(method=method, held_out=4, search=search)
+    return Allocating(method=method, held_out=4, descent=DescentSettings(steps=3), search=search)
 
 
 def scored(family="llama", method="wanda", sparsities=SPARSITIES):
@@ -77,6 +78,54 @@ def test_the_first_block_is_wandas_and_later_ones_see_the_expected_stream():
     ]
     assert all(same[: len(same) // len(decoder_blocks(model))])
     assert not all(same)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_prices_are_the_gradient_summed_over_the_weights_that_would_come_or_go(family):
+    net = scored(family)
+    loss = TopKL(net.model, IDS, nullcontext)  # of the dense model, which `score_` leaves behind
+    kept = uniform(net.sizes, 0.6)
+    net.apply_(kept)
+    prices = net.prices(lambda: loss.backward([0, 3]))
+    assert all(parameter.grad is None for parameter in net.model.parameters())
+    linear, dense, rank, count = net._linears[5], net._dense[5], net._rank[5], kept[5]
+    linear.weight.requires_grad_(True)
+    loss.backward([0, 3])
+    product = weight_OI(linear).detach() * 0 + (linear.weight.grad * dense if family == "llama" else 0)
+    if family == "gpt2":  # stored (I, O)
+        product = (linear.weight.grad * dense).T
+    for other in (0, 1, count - 3, count, count + 2, net.sizes[5].width):
+        changed = (rank < other).float() - (rank < count).float()
+        torch.testing.assert_close(float(prices[5][other]), float((changed * product).sum()), rtol=1e-4, atol=1e-7)
+
+
+def test_prices_predict_a_small_change_of_the_judge():
+    """One weight a row more or less, of a model whose dropped weights are small: first order is nearly all."""
+    net = Supernet(tiny_model("llama").double())
+    loss = TopKL(net.model, IDS, nullcontext)
+    net.score_(IDS, (0.6,), "magnitude", 0.01, 4, nullcontext)
+    kept = uniform(net.sizes, 0.6)
+    for dense, rank, count in zip(net._dense, net._rank, kept, strict=True):
+        dense[(rank >= count - 1) & (rank <= count)] *= 1e-3
+    net.apply_(kept)
+    before, prices = loss(range(6)), net.prices(lambda: loss.backward(range(6)))
+    for i in range(0, len(kept), 4):
+        for change in (1, -1):
+            net.apply_([k + change * (j == i) for j, k in enumerate(kept)])
+            assert loss(range(6)) - before == pytest.approx(float(prices[i][kept[i] + change]), rel=0.1, abs=1e-7)
+
+
+def test_prices_refuse_what_has_no_gradient():
+    net = scored()
+    with pytest.raises(ShapeError, match="no gradient; apply an allocation"):
+        net.prices(lambda: None)
+    loss = TopKL(net.model, IDS, nullcontext)
+    net.apply_(uniform(net.sizes, 0.6))
+    with torch.no_grad():
+        next(iter(decoder_blocks(net.model)[0].parameters())).fill_(torch.nan)
+    with pytest.raises(NumericsError, match="gradient is not finite"):
+        net.prices(lambda: loss.backward([0]))
+    assert not any(parameter.requires_grad for linear in net._linears for parameter in linear.parameters())
 
 
 def test_accumulation_changes_what_the_next_block_is_scored_on():
@@ -130,12 +179,12 @@ def test_an_interrupted_search_goes_on_to_the_same_plan(plan_path, tmp_path):
 
     def stop(stage, done, total):
         nonlocal count
-        count += stage.startswith("search")
-        if count in (2, 6):
+        count += stage.startswith(("descent", "search"))
+        if count in (2, 6, 15):
             count += 1
             raise Stop
 
-    for _ in range(2):
+    for _ in range(3):
         with pytest.raises(Stop):
             allocate(RECIPE, wanted(), path, stop)
         assert not load_plan(path).finished
@@ -262,7 +311,7 @@ def test_what_a_search_refuses(tmp_path):
 def test_the_command(tmp_path):
     run = CliRunner().invoke
     path = tmp_path / "plan.json"
-    options = ["--samples", "4", "--length", "16", "--held-out", "8", "--generations", "1", "-q"]
+    options = ["--samples", "4", "--length", "16", "--held-out", "8", "--steps", "2", "--generations", "1", "-q"]
     result = run(app, ["search", "random:llama", "--output", str(path), "--levels", "0.5,0.7", *options])
     assert result.exit_code == 0, result.output
     assert "70 %" in result.output

@@ -20,6 +20,7 @@ ALLOWED = {
     "mask_moves": {"torch", "errors"},
     "allocation": {"errors", "ladder"},
     "search": {"allocation", "errors"},
+    "descent": {"allocation", "errors"},
     "allocation_file": {"allocation", "errors", "files"},
     "allocation_plot": {"allocation_file", "errors"},
     "soft_mask": {"torch", "errors"},
@@ -109,7 +110,7 @@ ALLOWED = {
     "supernet": {"torch", "allocation", "arch", "blocks", "calibrate", "errors", "importance", "ladder"},
     "allocating": {
         "allocation", "allocation_file", "attention", "calibration_text", "config", "data", "errors", "files",
-        "fused_layers", "models", "precision", "search", "supernet",
+        "descent", "fused_layers", "models", "precision", "search", "supernet",
     },
     "baselines": {
         "torch", "arch", "blocks", "calibrate", "errors", "importance", "ladder", "mask_moves", "masks", "sparsegpt",
@@ -189,7 +190,7 @@ ALLOWED = {
     "cli_eval": {"errors", "files", "measure", "report", "task_files", "zero_shot"},
     "cli_export": {"transformers", "exports", "terminal"},
     "cli_induce": {"config", "inducing", "terminal"},
-    "cli_search": {"allocating", "allocation_plot", "config", "errors", "search", "terminal"},
+    "cli_search": {"allocating", "allocation_plot", "config", "descent", "errors", "search", "terminal"},
     "cli_plan": {"config", "errors", "plan_sizes", "planning", "report"},
     "cli_prune": {"errors", "pruning", "structured", "terminal"},
     "cli_report": {"reporting", "terminal"},
