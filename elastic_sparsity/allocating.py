@@ -1,4 +1,7 @@
-"""From a base model to an allocation plan: scores, cheap allocations, search. What `elastic-sparsity search` does."""
+"""From a base model to an allocation plan: scores, cheap allocations, descent, evolution.
+
+What `elastic-sparsity search` does, and the first stage of a recipe that asks for it.
+"""
 
 import json
 import logging
@@ -8,7 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from elastic_sparsity.allocation import (
+    SLOPES,
     Kept,
     Moves,
     bounds,
@@ -35,7 +41,7 @@ from elastic_sparsity.descent import Descended, DescentSettings, Prices, descend
 from elastic_sparsity.errors import ConfigError, OutputError
 from elastic_sparsity.files import check_output_file
 from elastic_sparsity.fused_layers import fused_layers
-from elastic_sparsity.models import load_base
+from elastic_sparsity.models import BaseModel, load_base
 from elastic_sparsity.precision import autocast_factory, resolve_precision
 from elastic_sparsity.search import Generation, Judge, SearchSettings, evolve
 from elastic_sparsity.supernet import Supernet, TopKL
@@ -45,7 +51,6 @@ Keep = Callable[[dict[str, Any], Kept], None]  # (fields of one level, what it k
 
 METHODS = ("search", "descent", "arithmetic", "owl", "uniform")
 DESCENDING = ("search", "descent")
-SLOPES = (0.05, 0.1, 0.15, 0.2, 0.25)  # of the arithmetic progression
 COARSE = (4, 2, 1)  # quanta of a search's first, second and last third
 WIDE = (0.7, 0.4, 0.1)  # and its share of moves of whole types and blocks
 
@@ -63,7 +68,7 @@ class Allocating:
     method: str = "search"
     held_out: int = 16
     descent: DescentSettings = field(default_factory=DescentSettings)
-    search: SearchSettings = field(default_factory=lambda: SearchSettings(generations=6))
+    search: SearchSettings = field(default_factory=SearchSettings)
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -76,18 +81,39 @@ def allocate(recipe: Recipe, wanted: Allocating, output: Path, progress: Progres
     Raises: ConfigError: no unstructured level, too few samples, or what the model or text is refused for. OutputError:
         the output holds a finished plan, or another search's.
     """
-    sparsities = recipe.ladder.sparsities
-    if not sparsities:
-        raise ConfigError("allocation: only unstructured levels have one; name at least one, e.g. 0.6.")
-    scored = recipe.calibration.samples - wanted.held_out
-    if scored < 1 or wanted.held_out < max(wanted.search.windows):
-        raise ConfigError(
-            f"allocation: {recipe.calibration.samples} calibration samples, {wanted.held_out} of them held out; a "
-            f"stage of the search takes {max(wanted.search.windows)}, and at least one must be left to score with."
-        )
+    _check_samples(recipe, wanted)
     begun = _unfinished(output)
     base = load_base(recipe.model.id, recipe.model.dtype)
     token_ids_ST, _ = calibration_tokens(recipe, base, progress)
+    return allocate_on(base, token_ids_ST, recipe, wanted, output, begun, progress)
+
+
+def _check_samples(recipe: Recipe, wanted: Allocating) -> None:
+    if not recipe.ladder.sparsities:
+        raise ConfigError("allocation: only unstructured levels have one; name at least one, e.g. 0.6.")
+    stage = max(wanted.search.windows) if wanted.method == "search" else 1
+    if recipe.calibration.samples <= wanted.held_out or wanted.held_out < stage:
+        raise ConfigError(
+            f"allocation: {recipe.calibration.samples} calibration samples, {wanted.held_out} of them held out; a "
+            f"stage of the search takes {stage}, and at least one must be left to score with."
+        )
+
+
+def allocate_on(
+    base: BaseModel,
+    token_ids_ST: Tensor,
+    recipe: Recipe,
+    wanted: Allocating,
+    output: Path,
+    begun: AllocationPlan | None,
+    progress: Progress,
+) -> AllocationPlan:
+    """`allocate` on a model that is whole in memory; its weights come back as they were.
+
+    Args:
+        begun: the unfinished plan at `output`, if there is one.
+    """
+    sparsities, scored = recipe.ladder.sparsities, recipe.calibration.samples - wanted.held_out
     device = base.model.device.type
     autocast = autocast_factory(resolve_precision(recipe.precision, device), device)
     made = {
@@ -125,7 +151,25 @@ def allocate(recipe: Recipe, wanted: Allocating, output: Path, progress: Progres
             net.apply_(kept)
             return [curve.tolist() for curve in net.prices(lambda: loss.backward(range(wanted.held_out)))]
 
-        return _levels(net, plan, wanted, judge, prices, recipe.seed, output, progress)
+        plan = _levels(net, plan, wanted, judge, prices, recipe.seed, output, progress)
+    net.restore_()
+    return plan
+
+
+def plan_in_run(
+    base: BaseModel, token_ids_ST: Tensor, recipe: Recipe, file: Path, progress: Progress
+) -> AllocationPlan:
+    """The plan that a recipe's `[allocation] search` asks for: the one in the file, made or finished there if need be.
+
+    Raises: ConfigError, OutputError: damaged.
+    """
+    methods = {"descent": "descent", "full": "search"}
+    wanted = Allocating(method=methods[recipe.allocation.search], held_out=recipe.allocation.held_out)
+    _check_samples(recipe, wanted)
+    begun = load_plan(file) if file.exists() else None
+    if begun is not None and begun.finished:
+        return begun
+    return allocate_on(base, token_ids_ST, recipe, wanted, file, begun, progress)
 
 
 def _unfinished(output: Path) -> AllocationPlan | None:

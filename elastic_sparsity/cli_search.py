@@ -17,7 +17,7 @@ from elastic_sparsity.search import SearchSettings
 from elastic_sparsity.terminal import say
 
 PRESETS = {
-    "fast": (DescentSettings(), SearchSettings(generations=6)),
+    "fast": (DescentSettings(), SearchSettings()),
     "paper": (
         DescentSettings(steps=40),
         SearchSettings(generations=200, offspring=128, windows=(4, 32, 256), survivors=(16, 4)),

@@ -7,8 +7,8 @@ from elastic_sparsity.ladder import keep_count
 from elastic_sparsity.model_shapes import ModelShapes
 from elastic_sparsity.shells import LinearSpec
 
-STAGES = ("load", "induction", "statistics", "scores", "training", "commit", "end to end", "saving")
-PER_BLOCK = STAGES[2:6]
+STAGES = ("load", "allocation", "induction", "statistics", "scores", "training", "commit", "end to end", "saving")
+PER_BLOCK = STAGES[3:7]
 PLACES = ("device", "host", "disk")
 
 

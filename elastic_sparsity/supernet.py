@@ -195,35 +195,44 @@ class TopKL:
             self._head = head_function(model)
             self._dense = [self._teacher(window) for window in self._windows_ST]
 
-    def _parts(self, window_T: Tensor) -> Sequence[Tensor]:
-        hidden = self._model.base_model(window_T[None], use_cache=False).last_hidden_state[0]
-        return [self._head(part).float() for part in hidden.split(ROWS)]
+    def _hidden(self, window_T: Tensor) -> Tensor:
+        with self._autocast():
+            return self._model.base_model(window_T[None], use_cache=False).last_hidden_state[0]
+
+    def _log_probabilities(self, hidden_TD: Tensor) -> Tensor:
+        with self._autocast():
+            return self._head(hidden_TD).float().log_softmax(-1)
 
     def _teacher(self, window_T: Tensor) -> tuple[Tensor, Tensor]:
-        found = [part.log_softmax(-1).topk(self._top, dim=-1) for part in self._parts(window_T)]
+        parts = self._hidden(window_T).split(ROWS)
+        found = [self._log_probabilities(part).topk(self._top, dim=-1) for part in parts]
         return torch.cat([x.indices for x in found]).int(), torch.cat([x.values for x in found])
+
+    def _part(self, number: int, start: int, hidden_TD: Tensor) -> Tensor:
+        """Sum over some positions of window `number`, whose final hidden states these are; the first is `start`."""
+        rows = slice(start, start + hidden_TD.shape[0])
+        tokens_TK, teacher_TK = (x[rows] for x in self._dense[number])
+        student_TK = self._log_probabilities(hidden_TD).gather(1, tokens_TK.long())
+        return top_kl(teacher_TK, student_TK).double().sum()
 
     @torch.no_grad()
     def __call__(self, windows: Sequence[int]) -> float:
         """Mean over the positions of the windows with these numbers, nats a token."""
-        return sum(float(self._sum(number)) for number in windows) / (len(windows) * self._windows_ST.shape[1])
+        loss = 0.0
+        for number in windows:
+            parts = self._hidden(self._windows_ST[number]).split(ROWS)
+            loss += sum(float(self._part(number, i * ROWS, part)) for i, part in enumerate(parts))
+        return loss / (len(windows) * self._windows_ST.shape[1])
 
     def backward(self, windows: Sequence[int]) -> None:
         """Adds the gradients of that mean to the parameters that take part and require one."""
         for number in windows:
-            (self._sum(number) / (len(windows) * self._windows_ST.shape[1])).backward()
-
-    def _sum(self, number: int) -> Tensor:
-        tokens_TK, teacher_TK = self._dense[number]
-        with self._autocast():
-            parts = self._parts(self._windows_ST[number])
-        loss, start = torch.zeros((), dtype=torch.float64, device=teacher_TK.device), 0
-        for logits in parts:
-            rows = slice(start, start + logits.shape[0])
-            student = logits.log_softmax(-1).gather(1, tokens_TK[rows].long())
-            loss = loss + top_kl(teacher_TK[rows], student).double().sum()
-            start += logits.shape[0]
-        return loss
+            hidden_TD = self._hidden(self._windows_ST[number])
+            gradients = []
+            for i, part in enumerate(hidden_TD.detach().split(ROWS)):  # logits of so many positions exist at once
+                leaf = part.requires_grad_(True)
+                gradients += torch.autograd.grad(self._part(number, i * ROWS, leaf), leaf)
+            hidden_TD.backward(torch.cat(gradients) / (len(windows) * self._windows_ST.shape[1]))
 
 
 def top_kl(teacher_TK: Tensor, student_TK: Tensor) -> Tensor:

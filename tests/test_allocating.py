@@ -10,20 +10,24 @@ from conftest import tiny_recipe
 from typer.testing import CliRunner
 
 from elastic_sparsity import ElasticCheckpoint, optimize
-from elastic_sparsity.allocating import METHODS, Allocating, allocate
+from elastic_sparsity.allocating import METHODS, Allocating, allocate, allocate_on
 from elastic_sparsity.allocation import progressions, total, uniform
 from elastic_sparsity.allocation_file import allocation_of, load_plan
 from elastic_sparsity.arch import decoder_blocks, linears_of, weight_OI
 from elastic_sparsity.baselines import prune_one_shot_
+from elastic_sparsity.calibration_text import calibration_tokens, silent
 from elastic_sparsity.cli import app
 from elastic_sparsity.descent import DescentSettings
 from elastic_sparsity.errors import ConfigError, NumericsError, OutputError, ShapeError
 from elastic_sparsity.ladder import Ladder
+from elastic_sparsity.models import load_base
+from elastic_sparsity.planning import plan
 from elastic_sparsity.search import SearchSettings
 from elastic_sparsity.slicing import load_level
 from elastic_sparsity.supernet import Supernet, TopKL, linear_depths, linear_sizes, top_kl
 from elastic_sparsity.tiny import tiny_model
 from elastic_sparsity.verify import verify
+from elastic_sparsity.workers import Workers
 
 SPARSITIES = (0.5, 0.6, 0.7)
 IDS = torch.randint(0, 200, (6, 24), generator=torch.Generator().manual_seed(0))
@@ -214,6 +218,105 @@ def test_a_run_keeps_what_the_plan_says(plan_path, tmp_path):
             else:
                 assert per_row.unique().tolist() == [weight_OI(linear).shape[1] // 2]
     assert all(check.passed for check in verify(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("search", ["descent", "full"])
+def test_a_run_searches_its_own_plan(search, tmp_path):
+    """The same as the command's on the same text, and what the run says it kept."""
+    recipe = tiny_recipe(calibration={"samples": 24}, allocation={"search": search, "held_out": 16})
+    checkpoint = optimize(recipe, tmp_path / "out")
+    method = {"descent": "descent", "full": "search"}[search]
+    plan = allocate(recipe, Allocating(method=method), tmp_path / "plan.json")
+    assert {name: list(spec.kept) for name, spec in checkpoint.linears.items()} == {
+        name: linear.kept for name, linear in plan.linears.items()
+    }
+    assert plan.level(1) != uniform(linear_sizes(tiny_model("llama")), 0.6)
+    assert all(check.passed for check in verify(tmp_path / "out"))
+    assert not (tmp_path / "out.run").exists()
+
+
+def test_a_run_killed_in_its_search_goes_on_to_the_same_bytes(tmp_path):
+    class Stop(Exception):
+        pass
+
+    count = 0
+
+    def stop(stage, done, total):
+        nonlocal count
+        count += stage.startswith("descent")
+        if count in (2, 5):
+            count += 1
+            raise Stop
+
+    recipe = tiny_recipe(calibration={"samples": 8}, allocation={"search": "descent", "held_out": 4})
+    whole = optimize(recipe, tmp_path / "whole").config
+    for _ in range(2):
+        with pytest.raises(Stop):
+            optimize(recipe, tmp_path / "out", stop)
+        assert load_plan(tmp_path / "out.run" / "allocation.json").descents
+        assert not (tmp_path / "out").exists()
+    other = tiny_recipe(calibration={"samples": 8}, allocation={"search": "descent", "held_out": 3})
+    with pytest.raises(ConfigError, match=r"differs in recipe\.allocation\.held_out"):
+        optimize(other, tmp_path / "out")
+    file = tmp_path / "out.run" / "allocation.json"
+    kept = file.read_text()
+    file.write_text(kept[:-20])
+    with pytest.raises(ConfigError, match="not a readable allocation plan"):
+        optimize(recipe, tmp_path / "out")
+    file.write_text(kept)
+    assert optimize(recipe, tmp_path / "out", stop).config["checkpoint_id"] == whole["checkpoint_id"]
+
+
+@pytest.mark.parametrize("search", ["descent", "full"])
+def test_a_plan_counts_a_search_at_its_longest(search, tmp_path):
+    recipe = tiny_recipe(calibration={"samples": 24}, allocation={"search": search, "held_out": 16})
+    found = plan(recipe, limits={"host": 10**12, "disk": 10**12}, probe=False)
+    rows = {work.name: work for work in found.work if work.phase == "allocation"}
+    assert set(rows) == {"scores", "judgements", "prices", "head of judgements", "head of prices"}
+    assert {term.name for term in found.terms if term.stages == ("allocation",)} == {
+        "masked weights, their gradients, the order", "activations kept for the backward pass",
+        "prices of the largest linear", "the dense model's likeliest tokens", "head and logits",
+    }  # fmt: skip
+    counted = 0
+
+    def count(module, args, kwargs):
+        nonlocal counted
+        counted += (args[0] if args else kwargs["hidden_states"])[..., 0].numel()
+
+    base = load_base("random:llama")
+    token_ids, _ = calibration_tokens(recipe, base)
+    blocks = decoder_blocks(base.model)
+    for block in blocks:
+        block.register_forward_pre_hook(count, with_kwargs=True)
+    wanted = Allocating(method={"descent": "descent", "full": "search"}[search])
+    allocate_on(base, token_ids, recipe, wanted, tmp_path / "plan.json", None, silent)
+    planned = sum(work.passes for name, work in rows.items() if not name.startswith("head"))
+    assert 0.2 * planned < counted <= planned + len(blocks) * recipe.block.batch_size * recipe.calibration.length
+
+
+def test_a_search_in_a_run_refuses_what_it_cannot_do(monkeypatch, tmp_path):
+    for section, message in (
+        ({"allocation": {"search": "descent", "slope": 0.1}}, "allocation.search: makes a plan"),
+        ({"allocation": {"search": "descent", "plan": "plan.json"}}, "allocation.search: makes a plan"),
+        ({"allocation": {"search": "descent", "held_out": 6}}, "6 of 6 calibration.samples leave none to score with"),
+        ({"allocation": {"search": "full"}, "ladder": {"sparsities": (), "patterns": ("2:4",)}}, "is empty"),
+        ({"allocation": {"search": "full", "held_out": 1}, "memory": {"weights": "stream"},
+          "end_to_end": {"trainable": "off"}}, "allocation.search: needs the whole model"),
+        ({"allocation": {"search": "wish"}}, "allocation.search"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=message):
+            tiny_recipe(**section)
+    with pytest.raises(ConfigError, match="a stage of the search takes 8"):
+        optimize(tiny_recipe(allocation={"search": "full", "held_out": 2}), tmp_path / "out")
+
+    class Two(Workers):
+        def __init__(self):
+            super().__init__()
+            self.count = 2
+
+    monkeypatch.setattr("elastic_sparsity.pipeline.Workers", Two)
+    with pytest.raises(ConfigError, match="runs in one process, found 2"):
+        optimize(tiny_recipe(allocation={"search": "descent", "held_out": 2}), tmp_path / "out")
 
 
 def test_a_run_takes_slopes(tmp_path):

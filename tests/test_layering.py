@@ -110,7 +110,7 @@ ALLOWED = {
     "supernet": {"torch", "allocation", "arch", "blocks", "calibrate", "errors", "importance", "ladder"},
     "allocating": {
         "allocation", "allocation_file", "attention", "calibration_text", "config", "data", "errors", "files",
-        "descent", "fused_layers", "models", "precision", "search", "supernet",
+        "descent", "fused_layers", "models", "precision", "search", "supernet", "torch",
     },
     "baselines": {
         "torch", "arch", "blocks", "calibrate", "errors", "importance", "ladder", "mask_moves", "masks", "sparsegpt",
@@ -150,7 +150,7 @@ ALLOWED = {
     "zero_shot": {"numpy", "lm_eval", "errors", "report", "task_files"},
     "plan_sizes": {"config", "ladder", "model_shapes", "shells"},
     "memory_plan": {"config", "files", "masks", "model_shapes", "plan_sizes"},
-    "work_plan": {"plan_sizes"},
+    "work_plan": {"allocation", "descent", "plan_sizes", "search"},
     "probe": {
         "torch", "transformers", "activations", "arch", "attention", "block_phase", "blocks", "calibrate", "config",
         "distill", "fused_layers", "mixer", "models", "precision", "run_folder", "work_plan", "workers",
@@ -160,8 +160,8 @@ ALLOWED = {
         "torch", "config", "errors", "memory_plan", "model_shapes", "plan_sizes", "precision", "probe", "work_plan",
     },
     "pipeline": {
-        "torch", "adapters", "allocation", "allocation_file", "allocator", "arch", "attention", "block_phase",
-        "block_state", "calibration_text", "checkpoint", "model_shapes", "plan_sizes", "planning",
+        "torch", "adapters", "allocating", "allocation", "allocation_file", "allocator", "arch", "attention",
+        "block_phase", "block_state", "calibration_text", "checkpoint", "model_shapes", "plan_sizes", "planning",
         "checkpoint_writer", "config", "data", "distill", "end_to_end", "errors", "files", "fused_layers", "inducing",
         "manifest", "models", "precision", "run_folder", "sharding", "shells", "supernet",
         "workers",
