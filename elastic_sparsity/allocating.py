@@ -257,10 +257,10 @@ def _descend(
 ) -> None:
     name, steps = repr(plan.sparsities[level]), wanted.descent.steps
     begun = plan.descents.get(name)
-    state = (plan.held_out_kl[name], 0.0, 0) if begun is None else (begun.losses, begun.curvature, begun.refused)
+    state = (plan.held_out_kl[name], 0.0, 0) if begun is None else (begun.losses, begun.curvature, begun.stalled)
 
     def on_step(now: Descended) -> None:
-        keep({"descents": DescentPlan(losses=now.losses, curvature=now.curvature, refused=now.refused)}, now.kept)
+        keep({"descents": DescentPlan(losses=now.losses, curvature=now.curvature, stalled=now.stalled)}, now.kept)
         log.info("descent %s: step %d, KL %.4f", name, len(now.losses) - 1, now.losses[-1])
         progress(f"descent {name}", len(now.losses) - 1, steps)
 

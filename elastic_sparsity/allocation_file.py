@@ -32,7 +32,7 @@ class DescentPlan(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
     losses: list[FiniteFloat] = Field(min_length=1)
     curvature: FiniteFloat
-    refused: int
+    stalled: int
 
 
 class AllocationPlan(BaseModel):

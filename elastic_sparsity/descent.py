@@ -26,18 +26,20 @@ class DescentSettings:
     Attributes:
         steps: at most; each costs a judgement on all held-out text, and after a kept one also a gradient.
         radius: how much of a row one linear may gain or lose in a step.
-        refusals: in a row, after which a descent ends.
+        least_gain: share of the loss by which a step has to lower it; steps of less still count, as all that lower it.
+        patience: steps of less in a row, after which a descent ends.
     """
 
     steps: int = 12
     radius: float = 0.15
-    refusals: int = 3
+    least_gain: float = 0.005
+    patience: int = 2
 
     def __post_init__(self) -> None:
-        if self.steps < 0 or self.refusals < 1 or not 0 < self.radius <= 1:
+        if self.steps < 0 or self.patience < 1 or not 0 < self.radius <= 1 or not 0 <= self.least_gain < 1:
             raise ConfigError(
-                f"descent: steps must be >= 0, refusals >= 1 and 0 < radius <= 1, found {self.steps}, "
-                f"{self.refusals}, {self.radius}."
+                "descent: steps must be >= 0, patience >= 1, 0 < radius <= 1 and 0 <= least_gain < 1, found "
+                f"{self.steps}, {self.patience}, {self.radius}, {self.least_gain}."
             )
 
 
@@ -49,13 +51,13 @@ class Descended:
         kept: the best allocation so far.
         losses: of the start, and of every step's allocation, kept or refused.
         curvature: of the next step, in units of the loss.
-        refused: steps since the last one that was kept.
+        stalled: steps since the last one that gained enough.
     """
 
     kept: Kept
     losses: list[float]
     curvature: float = 0.0
-    refused: int = 0
+    stalled: int = 0
 
     @property
     def loss(self) -> float:
@@ -72,7 +74,7 @@ def descend(
     settings: DescentSettings,
     on_step: Callable[[Descended], None] = lambda now: None,
 ) -> Descended:
-    """Goes on from `start` until steps are refused, nothing is left to gain, or the steps are used up.
+    """Goes on from `start` until steps gain too little, nothing is left to gain, or the steps are used up.
 
     Args:
         judge: loss of an allocation; lower is better.
@@ -80,7 +82,7 @@ def descend(
     Raises: NumericsError: a loss is NaN.
     """
     now, found = start, None
-    while len(now.losses) <= settings.steps and now.refused < settings.refusals:
+    while len(now.losses) <= settings.steps and now.stalled < settings.patience:
         if found is None:
             found = prices(now.kept)
         kept = moved_by(now.kept, found, rules, low, high, settings.radius, now.curvature)
@@ -91,10 +93,11 @@ def descend(
             raise NumericsError("descent: an allocation's loss is NaN; check the model and the calibration text.")
         is_better, losses = loss < now.loss, [*now.losses, loss]
         curvature = _measured_curvature(now, kept, loss, found, rules)
+        stalled = 0 if loss < (1 - settings.least_gain) * now.loss else now.stalled + 1
         if is_better:
-            now, found = Descended(kept, losses, curvature), None
+            now, found = Descended(kept, losses, curvature, stalled), None
         else:
-            now = Descended(now.kept, losses, max(curvature, 2 * now.curvature), now.refused + 1)
+            now = Descended(now.kept, losses, max(curvature, 2 * now.curvature), stalled)
         on_step(now)
     return now
 

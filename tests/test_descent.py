@@ -29,7 +29,9 @@ def exact_slopes(kept):
 
 def run(start=None, judge=toy, prices=exact_slopes, rules=RULES, low=LOW, high=HIGH, **changes):
     begun = start or Descended(START, [judge(START)])
-    return descend(begun, judge, prices, rules, low, high, DescentSettings(**{"steps": 40, **changes}))
+    return descend(
+        begun, judge, prices, rules, low, high, DescentSettings(**{"steps": 40, "least_gain": 0.0, **changes})
+    )
 
 
 def test_reaches_the_best_of_all_allocations_nearly():
@@ -43,10 +45,10 @@ def test_reaches_the_best_of_all_allocations_nearly():
 
 
 def test_the_start_stays_where_nothing_gets_better():
-    for refusals in (1, 2):
-        wrong = run(prices=lambda kept: [[-x for x in curve] for curve in exact_slopes(kept)], refusals=refusals)
+    for patience in (1, 2):
+        wrong = run(prices=lambda kept: [[-x for x in curve] for curve in exact_slopes(kept)], patience=patience)
         assert wrong.kept == START
-        assert wrong.refused == refusals == len(wrong.losses) - 1
+        assert wrong.stalled == patience == len(wrong.losses) - 1
     flat = run(prices=lambda kept: [[0.0] * 65] * 4)
     assert (flat.kept, flat.losses) == (START, [toy(START)])
 
@@ -81,7 +83,7 @@ def test_what_a_step_cost_beyond_its_prices_is_charged_to_the_next():
 def test_goes_on_from_any_step_as_if_it_had_not_stopped():
     kept: list[Descended] = []
     begun = Descended(START, [toy(START)])
-    whole = descend(begun, toy, exact_slopes, RULES, LOW, HIGH, DescentSettings(steps=40), kept.append)
+    whole = descend(begun, toy, exact_slopes, RULES, LOW, HIGH, DescentSettings(steps=40, least_gain=0.0), kept.append)
     assert len(kept) == len(whole.losses) - 1 > 3
     for state in kept:
         assert run(start=state) == whole
@@ -126,9 +128,20 @@ def test_transfers_keep_the_budget_the_bounds_and_the_reach_and_pay(data):
     assert (value < 0) == (moved != base)
 
 
+def test_ends_when_steps_gain_little_and_keeps_what_they_gained():
+    whole, short = run(), run(least_gain=0.02, patience=1)
+    count = len(short.losses)
+    assert 2 < count < len(whole.losses)
+    assert short.losses == whole.losses[:count]
+    gains = [1 - b / min(short.losses[: i + 1]) for i, b in enumerate(short.losses[1:])]
+    assert all(gain > 0.02 for gain in gains[:-1])
+    assert gains[-1] <= 0.02
+    assert short.loss == toy(short.kept)
+
+
 def test_what_is_refused():
     with pytest.raises(NumericsError, match="loss is NaN"):
         run(start=Descended(START, [1.0]), judge=lambda kept: math.nan)
-    for wrong in ({"steps": -1}, {"radius": 0.0}, {"radius": 1.5}, {"refusals": 0}):
+    for wrong in ({"steps": -1}, {"radius": 0.0}, {"radius": 1.5}, {"patience": 0}, {"least_gain": 1.0}):
         with pytest.raises(ConfigError, match="descent: steps must be"):
             DescentSettings(**wrong)
