@@ -76,7 +76,8 @@ ALLOWED = {
     },
     "model_shapes": {"torch", "transformers", "arch", "errors", "files", "models", "precision", "tiny"},
     "induction_file": {"torch", "arch", "errors", "files", "tensor_file", "tensor_file_writer"},
-    "data": {"torch", "datasets", "errors", "files"},
+    "generating": {"torch", "transformers"},
+    "data": {"torch", "datasets", "errors", "files", "generating"},
     "blocks": {"torch", "activations", "errors"},
     "fused_layers": {"torch", "fused"},
     "attention": {"torch", "transformers", "fused"},
@@ -181,8 +182,8 @@ ALLOWED = {
         "checkpoint", "errors", "files", "hub", "manifest", "model_card", "report_facts", "report_page", "report_plots",
     },
     "bench": {
-        "torch", "transformers", "calibration_text", "checkpoint", "device_profile", "doctor", "errors", "hub",
-        "ladder", "slicing", "ways",
+        "torch", "transformers", "calibration_text", "checkpoint", "device_profile", "doctor", "errors", "generating",
+        "hub", "ladder", "slicing", "ways",
     },
     # layer 5
     "__main__": {"cli"},
