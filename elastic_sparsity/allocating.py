@@ -60,15 +60,15 @@ class Allocating:
     """How a plan is made.
 
     Attributes:
-        method: "search", which is a descent and then an evolution from the best of the cheap ones; "descent" without
-            the evolution; or a cheap one alone: "arithmetic", "owl", "uniform".
+        method: "descent" from the best of the cheap ones; "search", which goes on from there by evolution, if it is
+            given generations; or a cheap one alone: "arithmetic", "owl", "uniform".
         held_out: calibration samples, the last ones, that judge allocations.
     """
 
-    method: str = "search"
+    method: str = "descent"
     held_out: int = 16
     descent: DescentSettings = field(default_factory=DescentSettings)
-    search: SearchSettings = field(default_factory=SearchSettings)
+    search: SearchSettings = field(default_factory=lambda: SearchSettings(generations=0))
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -163,8 +163,7 @@ def plan_in_run(
 
     Raises: ConfigError, OutputError: damaged.
     """
-    methods = {"descent": "descent", "full": "search"}
-    wanted = Allocating(method=methods[recipe.allocation.search], held_out=recipe.allocation.held_out)
+    wanted = Allocating(method="descent", held_out=recipe.allocation.held_out)
     _check_samples(recipe, wanted)
     begun = load_plan(file) if file.exists() else None
     if begun is not None and begun.finished:

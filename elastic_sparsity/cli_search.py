@@ -17,7 +17,7 @@ from elastic_sparsity.search import SearchSettings
 from elastic_sparsity.terminal import say
 
 PRESETS = {
-    "fast": (DescentSettings(), SearchSettings()),
+    "fast": (DescentSettings(), SearchSettings(generations=0)),
     "paper": (
         DescentSettings(steps=40),
         SearchSettings(generations=200, offspring=128, windows=(4, 32, 256), survivors=(16, 4)),
@@ -37,7 +37,9 @@ def register(app: typer.Typer, progress: Callable[[bool], AbstractContextManager
         method: Annotated[str, typer.Option(help='"search", "descent", "arithmetic", "owl" or "uniform".')] = "search",
         preset: Annotated[str, typer.Option(help='"fast", or "paper" (hours on a GPU).')] = "fast",
         steps: Annotated[int | None, typer.Option(help="Of each level's descent, instead of the preset's.")] = None,
-        generations: Annotated[int | None, typer.Option(help="After it, instead of the preset's.")] = None,
+        generations: Annotated[
+            int | None, typer.Option(help="Of an evolution after it, instead of the preset's.")
+        ] = None,
         samples: Annotated[int, typer.Option(help="Calibration samples that choose the masks.")] = 128,
         length: Annotated[int, typer.Option(help="Tokens of a sample.")] = 256,
         held_out: Annotated[int | None, typer.Option(help="More samples, that judge allocations.")] = None,

@@ -100,9 +100,8 @@ class AllocationSection(_Section):
 
     plan: str | None = None
     """File that `elastic-sparsity search` wrote; None = uniform sparsity, or what `slope` or `search` say."""
-    search: Literal["off", "descent", "full"] = "off"
-    """The run makes such a plan itself first: by descent, or by descent and evolution as the command does. Needs the
-    whole model in memory, and one process."""
+    search: bool = False
+    """The run makes such a plan itself first, by descent. Needs the whole model in memory, and one process."""
     held_out: Positive = 16
     """Calibration samples, the last ones, that judge allocations in a search."""
     slope: Slope | tuple[Slope, ...] = 0.0
@@ -233,7 +232,7 @@ class Recipe(_Section):
         wanted = self.allocation
         if wanted.plan is not None and any(self.slopes()):
             raise ConfigError("allocation.slope: a plan says all there is to say; give one of them.")
-        if wanted.search == "off":
+        if not wanted.search:
             return
         if wanted.plan is not None or any(self.slopes()):
             raise ConfigError("allocation.search: makes a plan; with it, give neither allocation.plan nor slope.")
@@ -250,7 +249,7 @@ class Recipe(_Section):
     @property
     def needs_whole_model(self) -> bool:
         """Whether a stage before the blocks runs the model as a whole."""
-        return bool(self.induction.steps) or self.allocation.search != "off"
+        return bool(self.induction.steps) or self.allocation.search
 
     def build_ladder(self) -> Ladder:
         return Ladder(**self.ladder.model_dump())

@@ -57,8 +57,8 @@ def _holes(terms: Sequence[Term], choices: Choices, shapes: ModelShapes, recipe:
 
 def _early(recipe: Recipe) -> tuple[str, ...]:
     """The stages before the first block."""
-    searched, induced = recipe.allocation.search != "off", bool(recipe.induction.steps)
-    return ("load", *["allocation"] * searched, *["induction"] * induced)
+    asked = {"allocation": recipe.allocation.search, "induction": bool(recipe.induction.steps)}
+    return ("load", *(stage for stage, is_asked in asked.items() if is_asked))
 
 
 def peaks(terms: Sequence[Term]) -> list[Peak]:
@@ -147,7 +147,7 @@ def _reading(z: Sizes) -> Iterator[Term]:
 
 def _allocation(z: Sizes) -> Iterator[Term]:
     s, wanted, stage = z.shapes, z.recipe.allocation, ("allocation",)
-    if wanted.search == "off":
+    if not wanted.search:
         return
     length, numbers = z.recipe.calibration.length, s.depth * s.block_linears
     yield Term(

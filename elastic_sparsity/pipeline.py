@@ -90,7 +90,7 @@ def prepare(
 ) -> tuple[Job, torch.dtype, dict[str, Any]]:
     """Model, text and choices of a run. Returns: the job, the base model's stored dtype, and what the run is."""
     with workers.main_first():  # the others find downloads, conversions and sampled text in the cache
-        if recipe.allocation.search != "off" and workers.count > 1:
+        if recipe.allocation.search and workers.count > 1:
             raise ConfigError(
                 f"allocation.search: runs in one process, found {workers.count}; make the plan first with "
                 "`elastic-sparsity search`, and name it as allocation.plan."
@@ -152,7 +152,7 @@ def _allocation(recipe: Recipe, model: Any) -> dict[str, tuple[int, ...]]:
 def run_allocation(job: Job) -> Job:
     """Searches how much each linear keeps, if the recipe asks for it. Returns: the job with what was found."""
     recipe = job.recipe
-    if recipe.allocation.search == "off":
+    if not recipe.allocation.search:
         return job
     plan = plan_in_run(job.base, job.token_ids_ST, recipe, job.folder.allocation, job.progress)
     found = allocation_of(plan, job.folder.allocation, linear_sizes(job.base.model), recipe.ladder.sparsities)

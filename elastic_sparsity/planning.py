@@ -198,8 +198,8 @@ def _settings(recipe: Recipe, choices: Choices) -> Iterator[tuple[str, dict[str,
     off = {"trainable": "off"}
     if recipe.induction.steps:
         yield "induction.steps = 0", {"induction": {"steps": 0}}
-    if recipe.allocation.search != "off":
-        yield 'allocation.search = "off"', {"allocation": {"search": "off"}}
+    if recipe.allocation.search:
+        yield "allocation.search = false", {"allocation": {"search": False}}
     if choices.weights == "resident" and not recipe.needs_whole_model:
         both = choices.trainable != "off"
         text = 'memory.weights = "stream"' + (' with end_to_end.trainable = "off"' if both else "")

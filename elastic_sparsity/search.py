@@ -28,7 +28,7 @@ class SearchSettings:
         survivors: of every stage but the last, in which the parent joins and one is left.
     """
 
-    generations: int = 6
+    generations: int
     offspring: int = 16
     most_moves: int = 3
     windows: tuple[int, ...] = (1, 4, 8)

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from elastic_sparsity.allocation import SLOPES
 from elastic_sparsity.descent import DescentSettings
 from elastic_sparsity.plan_sizes import Sizes
-from elastic_sparsity.search import SearchSettings
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,19 +100,15 @@ def work_of(z: Sizes) -> list[Work]:
 
 
 def _allocation(z: Sizes) -> Iterator[tuple[str, str, str, int, int]]:
-    """Rows of a search at its longest; a descent mostly ends sooner."""
+    """Rows of a descent at its longest; mostly it ends sooner."""
     wanted, s, length = z.recipe.allocation, z.shapes, z.recipe.calibration.length
-    if wanted.search == "off":
+    if not wanted.search:
         return
     levels, held = len(z.recipe.ladder.sparsities), wanted.held_out * length
     scored = min(z.recipe.calibration.samples - wanted.held_out, z.recipe.block.samples) * length
-    steps, search = DescentSettings().steps, SearchSettings()
+    steps = DescentSettings().steps
     starts = 2 + len(SLOPES) + levels - 1
     judged = levels * (starts + steps + 1) * held
-    if wanted.search == "full":
-        candidates = (search.offspring, *search.survivors[:-1], search.survivors[-1] + 1)
-        windows = sum(count * width for count, width in zip(candidates, search.windows, strict=True))
-        judged += levels * search.generations * windows * length
     yield "scores", "allocation", "forward", s.depth * 2 * scored, 0
     yield "judgements", "allocation", "forward", s.depth * (held + judged), 0
     yield "prices", "allocation", "forward and backward", s.depth * levels * steps * held, 0

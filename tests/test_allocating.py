@@ -220,13 +220,11 @@ def test_a_run_keeps_what_the_plan_says(plan_path, tmp_path):
     assert all(check.passed for check in verify(tmp_path / "out"))
 
 
-@pytest.mark.parametrize("search", ["descent", "full"])
-def test_a_run_searches_its_own_plan(search, tmp_path):
+def test_a_run_searches_its_own_plan(tmp_path):
     """The same as the command's on the same text, and what the run says it kept."""
-    recipe = tiny_recipe(calibration={"samples": 24}, allocation={"search": search, "held_out": 16})
+    recipe = tiny_recipe(calibration={"samples": 24}, allocation={"search": True, "held_out": 16})
     checkpoint = optimize(recipe, tmp_path / "out")
-    method = {"descent": "descent", "full": "search"}[search]
-    plan = allocate(recipe, Allocating(method=method), tmp_path / "plan.json")
+    plan = allocate(recipe, Allocating(), tmp_path / "plan.json")
     assert {name: list(spec.kept) for name, spec in checkpoint.linears.items()} == {
         name: linear.kept for name, linear in plan.linears.items()
     }
@@ -248,14 +246,14 @@ def test_a_run_killed_in_its_search_goes_on_to_the_same_bytes(tmp_path):
             count += 1
             raise Stop
 
-    recipe = tiny_recipe(calibration={"samples": 8}, allocation={"search": "descent", "held_out": 4})
+    recipe = tiny_recipe(calibration={"samples": 8}, allocation={"search": True, "held_out": 4})
     whole = optimize(recipe, tmp_path / "whole").config
     for _ in range(2):
         with pytest.raises(Stop):
             optimize(recipe, tmp_path / "out", stop)
         assert load_plan(tmp_path / "out.run" / "allocation.json").descents
         assert not (tmp_path / "out").exists()
-    other = tiny_recipe(calibration={"samples": 8}, allocation={"search": "descent", "held_out": 3})
+    other = tiny_recipe(calibration={"samples": 8}, allocation={"search": True, "held_out": 3})
     with pytest.raises(ConfigError, match=r"differs in recipe\.allocation\.held_out"):
         optimize(other, tmp_path / "out")
     file = tmp_path / "out.run" / "allocation.json"
@@ -267,9 +265,8 @@ def test_a_run_killed_in_its_search_goes_on_to_the_same_bytes(tmp_path):
     assert optimize(recipe, tmp_path / "out", stop).config["checkpoint_id"] == whole["checkpoint_id"]
 
 
-@pytest.mark.parametrize("search", ["descent", "full"])
-def test_a_plan_counts_a_search_at_its_longest(search, tmp_path):
-    recipe = tiny_recipe(calibration={"samples": 24}, allocation={"search": search, "held_out": 16})
+def test_a_plan_counts_a_search_at_its_longest(tmp_path):
+    recipe = tiny_recipe(calibration={"samples": 24}, allocation={"search": True, "held_out": 16})
     found = plan(recipe, limits={"host": 10**12, "disk": 10**12}, probe=False)
     rows = {work.name: work for work in found.work if work.phase == "allocation"}
     assert set(rows) == {"scores", "judgements", "prices", "head of judgements", "head of prices"}
@@ -288,26 +285,24 @@ def test_a_plan_counts_a_search_at_its_longest(search, tmp_path):
     blocks = decoder_blocks(base.model)
     for block in blocks:
         block.register_forward_pre_hook(count, with_kwargs=True)
-    wanted = Allocating(method={"descent": "descent", "full": "search"}[search])
-    allocate_on(base, token_ids, recipe, wanted, tmp_path / "plan.json", None, silent)
+    allocate_on(base, token_ids, recipe, Allocating(), tmp_path / "plan.json", None, silent)
     planned = sum(work.passes for name, work in rows.items() if not name.startswith("head"))
     assert 0.2 * planned < counted <= planned + len(blocks) * recipe.block.batch_size * recipe.calibration.length
 
 
 def test_a_search_in_a_run_refuses_what_it_cannot_do(monkeypatch, tmp_path):
     for section, message in (
-        ({"allocation": {"search": "descent", "slope": 0.1}}, "allocation.search: makes a plan"),
-        ({"allocation": {"search": "descent", "plan": "plan.json"}}, "allocation.search: makes a plan"),
-        ({"allocation": {"search": "descent", "held_out": 6}}, "6 of 6 calibration.samples leave none to score with"),
-        ({"allocation": {"search": "full"}, "ladder": {"sparsities": (), "patterns": ("2:4",)}}, "is empty"),
-        ({"allocation": {"search": "full", "held_out": 1}, "memory": {"weights": "stream"},
+        ({"allocation": {"search": True, "slope": 0.1}}, "allocation.search: makes a plan"),
+        ({"allocation": {"search": True, "plan": "plan.json"}}, "allocation.search: makes a plan"),
+        ({"allocation": {"search": True, "held_out": 6}}, "6 of 6 calibration.samples leave none to score with"),
+        ({"allocation": {"search": True, "held_out": 1},
+          "ladder": {"sparsities": (), "patterns": ("2:4",)}}, "ladder.sparsities is empty"),
+        ({"allocation": {"search": True, "held_out": 1}, "memory": {"weights": "stream"},
           "end_to_end": {"trainable": "off"}}, "allocation.search: needs the whole model"),
         ({"allocation": {"search": "wish"}}, "allocation.search"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=message):
             tiny_recipe(**section)
-    with pytest.raises(ConfigError, match="a stage of the search takes 8"):
-        optimize(tiny_recipe(allocation={"search": "full", "held_out": 2}), tmp_path / "out")
 
     class Two(Workers):
         def __init__(self):
@@ -316,7 +311,7 @@ def test_a_search_in_a_run_refuses_what_it_cannot_do(monkeypatch, tmp_path):
 
     monkeypatch.setattr("elastic_sparsity.pipeline.Workers", Two)
     with pytest.raises(ConfigError, match="runs in one process, found 2"):
-        optimize(tiny_recipe(allocation={"search": "descent", "held_out": 2}), tmp_path / "out")
+        optimize(tiny_recipe(allocation={"search": True, "held_out": 2}), tmp_path / "out")
 
 
 def test_a_run_takes_slopes(tmp_path):

@@ -151,7 +151,7 @@ ALLOWED = {
     "zero_shot": {"numpy", "lm_eval", "errors", "report", "task_files"},
     "plan_sizes": {"config", "ladder", "model_shapes", "shells"},
     "memory_plan": {"config", "files", "masks", "model_shapes", "plan_sizes"},
-    "work_plan": {"allocation", "descent", "plan_sizes", "search"},
+    "work_plan": {"allocation", "descent", "plan_sizes"},
     "probe": {
         "torch", "transformers", "activations", "arch", "attention", "block_phase", "blocks", "calibrate", "config",
         "distill", "fused_layers", "mixer", "models", "precision", "run_folder", "work_plan", "workers",
