@@ -5,12 +5,15 @@ import datetime
 import json
 import platform
 import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from elastic_sparsity.doctor import read_facts
+from elastic_sparsity.errors import ElasticSparsityError
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -44,3 +47,12 @@ def commit() -> str:
 
 def log(text: str) -> None:
     print(f"{datetime.datetime.now():%H:%M:%S} {text}", flush=True)
+
+
+def exit_on_error(main: Callable[[], None]) -> None:
+    """Runs a script's `main`: what a user can mend is one line on stderr and exit code 2, as the package's own command."""
+    try:
+        main()
+    except ElasticSparsityError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
