@@ -50,7 +50,7 @@ def log(text: str) -> None:
 
 
 def exit_on_error(main: Callable[[], None]) -> None:
-    """Runs a script's `main`: what a user can mend is one line on stderr and exit code 2, as the package's own command."""
+    """Runs a script's `main`: what a user can mend becomes one line on stderr and exit code 2, as in the command."""
     try:
         main()
     except ElasticSparsityError as error:

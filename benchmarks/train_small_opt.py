@@ -7,8 +7,8 @@ from Trainer's last checkpoint, other settings are refused by name.
 
     python benchmarks/train_small_opt.py small-opt --text abc-news.txt
 
-Time at the defaults: about 30 minutes on one core that does 55 GFLOP/s, so about 20 on two. The last 2 % of the text are
-held out. Never give it the text that perplexity is measured on.
+Time at the defaults: about 30 minutes on one core that does 50 GFLOP/s. The last 2 % of the text are held out. Never
+give it the text that perplexity is measured on.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from transformers import (
     OPTConfig,
     OPTForCausalLM,
     PreTrainedTokenizerFast,
+    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -102,7 +103,9 @@ class Progress(TrainerCallback):
         log(f"step {state.global_step} of {state.max_steps}, loss {float(logs['loss']):.3f}, {left_text} left")
 
 
-def train_small_opt(text_path: str, output: Path, settings: Settings, *, log_every: int = 20, save_every: int = 100) -> Path:
+def train_small_opt(
+    text_path: str, output: Path, settings: Settings, *, log_every: int = 20, save_every: int = 100
+) -> Path:
     """Trains, or finds the finished folder; prints held-out perplexity. Returns: `output`.
 
     Raises: DataError: text missing or too short. ConfigError: the folder, or an interrupted training beside it, is of
@@ -186,7 +189,8 @@ def make_model(settings: Settings) -> OPTForCausalLM:
     )
     model = OPTForCausalLM(config)
     if model.num_parameters() > MAX_PARAMETERS:
-        raise ConfigError(f"model: {model.num_parameters():,} parameters are more than {MAX_PARAMETERS:,}; make it smaller.")
+        count = f"{model.num_parameters():,}"
+        raise ConfigError(f"model: {count} parameters are more than {MAX_PARAMETERS:,}; make it smaller.")
     return model
 
 
@@ -243,7 +247,7 @@ def _trainer(
         save_total_limit=1,
     )
     trainer = Trainer(model=model, args=arguments, train_dataset=samples, callbacks=[Progress()])
-    trainer.pop_callback(next(type(x) for x in trainer.callback_handler.callbacks if type(x).__name__ == "PrinterCallback"))
+    trainer.remove_callback(PrinterCallback)  # it would print every log once more
     return trainer
 
 
