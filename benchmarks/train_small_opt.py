@@ -119,40 +119,37 @@ def train_small_opt(
         return output
     check_output_folder(output)
     scratch = output.parent / f".{output.name}.training"
-    if is_file(scratch / RECORD_NAME):
+    begun = is_file(scratch / RECORD_NAME)
+    if begun:
         _matching_record(scratch, wanted)
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(scratch)
-    else:
-        tokenizer = _train_tokenizer(text[: _split(text)], settings)
-        scratch.mkdir(parents=True, exist_ok=True)
-        tokenizer.save_pretrained(scratch)
-        write_json(scratch / RECORD_NAME, wanted)
-    tokens, held_out = (tokenize(tokenizer, part) for part in (text[: _split(text)], text[_split(text) :]))
+    train_text, held_out_text = text[: _split(text)], text[_split(text) :]
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(scratch) if begun else _train_tokenizer(train_text, settings)
+    tokens, held_out = (tokenize(tokenizer, part) for part in (train_text, held_out_text))
     held_out_ST = windows(held_out, settings.context)
     if tokens.numel() < 2 * settings.context:
         raise DataError(f"{text_path}: {tokens.numel()} tokens to train on are fewer than two windows.")
     model = make_model(settings)
     log(f"{model.num_parameters():,} parameters, {tokens.numel():,} tokens; {settings.steps} steps of "
         f"{settings.batch_size} x {settings.context}")  # fmt: skip
+    if not begun:
+        scratch.mkdir(parents=True, exist_ok=True)
+        tokenizer.save_pretrained(scratch)
+        write_json(scratch / RECORD_NAME, wanted)
     started = time.monotonic()
     trainer = _trainer(model, Samples(tokens, settings), scratch, settings, log_every, save_every)
     last = get_last_checkpoint(str(scratch))
     if last is not None:
         log(f"goes on from {Path(last).name}")
     trainer.train(resume_from_checkpoint=last)
-    found = evaluate({"model": model.eval()}, held_out_ST, autocast=autocast_factory("float32", "cpu"))["model"]
-    protocol = f"{held_out_ST.shape[0]} windows of {settings.context} tokens, no overlap: the last 2 % of the text"
+    seconds = time.monotonic() - started  # of the last part, if it was interrupted
+    held_out_of = _held_out(model.eval(), tokens, held_out_ST, settings)
     record = wanted | {
         "text": Path(text_path).name,
-        "held_out": {
-            "perplexity": found.perplexity,
-            "unigram": unigram_perplexity(tokens, held_out_ST, settings.vocabulary),
-            "protocol": protocol,
-        },
+        "held_out": held_out_of,
         "parameters": model.num_parameters(),
         "tokens": tokens.numel(),
         "tokens_trained": settings.steps * settings.batch_size * settings.context,
-        "seconds": round(time.monotonic() - started),  # of the last part, if it was interrupted
+        "seconds": round(seconds),
         "date": datetime.date.today().isoformat(),
         "device": device(),
         "commit": commit(),
@@ -163,9 +160,18 @@ def train_small_opt(
         tokenizer.save_pretrained(folder)
         write_json(folder / RECORD_NAME, record)
     shutil.rmtree(scratch)
-    log(f"{output}: held-out perplexity {found.perplexity:.2f}, of the unigrams "
-        f"{record['held_out']['unigram']:.2f} ({protocol})")  # fmt: skip
+    log(f"{output}: held-out perplexity {held_out_of['perplexity']:.2f}, of the unigrams {held_out_of['unigram']:.2f} "
+        f"({held_out_of['protocol']})")  # fmt: skip
     return output
+
+
+def _held_out(model: OPTForCausalLM, tokens: Tensor, windows_ST: Tensor, settings: Settings) -> dict[str, Any]:
+    found = evaluate({"model": model}, windows_ST, autocast=autocast_factory("float32", "cpu"))["model"]
+    return {
+        "perplexity": found.perplexity,
+        "unigram": unigram_perplexity(tokens, windows_ST, settings.vocabulary),
+        "protocol": f"{windows_ST.shape[0]} windows of {settings.context} tokens, no overlap: the last 2 % of the text",
+    }
 
 
 def make_model(settings: Settings) -> OPTForCausalLM:

@@ -1,5 +1,6 @@
 """`write_report`: a checkpoint's page and model card, written whole or not at all, over nobody's own work."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ def _check_free(path: Path, mark: str, checkpoint: ElasticCheckpoint, force: boo
     manifest = checkpoint.manifest
     listed = [*manifest.extras, *(entry for entries in manifest.files.values() for entry in entries)]
     own = {CONFIG_NAME, MODEL_CONFIG_NAME, RUN_NAME, *(entry.file for entry in listed)}
-    if path.resolve() in {(checkpoint.folder / name).resolve() for name in own}:
+    if os.path.realpath(path) in {os.path.realpath(checkpoint.folder / name) for name in own}:  # of a loop of links too
         raise OutputError(f"{path}: is a file of the checkpoint itself; name another output file.")
     if not force and is_file(path) and not _has_mark(path, mark):
         other = "--no-card" if path.name == CARD_NAME else "another --output"
