@@ -142,10 +142,10 @@ def train_small_opt(
         log(f"goes on from {Path(last).name}")
     trainer.train(resume_from_checkpoint=last)
     seconds = time.monotonic() - started  # of the last part, if it was interrupted
-    held_out_of = _held_out(model.eval(), tokens, held_out_ST, settings)
+    quality = _held_out(model.eval(), tokens, held_out_ST, settings)
     record = wanted | {
         "text": Path(text_path).name,
-        "held_out": held_out_of,
+        "held_out": quality,
         "parameters": model.num_parameters(),
         "tokens": tokens.numel(),
         "tokens_trained": settings.steps * settings.batch_size * settings.context,
@@ -160,8 +160,8 @@ def train_small_opt(
         tokenizer.save_pretrained(folder)
         write_json(folder / RECORD_NAME, record)
     shutil.rmtree(scratch)
-    log(f"{output}: held-out perplexity {held_out_of['perplexity']:.2f}, of the unigrams {held_out_of['unigram']:.2f} "
-        f"({held_out_of['protocol']})")  # fmt: skip
+    log(f"{output}: held-out perplexity {quality['perplexity']:.2f}, of the unigrams {quality['unigram']:.2f} "
+        f"({quality['protocol']})")  # fmt: skip
     return output
 
 
