@@ -10,6 +10,7 @@ from test_cli import expect_error, run
 from test_report_page import check_page
 
 from elastic_sparsity import ElasticCheckpoint, reporting
+from elastic_sparsity.cli_eval import Record
 from elastic_sparsity.errors import ConfigError
 from elastic_sparsity.report_facts import read_facts
 
@@ -133,3 +134,20 @@ def test_hostile_names_are_text(folder, tmp_path):
     assert "<script" not in card
     names = [result["dataset"]["name"] for result in yaml.safe_load(metadata)["model-index"][0]["results"]]
     assert names == [f"0{EVIL}", f"1{EVIL}"], "in the metadata it is text"
+
+
+def test_eval_does_not_join_tasks_of_other_weights(tmp_path):
+    """The checkpoint at a path may be another one by the next call."""
+    row = {"level": "0.5", "method": "elastic", "task": "piqa", "value": 0.5, "checkpoint_id": "a"}
+    path = tmp_path / "r.json"
+    for number, changes in enumerate(({}, {"task": "boolq"}, {"task": "arc_easy", "checkpoint_id": "b"})):
+        record = Record(path, "c")
+        record.start_tasks(None, "float32")
+        if number < 2:
+            record.add_task(row | changes)
+            continue
+        with pytest.raises(ConfigError, match=r"r\.json: its zero-shot rows are of other weights"):
+            record.add_task(row | changes)
+    rows = json.loads(path.read_text())["zero_shot"]["rows"]
+    assert [x["task"] for x in rows] == ["piqa", "boolq"]
+    assert all(x["date"] and "threads" in x["device"] for x in rows)
