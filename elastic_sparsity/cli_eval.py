@@ -139,7 +139,7 @@ def _device() -> str:
     from elastic_sparsity.precision import default_device
 
     facts = read_facts()
-    return facts.gpus[0].name if default_device() == "cuda" else f"{facts.cpu}, {facts.threads} threads"
+    return facts.gpus[0].name if default_device() == "cuda" else f"{facts.cpu}, threads: {facts.threads}"
 
 
 def _held(output: Path) -> dict[str, Any]:

@@ -125,7 +125,7 @@ def _later(facts: Facts) -> list[str]:
     for quality in facts.results.quality:
         parts += [_table(words.QUALITY_HEAD, words.quality_rows(quality)), escaped(words.measured_later(quality))]
     for tasks in facts.results.tasks:
-        parts += [_table(*words.task_rows(tasks)), escaped(words.measured_later(tasks))]
+        parts += [_table(*words.task_rows(tasks)), escaped(words.ACCURACIES + words.measured_later(tasks))]
     return ["## Measured later", *parts] if parts else []
 
 

@@ -170,7 +170,7 @@ def _later(facts: Facts) -> str:
         parts += [_table(words.QUALITY_HEAD, words.quality_rows(quality)), _soft(words.measured_later(quality))]
     for tasks in facts.results.tasks:
         head, lines = words.task_rows(tasks)
-        parts += [_table(head, lines, text_columns=2), _soft(words.measured_later(tasks))]
+        parts += [_table(head, lines, text_columns=2), _soft(words.ACCURACIES + words.measured_later(tasks))]
     return "<h2>Measured later</h2>\n" + "\n".join(parts) if parts else ""
 
 

@@ -15,6 +15,11 @@ NO_FIGURES = (
     "No quality is stored in this checkpoint: neither perplexity nor KL to the dense model was measured. "
     "elastic-sparsity eval measures both, report --results shows them."
 )
+ONLY_LATER = (
+    "The run itself stored no quality in this checkpoint; what elastic-sparsity eval measured later stands below as "
+    "far as this report was given it."
+)
+ACCURACIES = "Accuracies in percent ± standard error over documents. "
 QUALITY_HEAD = ("level", "perplexity", "KL to the reference")
 NO_LOSSES = "This checkpoint has no training record by block, so there is no error by layer to show."
 
@@ -77,7 +82,7 @@ def example_level(facts: Facts) -> LevelFacts:
 def protocol(facts: Facts) -> str:
     """What the figures were measured on, as one sentence."""
     if not facts.figures:
-        return NO_FIGURES
+        return ONLY_LATER if facts.results.quality else NO_FIGURES
     if not facts.protocol:
         return "How these figures were measured is not recorded."
     return f"Measured on: {'; '.join(x if key == 'windows' else f'{key} {x}' for key, x in facts.protocol)}."
@@ -205,7 +210,7 @@ def _tasks_limits(facts: Facts) -> Iterator[str]:
 
 def _missing_figures(facts: Facts) -> Iterator[str]:
     if not facts.figures:
-        yield NO_FIGURES
+        yield "The run itself measured no quality." if facts.results.quality else NO_FIGURES
         return
     found = [(level.title, facts.figure(level.name, "elastic")) for level in facts.levels]
     no_perplexity = [title for title, row in found if row is None or row.perplexity is None]

@@ -69,7 +69,8 @@ def test_the_page_and_the_card_show_them(capsys, folder, tmp_path):
         for words in ("Measured later", "3 windows of 256 tokens", "2026-11-27, 2026-11-28 on a CPU", "61.2 ± 1.1",
                       "news.txt", "reference base", "43.50", "0.3750", "58.1 ± 0.8", "lm_eval 0.4.13"):  # fmt: skip
             assert words in text, words
-        assert "Task accuracy" not in text
+        assert "Task accuracy" not in text and "neither perplexity nor KL" not in text
+        assert "The run itself stored no quality" in text
     assert "result files of eval" in page
     assert "metrics:\n    - type: acc_norm\n      value: 0.612\n      name: acc_norm at 50 %" in card
     assert run(capsys, "report", folder, "--results", levels)[0] == 0
