@@ -8,13 +8,13 @@ level from the saved checkpoint. Rows already in the JSON are not run again, so 
 
 import argparse
 import datetime
-import json
 import platform
 import shutil
 import tempfile
 import time
 from pathlib import Path
 
+from cells import check_texts, exit_on_error, read_result
 from rich.console import Console
 from rich.table import Table
 
@@ -84,6 +84,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=80, help="end-to-end steps")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "ablation.json")
     args = parser.parse_args()
+    check_texts(args.calibration, args.evaluation)
     small = {
         "calibration": {"source": args.calibration, "samples": 400},
         "block": {"samples": args.samples, "steps": args.block_steps, "batch_size": 1},
@@ -97,7 +98,7 @@ def main() -> None:
         end = {"end_to_end": {"trainable": "base", "steps": args.steps}}
         jobs += [("with end to end", n, merged(small, end, c)) for n, c in END_TO_END.items()]
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    before = json.loads(args.output.read_text()) if args.output.exists() else {"rows": [], "common": common}
+    before = read_result(args.output, ("common", "rows")) if args.output.exists() else {"rows": [], "common": common}
     if before["common"] != common:
         parser.error(f"{args.output} holds rows made with {before['common']}; move it away or ask for the same.")
     done = before["rows"]
@@ -131,4 +132,4 @@ def show(rows: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_on_error(main)

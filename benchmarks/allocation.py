@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cells import RESULTS, begin, device, log, question_of
+from cells import RESULTS, begin, check_texts, device, exit_on_error, log, question_of
 from rich.console import Console
 from rich.table import Table
 
@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--name", default="allocation")
     parser.add_argument("--restart", action="store_true")
     args = parser.parse_args()
+    check_texts(args.calibration, args.evaluation)
     plans = {path.stem: load_plan(path) for path in args.plans}
     file = RESULTS / f"{args.name}.json"
     question = question_of(args, ("plans", "methods", "levels"))
@@ -134,4 +135,4 @@ def show(result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_on_error(main)

@@ -5,12 +5,16 @@ import datetime
 import json
 import platform
 import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from elastic_sparsity.data import read_text
 from elastic_sparsity.doctor import read_facts
+from elastic_sparsity.errors import ElasticSparsityError, OutputError
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -25,12 +29,33 @@ def question_of(args: argparse.Namespace, left_out: tuple[str, ...]) -> dict[str
 def begin(args: argparse.Namespace, file: Path, question: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """The result so far, if it is of the same question and `--restart` was not given; else `new` with the question."""
     if file.is_file() and not args.restart:
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        found = read_result(file, ("question",))
         if found["question"] != question:
             raise SystemExit(f"{file}: is of {found['question']}, not of {question}; give --restart or another --name.")
         return found
     RESULTS.mkdir(exist_ok=True)
     return {**new, "question": question}
+
+
+def read_result(file: Path, keys: tuple[str, ...]) -> dict[str, Any]:
+    """What an earlier run wrote. Raises: OutputError: if it cannot be read, or lacks one of `keys`."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise OutputError(f"{file}: cannot be read: {error}; move it away.") from error
+    if not isinstance(found, dict) or any(key not in found for key in keys):
+        raise OutputError(f"{file}: is no result of this benchmark, it has no {' or '.join(keys)}; move it away.")
+    return found
+
+
+def check_texts(*sources: str | None) -> None:
+    """Opens every text before anything is computed; None and "self" are none.
+
+    Raises: DataError: missing, empty or unreadable.
+    """
+    for source in sources:
+        if source not in (None, "self"):
+            read_text(source, max_chars=1)  # of a data set the first row
 
 
 def device() -> str:
@@ -44,3 +69,12 @@ def commit() -> str:
 
 def log(text: str) -> None:
     print(f"{datetime.datetime.now():%H:%M:%S} {text}", flush=True)
+
+
+def exit_on_error(main: Callable[[], None]) -> None:
+    """Runs a script's `main`: what a user can mend becomes one line on stderr and exit code 2, as in the command."""
+    try:
+        main()
+    except ElasticSparsityError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cells import commit
+from cells import check_texts, commit, exit_on_error
 from efficiency_count import Counts, Shapes, block_phase_counts, check_counts, end_to_end
 from rich.console import Console
 from rich.table import Table
@@ -218,6 +218,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, help="keep it there")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "efficiency.json")
     args = parser.parse_args()
+    check_texts(args.calibration)
     changes = {"calibration": {"source": args.calibration}, "end_to_end": {"trainable": "base"}}
     path = HERE.parent / "recipes" / f"{args.recipe}.toml"
     all_steps = read_recipe(path, changes).end_to_end.steps
@@ -271,4 +272,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_on_error(main)

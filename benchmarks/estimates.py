@@ -8,6 +8,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
+from cells import exit_on_error
 from format import LEVELS, make_checkpoint, random_llama
 from rich.console import Console
 from rich.table import Table
@@ -48,4 +49,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_on_error(main)

@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from cells import exit_on_error
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -268,4 +269,4 @@ def _version(name: str) -> str | None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_on_error(main)

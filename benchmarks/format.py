@@ -22,6 +22,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from cells import exit_on_error
 from rich.console import Console
 from rich.table import Table
 
@@ -195,4 +196,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_on_error(main)

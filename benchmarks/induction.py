@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cells import RESULTS, begin, device, log, question_of
+from cells import RESULTS, begin, check_texts, device, exit_on_error, log, question_of
 from rich.console import Console
 from rich.table import Table
 
@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--name", default="induction")
     parser.add_argument("--restart", action="store_true")
     args = parser.parse_args()
+    check_texts(args.calibration, args.evaluation)
     file = RESULTS / f"{args.name}.json"
     result = begin_of(args, file)
     for seed in args.seeds:
@@ -154,4 +155,4 @@ def show(result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_on_error(main)

@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 import torch
+from cells import exit_on_error
 from format import make_checkpoint, random_llama
 from rich.console import Console
 from rich.table import Table
@@ -168,4 +169,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_on_error(main)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cells import RESULTS, begin, commit, device, log, question_of
+from cells import RESULTS, begin, check_texts, commit, device, exit_on_error, log, question_of
 from rich.console import Console
 from rich.table import Table
 
@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("--name", default="structured")
     parser.add_argument("--restart", action="store_true")
     args = parser.parse_args()
+    check_texts(args.calibration, args.evaluation)
     file = RESULTS / f"{args.name}.json"
     result = begin_of(args, file)
     base = load_base(args.model)
@@ -222,4 +223,4 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_on_error(main)

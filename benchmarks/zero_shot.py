@@ -12,7 +12,6 @@ it may be stopped at any time. Baselines are pruned on the first samples of the 
 import argparse
 import copy
 import datetime
-import json
 import platform
 import subprocess
 import time
@@ -21,6 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from cells import check_texts, exit_on_error, read_result
 from rich.console import Console
 
 from elastic_sparsity import ElasticCheckpoint
@@ -45,6 +45,7 @@ TASKS = "piqa,arc_easy,arc_challenge,openbookqa,winogrande,boolq,lambada_openai"
 
 def main() -> None:
     args = arguments()
+    check_texts(args.calibration)
     checkpoint = ElasticCheckpoint(args.checkpoint)
     check_amounts(args.limit, args.batch_size)
     tasks = load_tasks(args.tasks.split(","), folder=args.task_folder, data=args.task_data, limit=args.limit)
@@ -97,7 +98,7 @@ def begun(path: Path, protocol: dict[str, Any]) -> dict[str, Any]:
     Raises: ConfigError: if the file is of another protocol: its cells cannot stand beside new ones.
     """
     if path.is_file():
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = read_result(path, ("protocol", "rows"))
         if result["protocol"] != protocol:
             raise ConfigError(f"{path}: has the protocol {result['protocol']}, not {protocol}; give another --name.")
         log(f"{path}: goes on after {len(result['rows'])} cells")
@@ -169,4 +170,4 @@ def log(text: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_on_error(main)

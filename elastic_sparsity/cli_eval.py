@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,7 @@ from elastic_sparsity.files import check_output_file, is_file, write_json
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 CELL = ("level", "method", "task")  # what a zero-shot row is the result of
+ORIGIN = ("checkpoint_id", "weights_sha256")  # of which weights
 
 
 def register(app: typer.Typer, progress_bars: Callable[[bool], Any]) -> None:
@@ -80,13 +82,15 @@ def _tasks(tasks: str, folder: Path | None, data: Path | None, limit: int | None
 class Record:
     """The output file: the model, `protocol` and `rows` of perplexity, and the same of tasks under `zero_shot`.
 
-    It is written at every result. What it holds of this model stays, unless it is measured anew.
+    It is written at every result, each with its date and device; `report --results` reads it. What it holds of this
+    model stays, unless it is measured anew.
 
     Raises: ConfigError: if it holds zero-shot rows of another model. OutputError: if it cannot be made.
     """
 
     def __init__(self, output: Path | None, path: str) -> None:
         self.output, self.data = output, dict[str, Any](model=path)
+        self.device = _device()
         if output is None:
             return
         check_output_file(output)
@@ -97,7 +101,7 @@ class Record:
             raise ConfigError(f"{output}: holds zero-shot results of {held.get('model')!r}; name another --output.")
 
     def set_perplexity(self, rows: list[dict[str, Any]], protocol: dict[str, Any]) -> None:
-        self._write({**self.data, "protocol": protocol, "rows": rows})
+        self._write({**self.data, "protocol": protocol, "rows": [self._stamped(row) for row in rows]})
 
     def start_tasks(self, limit: int | None, precision: str) -> None:
         """Raises: ConfigError: if the file's other tasks were measured by another protocol."""
@@ -112,14 +116,30 @@ class Record:
             )
 
     def add_task(self, row: dict[str, Any]) -> None:
+        """Raises: ConfigError: if the file's other tasks are of other weights that were at this path."""
         held = self.data["zero_shot"]
         kept = [x for x in held["rows"] if any(x[key] != row[key] for key in CELL)]
-        self._write({**self.data, "zero_shot": {**held, "rows": [*kept, row]}})
+        if any(x.get(key) != row.get(key) for x in kept for key in ORIGIN):
+            raise ConfigError(
+                f"{self.output}: its zero-shot rows are of other weights, or do not tell; name another --output."
+            )
+        self._write({**self.data, "zero_shot": {**held, "rows": [*kept, self._stamped(row)]}})
+
+    def _stamped(self, row: dict[str, Any]) -> dict[str, Any]:
+        return row | {"date": date.today().isoformat(), "device": self.device}
 
     def _write(self, data: dict[str, Any]) -> None:
         self.data = data
         if self.output is not None:
             write_json(self.output, data)
+
+
+def _device() -> str:
+    from elastic_sparsity.doctor import read_facts
+    from elastic_sparsity.precision import default_device
+
+    facts = read_facts()
+    return facts.gpus[0].name if default_device() == "cuda" else f"{facts.cpu}, threads: {facts.threads}"
 
 
 def _held(output: Path) -> dict[str, Any]:

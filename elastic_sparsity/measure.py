@@ -100,6 +100,8 @@ def evaluate_path(
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Rows and protocol for any causal LM, or for one or all levels of an elastic checkpoint.
 
+    Every row names what was measured: "checkpoint_id", or "weights_sha256" of a plain model.
+
     Args:
         path: folder, hub id or .gguf file; of an elastic hub id only the files of the measured levels are downloaded.
         **hub: as in `checkpoint_folder`, for an elastic hub id.
@@ -111,7 +113,7 @@ def evaluate_path(
     if teacher is not None and resolved == "float32":
         teacher = teacher.float()
     rows: list[dict[str, Any]] = []
-    tokenizer, jobs = _jobs(path, level, hub)
+    tokenizer, origin, jobs = _jobs(path, level, hub)
     ids = windows(tokenize(tokenizer, read_text(text)), window, max_windows)
     for name, method, size, load in jobs:
         model = load().to(device)
@@ -126,8 +128,9 @@ def evaluate_path(
             autocast=autocast_factory(resolved, model.device.type),
             on_window=lambda done, total, name=name: progress(f"evaluating {name}", done, total),  # type: ignore[misc]
         )
-        rows.append(_row(name, method, found[method], size))
-    return rows, {"text": Path(text).name, "sha256": token_hash(ids), "windows": list(ids.shape), "precision": resolved}
+        rows.append(_row(name, method, found[method], size) | origin)
+    protocol = {"text": Path(text).name, "sha256": token_hash(ids), "windows": list(ids.shape), "precision": resolved}
+    return rows, protocol if reference is None else protocol | {"reference": Path(reference).name}
 
 
 def zero_shot_path(
@@ -143,7 +146,7 @@ def zero_shot_path(
     on_row: Callable[[dict[str, Any]], None] = lambda row: None,
     **hub: Any,
 ) -> list[dict[str, Any]]:
-    """Zero-shot rows, one a level and task, for whatever `evaluate_path` takes.
+    """Zero-shot rows, one a level and task, for whatever `evaluate_path` takes; they name it as its rows do.
 
     Args:
         tasks: of `load_tasks`.
@@ -152,7 +155,7 @@ def zero_shot_path(
     Raises: as `evaluate_path` and `zero_shot`.
     """
     check_amounts(limit, batch_size)
-    tokenizer, jobs = _jobs(path, level, hub)
+    tokenizer, origin, jobs = _jobs(path, level, hub)
     device = default_device()
     resolved = resolve_precision(precision, device)
     rows: list[dict[str, Any]] = []
@@ -172,7 +175,7 @@ def zero_shot_path(
                 seed=seed,
                 on_progress=lambda _, done, total, at=f"{name}, {level_name}": progress(at, done, total),  # type: ignore[misc]
             )
-            rows.append({"level": level_name, "method": method, **asdict(score)})
+            rows.append({"level": level_name, "method": method, **asdict(score), **origin})
             on_row(rows[-1])
     return rows
 
@@ -185,21 +188,26 @@ def zero_shot_protocol(limit: int | None, precision: str = "auto", seed: int = 0
 
 def _jobs(
     path: str, level: str | None, hub: dict[str, Any]
-) -> tuple[Any, list[tuple[str, str, int, Callable[[], Any]]]]:
-    """The tokenizer, and (level, method, bytes, loader) of every model to measure at `path`."""
+) -> tuple[Any, dict[str, str], list[tuple[str, str, int, Callable[[], Any]]]]:
+    """The tokenizer, what is measured, and (level, method, bytes, loader) of every model to measure at `path`."""
     folder = elastic_folder(path, **hub)
     if folder is None:
         if level is not None:
             raise ConfigError(f"{path}: --level needs an elastic checkpoint; this is none.")
         base = load_base(path)
         size = base.model.get_memory_footprint()
-        return base.tokenizer, [("dense", "as it is", size, partial(getattr, base, "model"))]
+        origin = {"weights_sha256": base.identity["sha256"]}
+        return base.tokenizer, origin, [("dense", "as it is", size, partial(getattr, base, "model"))]
     checkpoint = ElasticCheckpoint(folder)
     levels = checkpoint.ladder.levels if level is None else (checkpoint.ladder.find(level),)
     if is_hub_id(path):  # the files of the same commit
         fetch_levels(path, [x.name for x in levels], **{**hub, "revision": folder.name})
     checkpoint.check_extras()  # the tokenizer among them
-    return load_tokenizer(folder), [
-        (x.name, "elastic", checkpoint.bytes_of(x), partial(load_level, checkpoint, x, checkpoint.dtype))
-        for x in levels
-    ]
+    return (
+        load_tokenizer(folder),
+        {"checkpoint_id": checkpoint.manifest.checkpoint_id},
+        [
+            (x.name, "elastic", checkpoint.bytes_of(x), partial(load_level, checkpoint, x, checkpoint.dtype))
+            for x in levels
+        ],
+    )

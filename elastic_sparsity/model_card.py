@@ -10,8 +10,10 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from elastic_sparsity import report_words as words
+from elastic_sparsity.report import level_title
 from elastic_sparsity.report_facts import Facts
 from elastic_sparsity.report_page import use_commands
+from elastic_sparsity.report_results import DENSE
 
 MARK = "<!-- Written by `elastic-sparsity report`, which writes it anew; without this line it is left alone. -->"
 LIBRARY = "elastic_sparsity"
@@ -32,6 +34,7 @@ def model_card(facts: Facts, page_name: str | None = None) -> str:
         _levels(facts),
         escaped(words.protocol(facts)),
         *_others(facts),
+        *_later(facts),
         "## All levels together",
         _table(("", "bytes"), [(name, words.size(count)) for name, count in words.totals(facts)]),
         "## How it was made",
@@ -56,6 +59,19 @@ def front_matter(facts: Facts) -> str:
             metric_value=value,
         )
         for kind, name, title, value in _results(facts)
+    ]
+    results += [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=row.task,
+            dataset_name=row.task,
+            metric_type=row.metric,
+            metric_name=f"{row.metric} at {level_title(row.level)}",
+            metric_value=row.value,
+        )
+        for measured in facts.results.tasks
+        for row in measured.rows
+        if row.level != DENSE
     ]
     patterns = [level.name for level in facts.levels if level.is_pattern]
     data = ModelCardData(
@@ -101,6 +117,16 @@ def _others(facts: Facts) -> list[str]:
         return []
     cells = [(words.row_title(row), row.method, words.perplexity(row), words.kl(row)) for row in rows]
     return ["### Other methods on the same text", _table(("level", "method", "perplexity", "KL to dense"), cells)]
+
+
+def _later(facts: Facts) -> list[str]:
+    """What `eval` measured after the run, a table for each protocol."""
+    parts = []
+    for quality in facts.results.quality:
+        parts += [_table(words.QUALITY_HEAD, words.quality_rows(quality)), escaped(words.measured_later(quality))]
+    for tasks in facts.results.tasks:
+        parts += [_table(*words.task_rows(tasks)), escaped(words.ACCURACIES + words.measured_later(tasks))]
+    return ["## Measured later", *parts] if parts else []
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

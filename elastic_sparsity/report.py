@@ -13,6 +13,7 @@ from elastic_sparsity.errors import ConfigError, OutputError, brief
 from elastic_sparsity.terminal import title as as_title
 
 Row = Mapping[str, Any]
+MEAN = "mean"  # the last line of tasks
 
 
 def mean_score(scores: Sequence[tuple[float, float | None]]) -> tuple[float, float | None]:
@@ -96,30 +97,42 @@ def results_table(rows: Sequence[Row], title: str) -> Table:
 
 
 def tasks_table(rows: Sequence[Row], title: str) -> Table:
-    """A rich table of zero-shot results in percent with standard errors: a line a task, a column a level and method.
+    """A rich table of `task_lines`."""
+    table = Table(title=as_title(title))
+    head, lines = task_lines(rows)
+    for name in head:
+        table.add_column(as_title(name), justify="left" if name in ("task", "metric") else "right")
+    for line in lines:
+        if line[0] == MEAN:
+            table.add_section()
+        table.add_row(*map(as_title, line))
+    return table
+
+
+def task_lines(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Zero-shot results in percent with standard errors: a line a task, a column a level and method.
 
     The last line is the mean over tasks, of the columns that have all of them.
+
+    Returns: the heads of the columns, and the lines.
     """
     columns = list(dict.fromkeys((row["level"], row["method"]) for row in rows))
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     cells = {(row["level"], row["method"], row["task"]): row for row in rows}
     same_method = len({method for _, method in columns}) == 1
-    table = Table(title=as_title(title))
-    for name in ("task", "metric", "documents"):
-        table.add_column(name, justify="right" if name == "documents" else "left")
-    for level, method in columns:
-        table.add_column(level_title(level) if same_method else f"{level_title(level)}\n{method}", justify="right")
+    head = ["task", "metric", "documents"]
+    head += [level_title(level) if same_method else f"{level_title(level)}\n{method}" for level, method in columns]
+    lines = []
     for task in tasks:
         found = [cells.get((*column, task)) for column in columns]
         row = next(x for x in found if x is not None)
         values = ["" if x is None else _percent(x["metric"], x["value"], x["error"]) for x in found]
-        table.add_row(as_title(task), row["metric"], str(row["num_documents"]), *values)
+        lines.append([task, row["metric"], str(row["num_documents"]), *values])
     means = {(row["level"], row["method"]): row for row in task_means(rows)}
     if len(tasks) > 1 and means:
-        table.add_section()
         shown = [_percent("acc", means[x]["value"], means[x]["error"]) if x in means else "" for x in columns]
-        table.add_row("mean", "", "", *shown)
-    return table
+        lines.append([MEAN, "", "", *shown])
+    return head, lines
 
 
 def task_means(rows: Sequence[Row]) -> list[dict[str, Any]]:

@@ -4,7 +4,6 @@ elastic_config.json's manifest is checked when it is opened; all else in it, run
 anybody may have written: whatever is not of the expected kind counts as not recorded.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,18 +12,26 @@ from pathlib import Path
 from typing import Any
 
 from elastic_sparsity.checkpoint import ElasticCheckpoint
-from elastic_sparsity.files import is_file
 from elastic_sparsity.hub import is_hub_id
 from elastic_sparsity.inspection import level_info
 from elastic_sparsity.ladder import Level
 from elastic_sparsity.manifest import RUN_NAME
 from elastic_sparsity.models import PACKAGED_MODELS
+from elastic_sparsity.records import (
+    as_json,
+    as_number,
+    as_text,
+    clean,
+    numbers,
+    protocol_texts,
+    read_json,
+    texts,
+    value_at,
+)
+from elastic_sparsity.report_results import Results, read_results
 from elastic_sparsity.shells import LinearSpec
-from elastic_sparsity.terminal import plain
 
 MODEL_CONFIG_NAME = "config.json"  # beside elastic_config.json
-MAX_JSON_BYTES = 4_000_000
-MAX_TEXT = 200
 _BLOCK = re.compile(r"(?:.*?\.)??(\d{1,6})\.(.+)")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]{0,39}")
@@ -87,6 +94,7 @@ class Facts:
         end_to_end_kl: by level, at the end of training; empty = none.
         recipe: every setting, "section.field" and value.
         run: None if there is no run.json that can be read.
+        results: measured later, from files beside the checkpoint.
     """
 
     name: str
@@ -120,6 +128,7 @@ class Facts:
     versions: tuple[tuple[str, str], ...]
     recipe: tuple[tuple[str, str], ...]
     run: Run | None
+    results: Results
 
     @property
     def methods(self) -> list[str]:
@@ -132,27 +141,33 @@ class Facts:
         return next((row for row in self.figures if (row.level, row.method) == (level, method)), None)
 
 
-def read_facts(checkpoint: ElasticCheckpoint, name: str) -> Facts:
-    """Everything a report shows of a checkpoint. Args: name: what to call it."""
+def read_facts(checkpoint: ElasticCheckpoint, name: str, results: Sequence[str | Path] = ()) -> Facts:
+    """Everything a report shows of a checkpoint.
+
+    Args:
+        name: what to call it.
+        results: files that `eval --output` wrote about it or its base model.
+    Raises: ConfigError: as `read_results`.
+    """
     config, manifest = checkpoint.config, checkpoint.manifest
-    base_id, base_sha256 = (_text(_at(config, "base_model", key)) for key in ("id", "sha256"))
-    model_config = _read_json(checkpoint.folder / MODEL_CONFIG_NAME)
+    base_id, base_sha256 = (as_text(value_at(config, "base_model", key)) for key in ("id", "sha256"))
+    model_config = read_json(checkpoint.folder / MODEL_CONFIG_NAME)
     packaged = PACKAGED_MODELS.get(base_id or "")
-    model_license = _at(model_config, "license")
+    model_license = value_at(model_config, "license")
     if not (isinstance(model_license, str) and _LICENSE.fullmatch(model_license)):
         model_license = packaged.license if packaged else None
     types, blocks, zeros = _zeros(checkpoint)
-    loss_levels, block_losses = _block_losses(_at(config, "training", "block_losses"))
+    loss_levels, block_losses = _block_losses(value_at(config, "training", "block_losses"))
     sizes = [spec.size for spec in checkpoint.linears.values()]
     shared_bytes = sum(entry.bytes for entry in manifest.files["shared"])
     return Facts(
-        name=_clean(name) or "checkpoint",
-        checkpoint_id=_clean(manifest.checkpoint_id),
+        name=clean(name) or "checkpoint",
+        checkpoint_id=clean(manifest.checkpoint_id),
         base_id=base_id,
         base_sha256=base_sha256,
         base_hub_id=packaged.hub_id if packaged else _hub_id(base_id),
         license=model_license,
-        model_type=_text(_at(model_config, "model_type")),
+        model_type=as_text(value_at(model_config, "model_type")),
         dtype=manifest.dtype,
         adapter_dtype=manifest.adapter_dtype,
         ranks=tuple(manifest.ranks),
@@ -162,21 +177,27 @@ def read_facts(checkpoint: ElasticCheckpoint, name: str) -> Facts:
         total_bytes=checkpoint.total_bytes(),
         dense_bytes=sum(sizes) * checkpoint.dtype.itemsize + shared_bytes,
         levels=tuple(_level(checkpoint, level, shared_bytes) for level in checkpoint.ladder.levels),
-        figures=tuple(_figures(_at(config, "quality", "rows"))),
-        protocol=tuple(_protocol(_at(config, "quality", "protocol"))),
+        figures=tuple(_figures(value_at(config, "quality", "rows"))),
+        protocol=tuple(protocol_texts(value_at(config, "quality", "protocol"))),
         types=types,
         blocks=blocks,
         zeros=zeros,
         loss_levels=loss_levels,
         block_losses=block_losses,
-        end_to_end_kl=tuple(_numbers(_at(config, "training", "end_to_end_kl"))),
+        end_to_end_kl=tuple(numbers(value_at(config, "training", "end_to_end_kl"))),
         calibration=tuple(_calibration(config)),
-        seed=_text(_at(config, "recipe", "seed")),
-        precision=_text(_at(config, "resolved", "precision")),
-        trainable=_text(_at(config, "resolved", "trainable")),
-        versions=tuple(_texts(config.get("versions"))),
+        seed=as_text(value_at(config, "recipe", "seed")),
+        precision=as_text(value_at(config, "resolved", "precision")),
+        trainable=as_text(value_at(config, "resolved", "trainable")),
+        versions=tuple(texts(config.get("versions"))),
         recipe=tuple(_settings(config.get("recipe"))),
-        run=_run(_read_json(checkpoint.folder / RUN_NAME)),
+        run=_run(read_json(checkpoint.folder / RUN_NAME)),
+        results=read_results(
+            results,
+            [level.name for level in checkpoint.ladder.levels],
+            manifest.checkpoint_id,
+            value_at(config, "base_model", "sha256"),
+        ),
     )
 
 
@@ -223,32 +244,22 @@ def _zeros(
 
 def _figures(rows: Any) -> Iterable[Figure]:
     for row in rows if isinstance(rows, list) else []:
-        level, method = _text(_at(row, "level")), _text(_at(row, "method"))
+        level, method = as_text(value_at(row, "level")), as_text(value_at(row, "method"))
         if level is not None and method is not None:
-            kl = None if method == "dense" else _number(_at(row, "kl"))  # it would be 0 by definition
-            yield Figure(level=level, method=method, perplexity=_number(_at(row, "perplexity")), kl=kl)
-
-
-def _protocol(protocol: Any) -> Iterable[tuple[str, str]]:
-    windows = _at(protocol, "windows")
-    counts = [_number(x) for x in windows] if isinstance(windows, list) else []
-    for key, value in sorted(_texts(protocol), key=lambda pair: pair[0] == "sha256"):  # the long one last
-        if key != "windows":
-            yield key, value
-        elif len(counts) == 2 and all(x is not None and math.isfinite(x) for x in counts):
-            yield key, f"{counts[0]:,.0f} windows of {counts[1]:,.0f} tokens"
+            kl = None if method == "dense" else as_number(value_at(row, "kl"))  # it would be 0 by definition
+            yield Figure(level=level, method=method, perplexity=as_number(value_at(row, "perplexity")), kl=kl)
 
 
 def _calibration(config: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     """Where the text came from (of a path only the name: who made it needs no reader), how much, and its hash."""
-    source = _text(_at(config, "recipe", "calibration", "source"))
+    source = as_text(value_at(config, "recipe", "calibration", "source"))
     if source is not None:
         self_sampled = source == "self"
         yield "text", "sampled from the base model itself" if self_sampled else re.split(r"[\\/]", source)[-1] or source
-    tokens = _number(_at(config, "data", "calibration_tokens"))
+    tokens = as_number(value_at(config, "data", "calibration_tokens"))
     if tokens is not None and math.isfinite(tokens):
         yield "tokens", f"{tokens:,.0f}"
-    digest = _text(_at(config, "data", "calibration_sha256"))
+    digest = as_text(value_at(config, "data", "calibration_sha256"))
     if digest is not None:
         yield "sha256 of the tokens", digest
 
@@ -256,23 +267,23 @@ def _calibration(config: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
 def _block_losses(losses: Any) -> tuple[tuple[str, ...], tuple[tuple[float | None, ...], ...]]:
     rows = [row for row in losses if isinstance(row, dict)] if isinstance(losses, list) else []
     names = list(dict.fromkeys(name for row in rows for name in row))
-    table = {name: tuple(_number(row.get(name)) for row in rows) for name in names}
+    table = {name: tuple(as_number(row.get(name)) for row in rows) for name in names}
     known = {name: row for name, row in table.items() if any(x is not None and math.isfinite(x) for x in row)}
-    return tuple(_clean(name) for name in known), tuple(known.values())
+    return tuple(clean(name) for name in known), tuple(known.values())
 
 
 def _settings(recipe: Any) -> Iterable[tuple[str, str]]:
     for section, fields in recipe.items() if isinstance(recipe, dict) else []:
         for field, value in fields.items() if isinstance(fields, dict) else [("", fields)]:
-            text = "none" if value is None else value if isinstance(value, str) else _json(value)
-            yield _clean(f"{section}.{field}".rstrip(".")), _clean(text)
+            text = "none" if value is None else value if isinstance(value, str) else as_json(value)
+            yield clean(f"{section}.{field}".rstrip(".")), clean(text)
 
 
 def _run(record: Any) -> Run | None:
     if not isinstance(record, dict):
         return None
     names = ("seconds", "peak_bytes", "workers", "traffic_bytes")
-    found = {name: _number(record.get(name)) for name in names}
+    found = {name: as_number(record.get(name)) for name in names}
     return Run(**{name: value if value is not None and math.isfinite(value) else None for name, value in found.items()})
 
 
@@ -281,61 +292,3 @@ def _hub_id(base_id: str | None) -> str | None:
     if base_id is None or not _HUB_ID.fullmatch(base_id) or base_id.endswith(".gguf"):
         return None
     return base_id if is_hub_id(base_id) else None
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        if not is_file(path) or path.stat().st_size > MAX_JSON_BYTES:
-            return None
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):  # a record: what cannot be read is not recorded
-        return None
-
-
-def _at(record: Any, *keys: str) -> Any:
-    """A value deep in a record, None if the way there is another."""
-    for key in keys:
-        record = record.get(key) if isinstance(record, dict) else None
-    return record
-
-
-def _number(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf
-
-
-def _numbers(record: Any) -> Iterable[tuple[str, float]]:
-    for key, value in record.items() if isinstance(record, dict) else []:
-        number = _number(value)
-        if number is not None:
-            yield _clean(key), number
-
-
-def _text(value: Any) -> str | None:
-    """A text or number, fit to be shown; None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, str | int | float) or value == "":
-        return None
-    return _clean(str(value))
-
-
-def _json(value: Any) -> str:
-    try:
-        return json.dumps(value)
-    except RecursionError:
-        return "nested too deeply to be shown"
-
-
-def _clean(text: str) -> str:
-    """One line, not too long, without control characters."""
-    return plain(" ".join(text[: 4 * MAX_TEXT].split()))[:MAX_TEXT]
-
-
-def _texts(record: Any) -> Iterable[tuple[str, str]]:
-    for key, value in record.items() if isinstance(record, dict) else []:
-        text = _text(value) if not isinstance(value, Sequence) or isinstance(value, str) else _json(value)
-        if text is not None:
-            yield _clean(key), _clean(text)

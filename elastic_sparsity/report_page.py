@@ -70,6 +70,7 @@ def page(facts: Facts, plots: Mapping[str, str | None]) -> str:
         _use(facts),
         _levels(facts),
         _others(facts),
+        _later(facts),
         _quality_plots(facts, plots),
         _bytes(facts, plots),
         _layers(facts, plots),
@@ -83,8 +84,8 @@ def page(facts: Facts, plots: Mapping[str, str | None]) -> str:
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n{MARK}\n'
         f"<title>{title}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
         + "\n".join(section for section in sections if section)
-        + "\n<footer>Written by <code>elastic-sparsity report</code> from the checkpoint's own files alone; nothing "
-        "was measured for this page.</footer>\n</main>\n</body>\n</html>\n"
+        + f"\n<footer>Written by <code>elastic-sparsity report</code> from {escape(words.sources(facts))}; nothing was "
+        "measured for this page.</footer>\n</main>\n</body>\n</html>\n"
     )
 
 
@@ -139,7 +140,7 @@ def _levels(facts: Facts) -> str:
         cells = (words.zeros(level), words.size(level.bytes), words.perplexity(found), words.kl(found), here)
         rows.append((level.title, *cells))
     head = ("level", "zeros", "bytes read", "perplexity", "KL to dense", "in this folder")
-    return f'<h2>Levels</h2>\n{_table(head, rows)}\n<p class="soft">{escape(words.protocol(facts))}</p>'
+    return f"<h2>Levels</h2>\n{_table(head, rows)}\n{_soft(words.protocol(facts))}"
 
 
 def _others(facts: Facts) -> str:
@@ -160,6 +161,21 @@ def _others(facts: Facts) -> str:
         f"<h2>Beside other methods</h2>\n{table}\n"
         '<p class="soft">Same text, same windows. One-shot methods prune each level on its own and train nothing.</p>'
     )
+
+
+def _later(facts: Facts) -> str:
+    """What `eval` measured after the run, a table for each protocol."""
+    parts = []
+    for quality in facts.results.quality:
+        parts += [_table(words.QUALITY_HEAD, words.quality_rows(quality)), _soft(words.measured_later(quality))]
+    for tasks in facts.results.tasks:
+        head, lines = words.task_rows(tasks)
+        parts += [_table(head, lines, text_columns=2), _soft(words.ACCURACIES + words.measured_later(tasks))]
+    return "<h2>Measured later</h2>\n" + "\n".join(parts) if parts else ""
+
+
+def _soft(text: str) -> str:
+    return f'<p class="soft">{escape(text)}</p>'
 
 
 def _quality_plots(facts: Facts, plots: Mapping[str, str | None]) -> str:

@@ -2,17 +2,25 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
-from elastic_sparsity.report import human_bytes, level_title
+from elastic_sparsity.report import human_bytes, level_title, task_lines
 from elastic_sparsity.report_facts import Facts, Figure, LevelFacts
+from elastic_sparsity.report_results import DENSE, Measured, QualityRow, TaskRow
 
 NOT_MEASURED = "not measured"
 NOT_RECORDED = "not recorded"
 DRAWN_METHODS, DRAWN_MAPS, DRAWN_LOSSES = 8, 6, 20  # the tables have all
 NO_FIGURES = (
     "No quality is stored in this checkpoint: neither perplexity nor KL to the dense model was measured. "
-    "elastic-sparsity eval measures both."
+    "elastic-sparsity eval measures both, report --results shows them."
 )
+ONLY_LATER = (
+    "The run itself stored no quality in this checkpoint; what elastic-sparsity eval measured later stands below as "
+    "far as this report was given it."
+)
+ACCURACIES = "Accuracies in percent ± standard error over documents. "
+QUALITY_HEAD = ("level", "perplexity", "KL to the reference")
 NO_LOSSES = "This checkpoint has no training record by block, so there is no error by layer to show."
 
 
@@ -25,12 +33,12 @@ def number(value: float | None, digits: int) -> str:
     return f"{value:,.{digits}f}" if abs(value) < 1e9 else f"{value:.4g}"
 
 
-def perplexity(figure: Figure | None) -> str:
+def perplexity(figure: Figure | QualityRow | None) -> str:
     return number(figure.perplexity if figure else None, 2)
 
 
-def kl(figure: Figure | None) -> str:
-    if figure is not None and figure.method == "dense":
+def kl(figure: Figure | QualityRow | None) -> str:
+    if isinstance(figure, Figure) and figure.method == "dense":
         return "0"  # by definition
     return number(figure.kl if figure else None, 4)
 
@@ -74,10 +82,32 @@ def example_level(facts: Facts) -> LevelFacts:
 def protocol(facts: Facts) -> str:
     """What the figures were measured on, as one sentence."""
     if not facts.figures:
-        return NO_FIGURES
+        return ONLY_LATER if facts.results.quality else NO_FIGURES
     if not facts.protocol:
         return "How these figures were measured is not recorded."
     return f"Measured on: {'; '.join(x if key == 'windows' else f'{key} {x}' for key, x in facts.protocol)}."
+
+
+def sources(facts: Facts) -> str:
+    """Where everything in the report comes from."""
+    results = facts.results.quality or facts.results.tasks
+    return f"the checkpoint's own files {'and result files of eval' if results else 'alone'}"
+
+
+def measured_later(measured: Measured[Any]) -> str:
+    """What rows of `eval` were measured on, when and where, as one or two sentences."""
+    told = "; ".join(x if key == "windows" else f"{key} {x}" for key, x in measured.protocol)
+    return f"Measured on: {told or NOT_RECORDED}. By elastic-sparsity eval, {measured.when_and_where}."
+
+
+def quality_rows(measured: Measured[QualityRow]) -> list[tuple[str, str, str]]:
+    """Level, perplexity and KL; the last is to whatever reference the protocol names."""
+    return [(level_title(row.level), perplexity(row), kl(row)) for row in measured.rows]
+
+
+def task_rows(measured: Measured[TaskRow]) -> tuple[list[str], list[list[str]]]:
+    """Heads and lines: a task a line, the mean last, a level a column."""
+    return task_lines([{**row.model_dump(), "method": ""} for row in measured.rows])
 
 
 def other_rows(facts: Facts) -> list[Figure]:
@@ -149,11 +179,9 @@ def duration(seconds: float) -> str:
 def limits(facts: Facts) -> Iterator[str]:
     """What the figures do not say, and what was not measured, one sentence or two each."""
     yield from _missing_figures(facts)
-    if facts.figures:
-        yield (
-            "Perplexity on one text says little about answers, reasoning, other languages or safety. No task accuracy "
-            "is stored in this checkpoint."
-        )
+    if facts.figures or facts.results.quality:
+        yield "Perplexity on one text says little about answers, reasoning, other languages or safety."
+    yield from _tasks_limits(facts)
     if ("text", "self-sampled, held out") in facts.protocol:
         yield "The figures are of text that the base model itself wrote, not of people's text; they flatter."
     yield "One run, one seed: how much the figures would vary between runs was not measured."
@@ -171,9 +199,18 @@ def limits(facts: Facts) -> Iterator[str]:
     yield "The base model's own limits hold for every level; what else its sparse copies get wrong was not measured."
 
 
+def _tasks_limits(facts: Facts) -> Iterator[str]:
+    if not facts.results.tasks:
+        yield "Task accuracy was not measured, or is not among what this report was given."
+        return
+    yield "Standard errors of accuracies are over documents alone; a few points between levels can be chance."
+    if not any(row.level == DENSE for measured in facts.results.tasks for row in measured.rows):
+        yield "Task accuracy of the dense model is not among what this report was given."
+
+
 def _missing_figures(facts: Facts) -> Iterator[str]:
     if not facts.figures:
-        yield NO_FIGURES
+        yield "The run itself measured no quality." if facts.results.quality else NO_FIGURES
         return
     found = [(level.title, facts.figure(level.name, "elastic")) for level in facts.levels]
     no_perplexity = [title for title, row in found if row is None or row.perplexity is None]

@@ -1,5 +1,7 @@
 """`write_report`: a checkpoint's page and model card, written whole or not at all, over nobody's own work."""
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +18,30 @@ MAX_MARK_BYTES = 1_000_000  # of a file that is there: as far as our mark is loo
 
 
 def write_report(
-    checkpoint: str | Path, output: str | Path | None = None, *, card: bool = True, force: bool = False, **hub: Any
+    checkpoint: str | Path,
+    output: str | Path | None = None,
+    *,
+    results: Sequence[str | Path] = (),
+    card: bool = True,
+    force: bool = False,
+    **hub: Any,
 ) -> Path:
     """Writes one self-contained HTML page about a checkpoint and, into its folder, the model card README.md.
 
-    All figures come from the checkpoint's own records; nothing is measured, no tensor is read, and no file that the
-    checkpoint lists is touched.
+    All figures come from the checkpoint's own records and from `results`; nothing is measured, no tensor is read, and
+    no file that the checkpoint lists is touched.
 
     Args:
         checkpoint: folder; or hub id, of which elastic_config.json alone is fetched: give `output` and no card then.
         output: the page; default: report.html in the folder.
+        results: files that `elastic-sparsity eval --output` wrote about this checkpoint or its base model.
         card: whether to write the card.
         force: replace a page or card that this function has not written.
         **hub: as in `checkpoint_folder`, for a hub id.
     Returns: where the page is.
     Raises: CheckpointError: no checkpoint there, or a damaged elastic_config.json. ConfigError: a hub id without
-        `output`, or with a card. OutputError: cannot be written, or would replace somebody's file.
+        `output`, or with a card; results that cannot be read, or of other weights.
+        OutputError: cannot be written, or would replace somebody's file.
     """
     remote = is_hub_id(checkpoint)
     if remote and (output is None or card):
@@ -47,7 +57,7 @@ def write_report(
         if page_path.absolute() == card_path:
             raise ConfigError(f"{page_path}: is where the model card goes; name another page, or give --no-card.")
         _check_free(card_path, model_card.MARK, opened, force)
-    facts = read_facts(opened, str(checkpoint) if remote else opened.folder.resolve().name)
+    facts = read_facts(opened, str(checkpoint) if remote else opened.folder.resolve().name, results)
     beside = page_path.name if page_path.absolute().parent == opened.folder else None
     texts = {page_path: report_page.page(facts, plots_of(facts))}
     if card:
@@ -75,7 +85,7 @@ def _check_free(path: Path, mark: str, checkpoint: ElasticCheckpoint, force: boo
     manifest = checkpoint.manifest
     listed = [*manifest.extras, *(entry for entries in manifest.files.values() for entry in entries)]
     own = {CONFIG_NAME, MODEL_CONFIG_NAME, RUN_NAME, *(entry.file for entry in listed)}
-    if path.resolve() in {(checkpoint.folder / name).resolve() for name in own}:
+    if os.path.realpath(path) in {os.path.realpath(checkpoint.folder / name) for name in own}:  # of a loop of links too
         raise OutputError(f"{path}: is a file of the checkpoint itself; name another output file.")
     if not force and is_file(path) and not _has_mark(path, mark):
         other = "--no-card" if path.name == CARD_NAME else "another --output"

@@ -32,6 +32,26 @@ def with_record(folder, **changes):
     return folder
 
 
+def results(folder, **changes):
+    """What `eval --output` writes of a checkpoint. Args: changes: of every row."""
+    checkpoint = ElasticCheckpoint(folder)
+    origin = {"checkpoint_id": checkpoint.manifest.checkpoint_id, "date": "2026-11-27", "device": "a CPU, 2 threads"}
+    levels = [level.name for level in checkpoint.ladder.levels]
+    protocol = {"text": "news.txt", "sha256": HASH, "windows": [3, 256], "precision": "float32", "reference": "base"}
+    rows = [
+        {"level": level, "method": "elastic", "perplexity": 40.5 + i, "kl": 0.125 * i, "bytes": 1, **origin, **changes}
+        for i, level in enumerate(levels)
+    ]
+    scores = [
+        {"level": level, "method": "elastic", "task": task, "metric": metric, "value": value - 0.02 * i, "error": 0.011,
+         "num_documents": 1838, "metrics": {}, "sha256": "0" * 16, **origin, **changes}
+        for i, level in enumerate(levels)
+        for task, metric, value in (("piqa", "acc_norm", 0.612), ("boolq", "acc", 0.55))
+    ]  # fmt: skip
+    tasks = {"lm_eval": "0.4.13", "documents": "all", "precision": "float32", "seed": 0}
+    return {"model": "c", "protocol": protocol, "rows": rows, "zero_shot": {"protocol": tasks, "rows": scores}}
+
+
 def hostile_record(folder):
     """Every text that a record may hold is hostile."""
     made = {

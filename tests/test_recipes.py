@@ -7,7 +7,7 @@ import pytest
 from elastic_sparsity.config import read_recipe
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").rglob("*.toml"))
-RUN_HERE = {"demo", "smoke", "smollm2-135m"}
+RUN_HERE = {"demo", "small-opt", "smoke", "smollm2-135m"}
 
 
 def test_the_recipes_are_found():
