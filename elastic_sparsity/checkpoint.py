@@ -114,9 +114,16 @@ class ElasticCheckpoint:
 
         Raises: CheckpointError.
         """
-        section = f"adapters-{group}"
+        return dict(self.tensors_of(f"adapters-{group}"))
+
+    def tensors_of(self, section: str) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of one section, one at a time.
+
+        Raises: CheckpointError.
+        """
         self._open_sections([section])
-        return {name: file.read(name) for name, file in self._sections[section].items()}
+        for name, file in self._sections[section].items():
+            yield name, file.read(name)
 
     def open_level(self, level: AnyLevel) -> "OpenLevel":
         """The tensors of one level. Opens the files that level needs and that are not open yet, no other one.

@@ -24,6 +24,7 @@ from elastic_sparsity.cli_plan import register as register_plan
 from elastic_sparsity.cli_prune import register as register_prune
 from elastic_sparsity.cli_report import register as register_report
 from elastic_sparsity.cli_search import register as register_search
+from elastic_sparsity.cli_structured import register as register_structured
 from elastic_sparsity.config import Recipe, read_recipe
 from elastic_sparsity.errors import ConfigError, ElasticSparsityError
 from elastic_sparsity.files import is_file
@@ -93,6 +94,7 @@ register_plan(app, recipe_path)
 register_induce(app, _progress)
 register_search(app, _progress)
 register_prune(app, _progress)
+register_structured(app, _progress)
 
 
 @app.command()

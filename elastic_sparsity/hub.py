@@ -98,12 +98,12 @@ def fetch_levels(path: str | Path, levels: Iterable[str | float] | None, **hub: 
     """`path` itself if it is a folder; for a hub id, the cache folder after fetching what several levels read.
 
     Args:
-        levels: None = all, structured ones too.
+        levels: None = all of the ladder, so no structured one.
     Raises: as `checkpoint_folder`.
     """
 
     def files(manifest: Manifest) -> list[FileEntry]:
-        wanted = manifest.levels() if levels is None else [manifest.find(level) for level in levels]
+        wanted = manifest.build_ladder().levels if levels is None else [manifest.find(level) for level in levels]
         return [*manifest.extras, *dict.fromkeys(entry for level in wanted for entry in manifest.files_of(level))]
 
     return checkpoint_folder(path, files=files, **hub)

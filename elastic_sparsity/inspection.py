@@ -7,7 +7,7 @@ from typing import Any
 
 from elastic_sparsity.checkpoint import ElasticCheckpoint
 from elastic_sparsity.hub import checkpoint_folder
-from elastic_sparsity.ladder import AnyLevel, Level, StructuredLevel
+from elastic_sparsity.ladder import AnyLevel, StructuredLevel
 from elastic_sparsity.shells import LinearSpec
 
 

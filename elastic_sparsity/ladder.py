@@ -3,7 +3,8 @@
 A *level* is a mask: an unstructured sparsity (fraction of zeros a row) or an N:M pattern (N kept of every M along
 the input dimension). A *group* is the low-rank adapters that serve an interval of levels (arXiv 2606.25285: groups
 ordered by sparsity, each inheriting the denser ones). By default every level has a group of its own; with
-`group_ends` many levels share one, e.g. EPTS's seven groups over (0, 0.7]. A *structured level* is a smaller model and no mask, so no `Ladder` holds it: it lies beside one.
+`group_ends` many levels share one, e.g. EPTS's seven groups over (0, 0.7]. A *structured level* is a smaller model
+and no mask, so no `Ladder` holds it: it lies beside one.
 """
 
 import itertools

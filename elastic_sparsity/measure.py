@@ -16,7 +16,7 @@ from elastic_sparsity.data import check_vocabulary, read_text, token_hash, token
 from elastic_sparsity.errors import ConfigError
 from elastic_sparsity.evaluate import Quality, evaluate
 from elastic_sparsity.hub import elastic_folder, fetch_levels, is_hub_id
-from elastic_sparsity.ladder import AnyLevel, Level
+from elastic_sparsity.ladder import AnyLevel, StructuredLevel
 from elastic_sparsity.models import load_base
 from elastic_sparsity.precision import autocast_factory, default_device, resolve_precision
 from elastic_sparsity.slicing import load_level, load_tokenizer
@@ -45,7 +45,9 @@ def measure(
     for level in checkpoint.manifest.levels():
         models = {} if rows else {"dense": base.model}
         models["elastic"] = _as_shipped(checkpoint, level, base.model)
-        for method in recipe.evaluation.baselines if isinstance(level, Level) else ():  # they make masks
+        for method in recipe.evaluation.baselines:
+            if isinstance(level, StructuredLevel):
+                break  # they make masks
             models[method] = copy.deepcopy(base.model)
             stage = f"{method} at {level.title}"
             prune_one_shot_(

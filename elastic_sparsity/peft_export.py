@@ -84,7 +84,8 @@ def reapply_masks_(model: nn.Module, path: str | Path, level: str | float, **hub
 
     Args:
         model: a plain causal LM of the same architecture, e.g. after PEFT's `merge_and_unload`.
-    Raises: LevelError: outside the ladder, or structured. CheckpointError: if a linear is missing, wrapped, or of another shape.
+    Raises: LevelError: outside the ladder, or structured. CheckpointError: if a linear is missing, wrapped, or of
+        another shape.
     """
     checkpoint = ElasticCheckpoint(checkpoint_folder(path, level, **hub))
     wanted = checkpoint.find_masked(level, "reapply_masks_")

@@ -178,4 +178,5 @@ def _totals(config: Any, checkpoint: ElasticCheckpoint) -> Mapping[str, int]:
     channels = checkpoint.linears[f"{prefix}.0.{row.down}"].shape[1]
     if not row.free_heads:
         return {"mlp": channels}
-    return {"attention": int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads), "mlp": channels}
+    groups = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    return {"attention": groups, "mlp": channels}
