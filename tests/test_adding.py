@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shutil
 import sys
 
@@ -53,7 +54,7 @@ IDS = torch.randint(4, 260, (2, 16), generator=torch.Generator().manual_seed(0))
 HALF, QUARTER = "structured-0.5", "structured-0.25"
 FILE = f"{HALF}.safetensors"
 DOWN, OUT = "model.layers.1.mlp.down_proj", "model.layers.0.self_attn.o_proj"
-QUICK_TRAINING = {"block": {"steps": 1}, "end_to_end": {"steps": 1}}
+NO_TRAINING = {"block": {"steps": 0}, "end_to_end": {"trainable": "off"}}
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +110,7 @@ def test_a_level_is_what_prune_makes(variant, dtype, scores, settings, tmp_path)
         model={"id": str(tmp_path / "base")},
         calibration={"source": settings["calibration"]},
         ladder={"sparsities": [0.5], "patterns": []},
-        **QUICK_TRAINING,
+        **NO_TRAINING,
     )
     optimize(recipe, tmp_path / "c")
     add_structured(tmp_path / "c", [0.4], scores=scores, **settings)
@@ -135,7 +136,7 @@ def test_a_level_equals_the_masked_refitted_model_at_the_units_it_lists(variant,
     """The oracle is the pruned model of full size; and the bitmaps say which of its units stay."""
     save_base(tmp_path / "base", variant, torch.float32)
     recipe = tiny_recipe(
-        model={"id": str(tmp_path / "base")}, ladder={"sparsities": [0.5], "patterns": []}, **QUICK_TRAINING
+        model={"id": str(tmp_path / "base")}, ladder={"sparsities": [0.5], "patterns": []}, **NO_TRAINING
     )
     optimize(recipe, tmp_path / "c")
     add_structured(tmp_path / "c", [0.4], **settings)
@@ -523,7 +524,7 @@ def test_damage_is_named(name, whole, tmp_path):
     except CheckpointError:  # elastic_config.json itself
         return
     failed = [check for check in checks if not check.passed]
-    assert (len(failed) == 1 and message.split(":")[0].replace("\\", "") in failed[0].detail) or failed[0].detail
+    assert len(failed) == 1 and re.search(message, failed[0].detail)
     ElasticModel.from_pretrained(tmp_path / "c", 0.7)  # other levels do not care
 
 
