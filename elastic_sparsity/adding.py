@@ -89,6 +89,28 @@ def add_structured(
     )  # fmt: skip
 
 
+def add_levels(recipe: Recipe, folder: Path, token_ids_ST: Tensor, progress: Progress) -> bool:
+    """Adds a recipe's structured levels to the checkpoint that a run made; those that are there are done.
+
+    Args:
+        token_ids_ST: the run's calibration samples.
+    Returns: whether there was anything to do.
+    Raises: NumericsError, OutputError; the checkpoint is whole then, and the same call goes on.
+    """
+    checkpoint, wanted = ElasticCheckpoint(folder), recipe.structured
+    done = [level.fraction for level in checkpoint.structured]
+    fractions = [fraction for fraction in wanted.fractions if fraction not in done]
+    if not fractions:
+        return False
+    tokens_ST = token_ids_ST[: 0 if wanted.scores == "magnitude" else recipe.block.samples]
+    base = load_base(recipe.model.id, recipe.model.dtype)
+    write_levels(
+        checkpoint, recipe, base, tokens_ST, fractions,
+        scores=wanted.scores, accumulate=True, multiple=wanted.multiple, progress=progress,
+    )  # fmt: skip
+    return True
+
+
 def write_levels(
     checkpoint: ElasticCheckpoint,
     recipe: Recipe,

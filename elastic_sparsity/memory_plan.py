@@ -15,6 +15,7 @@ from elastic_sparsity.files import is_file
 from elastic_sparsity.masks import SORTED_AT_ONCE
 from elastic_sparsity.model_shapes import ModelShapes
 from elastic_sparsity.plan_sizes import PER_BLOCK, PLACES, STAGES, Choices, Peak, Sizes, Term, checkpoint_bytes
+from elastic_sparsity.structured_plan import structured_terms
 
 PROCESS = 400_000_000  # measured: Python, torch, transformers and what they load, on Linux without CUDA
 DATASETS = 90_000_000  # measured: the datasets library, for text that is no local file
@@ -29,7 +30,7 @@ def memory_terms(shapes: ModelShapes, recipe: Recipe, choices: Choices) -> list[
     sizes = Sizes(shapes, recipe, choices)
     terms = [*_process(sizes), *_weights(sizes), *_reading(sizes), *_induction(sizes)]
     terms += [*_streams(sizes), *_block(sizes)]
-    terms += [*_training(sizes), *_end_to_end(sizes), *_saving(sizes), *_disk(sizes)]
+    terms += [*_training(sizes), *_end_to_end(sizes), *_saving(sizes), *structured_terms(sizes), *_disk(sizes)]
     if not choices.gpu:
         terms = [replace(term, place="host") if term.place == "device" else term for term in terms]
     return [term for term in [*terms, *_holes(terms, choices, shapes, recipe)] if term.bytes]
@@ -38,6 +39,7 @@ def memory_terms(shapes: ModelShapes, recipe: Recipe, choices: Choices) -> list[
 def _holes(terms: Sequence[Term], choices: Choices, shapes: ModelShapes, recipe: Recipe) -> Iterator[Term]:
     """What allocators lose."""
     left_out = {"end to end" if choices.trainable == "off" else "", "" if recipe.induction.steps else "induction"}
+    left_out |= set() if recipe.structured.fractions else {"structured"}
     stages = [stage for stage in STAGES if stage not in left_out]
     if choices.gpu:
         why = f"{CUDA_SLACK:.0%} of the stage's rest, for torch's caching allocator; assumed, not measured"
@@ -354,7 +356,7 @@ def _disk(z: Sizes) -> Iterator[Term]:
         )  # fmt: skip
     size = checkpoint_bytes(z)
     yield Term(
-        name="checkpoint", bytes=size, place="disk", stages=("saving",),
+        name="checkpoint", bytes=size, place="disk", stages=STAGES[-2:],
         why="values, positions and bitmaps of all levels, adapters, embeddings; a pattern's weights as if by chance "
         "(so at most)",
     )  # fmt: skip

@@ -97,7 +97,7 @@ def save_base(folder, variant, dtype):
 @pytest.mark.parametrize(
     ("variant", "dtype", "scores"),
     [
-        *((variant, "float32", "obs") for variant in VARIANTS),
+        *((variant, "float32", "obs") for variant in VARIANTS if not variant.startswith("gpt_neox-")),
         *((family, "bfloat16", "obs") for family in ("llama", "gpt2", "qwen2")),
         *((family, "float32", "flap") for family in ("llama", "qwen3", "opt", "gemma2", "phi3")),
         ("gpt2", "float32", "magnitude"),

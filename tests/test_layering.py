@@ -160,8 +160,9 @@ ALLOWED = {
     "task_files": {"torch", "numpy", "transformers", "datasets", "lm_eval", "errors", "files"},
     "zero_shot": {"numpy", "lm_eval", "errors", "report", "task_files"},
     "plan_sizes": {"config", "ladder", "model_shapes", "shells"},
-    "memory_plan": {"config", "files", "masks", "model_shapes", "plan_sizes"},
-    "work_plan": {"plan_sizes"},
+    "structured_plan": {"model_shapes", "plan_sizes", "wiring"},
+    "memory_plan": {"config", "files", "masks", "model_shapes", "plan_sizes", "structured_plan"},
+    "work_plan": {"plan_sizes", "structured_plan"},
     "probe": {
         "torch", "transformers", "activations", "arch", "attention", "block_phase", "blocks", "calibrate", "config",
         "distill", "fused_layers", "mixer", "models", "precision", "run_folder", "work_plan", "workers",
@@ -171,7 +172,7 @@ ALLOWED = {
         "torch", "config", "errors", "memory_plan", "model_shapes", "plan_sizes", "precision", "probe", "work_plan",
     },
     "pipeline": {
-        "torch", "adapters", "allocation", "allocation_file", "allocator", "arch", "attention", "block_phase",
+        "torch", "adapters", "adding", "allocation", "allocation_file", "allocator", "arch", "attention", "block_phase",
         "block_state", "calibration_text", "checkpoint", "model_shapes", "plan_sizes", "planning",
         "checkpoint_writer", "config", "data", "distill", "end_to_end", "errors", "files", "fused_layers", "inducing",
         "manifest", "models", "precision", "run_folder", "sharding", "shells", "supernet",
