@@ -10,9 +10,14 @@ import pytest
 import torch
 from conftest import tiny_recipe
 from exact import VARIANTS, model_of
+from hypothesis import given
+from hypothesis import settings as settings_of
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_checkpoint import opened_files  # noqa: F401
-from test_corrupt import fields, forge, tensors
+from test_corrupt import EDITS, edited, fields, forge, tensors
+from test_exports import run_onnx
+from test_hub import FIRST, REPOSITORY, hub  # noqa: F401
 from test_transfer import contents
 from transformers import AutoModelForCausalLM
 
@@ -318,6 +323,45 @@ def test_eval_and_placement(whole, text_file):
     assert one[0]["perplexity"] == rows[-1]["perplexity"] and one[0]["bytes"] < rows[0]["bytes"]
     placed = ElasticModel.from_pretrained(whole, HALF, device_map={"": "cpu"}, dtype="bfloat16")
     assert placed.dtype == torch.bfloat16 and torch.isfinite(logits(placed)).all()
+
+
+def test_formats_of_plain_models_take_a_structured_level(whole, tmp_path):
+    pytest.importorskip("onnxruntime")
+    found = export_level(whole, HALF, tmp_path / "onnx", "onnx")
+    model = ElasticModel.from_pretrained(whole, HALF)
+    assert found.level == HALF and found.dense_bytes == 4 * model.num_parameters()
+    assert torch.allclose(run_onnx(tmp_path / "onnx", IDS, torch.ones_like(IDS)), logits(model), atol=1e-4)
+
+
+def test_of_a_hub_only_its_files_are_downloaded(whole, hub):  # noqa: F811
+    hub.commits[FIRST] = whole
+    extras = {entry.file for entry in ElasticCheckpoint(whole).manifest.extras}
+    model = ElasticModel.from_pretrained(REPOSITORY, HALF, **hub.options)
+    assert hub.sent() == {CONFIG_NAME, FILE, "shared.safetensors"} | extras
+    assert same_parameters(model, ElasticModel.from_pretrained(whole, HALF))
+    assert ElasticModel.from_pretrained(REPOSITORY, **hub.options).elastic_state.level.name == "0.5"
+
+
+@settings_of(max_examples=60, derandomize=True, deadline=None)
+@given(EDITS, st.integers(0, 7))
+def test_fuzzed_bytes(fuzzed, edits, kind):
+    """Size and hash mended or not: an error of ours, or a sound model."""
+    originals = {path: path.read_bytes() for path in (fuzzed / FILE, fuzzed / CONFIG_NAME)}
+    forge(FILE, lambda b: edited(b, edits), fixed=kind > 1)(fuzzed)
+    try:
+        model = ElasticModel.from_pretrained(fuzzed, HALF)
+        assert all(weight.isfinite().all() for weight in model.parameters())
+        assert model.config.intermediate_size == 32
+    except ElasticSparsityError:
+        pass
+    finally:
+        for path, original in originals.items():
+            path.write_bytes(original)
+
+
+@pytest.fixture(scope="module")
+def fuzzed(whole, tmp_path_factory):
+    return shutil.copytree(whole, tmp_path_factory.mktemp("fuzz") / "c")
 
 
 def test_an_overlay_leaves_structured_levels_out(settings, tmp_path):

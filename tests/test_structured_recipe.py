@@ -6,12 +6,24 @@ import pytest
 from conftest import tiny_recipe
 from test_transfer import contents
 
-from elastic_sparsity import ElasticCheckpoint, add_structured, adding, levels, optimize, pipeline, plan, verify
+from elastic_sparsity import (
+    ElasticCheckpoint,
+    add_structured,
+    adding,
+    levels,
+    optimize,
+    pipeline,
+    plan,
+    verify,
+    write_report,
+)
 from elastic_sparsity.errors import ConfigError
 from elastic_sparsity.manifest import CONFIG_NAME
 from elastic_sparsity.measure import measure
+from elastic_sparsity.model_shapes import read_shapes
 from elastic_sparsity.plan_sizes import STAGES
 from elastic_sparsity.planning import choose
+from elastic_sparsity.report_facts import read_facts
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 40
 STRUCTURED = {"fractions": [0.25, 0.5], "multiple": 8}
@@ -99,6 +111,14 @@ def test_quality_is_measured_and_recorded(recipe_of, tmp_path):
     record = ElasticCheckpoint(tmp_path / "c").config["structured"]["structured-0.5"]
     assert (record["scores"], record["calibration_tokens"], record["sparsity"]) == ("magnitude", 0, 0.5)
 
+    page = write_report(tmp_path / "c").read_text()
+    card = (tmp_path / "c" / "README.md").read_text()
+    for text in (page, card):
+        assert "structured 50 %" in text and "50.00 % removed" in text
+    masked = sum(entry.bytes for name, files in checkpoint.manifest.files.items() for entry in files
+                 if not name.startswith("structured-"))  # fmt: skip
+    assert read_facts(checkpoint, "c").total_bytes == masked, "what is compared with a file a level"
+
 
 @pytest.mark.parametrize(
     ("structured", "message"),
@@ -135,8 +155,6 @@ def test_streamed_weights_are_refused_and_auto_does_not_choose_them(recipe_of):
     off = {"end_to_end": {"trainable": "off"}}
     with pytest.raises(ConfigError, match="structured.fractions: need the whole model in memory"):
         tiny_recipe(structured=STRUCTURED, memory={"weights": "stream"}, calibration={"source": "x"}, **off)
-    from elastic_sparsity.model_shapes import read_shapes
-
     chosen = choose(recipe_of(structured=STRUCTURED), read_shapes("random:llama", "auto"), {"host": 1}, False)
     assert chosen.weights == "resident"
 
