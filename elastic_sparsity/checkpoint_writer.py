@@ -142,7 +142,7 @@ def add_section(
     config["files"] = {**config["files"], level.name: entries}
     records = config.get("structured")
     config["structured"] = {**(records if isinstance(records, dict) else {}), level.name: dict(record)}
-    write_json(folder / CONFIG_NAME, {**config, "digest": digest(config)})
+    write_json(folder / CONFIG_NAME, {**config, "digest": digest(config)}, sync=True)
 
 
 def file_entry(folder: Path, path: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -179,10 +180,8 @@ def load_level(
         _write_level_(weights, checkpoint, files, merge_adapters)
         tensors = {f"{name}.weight": weight for name, weight in weights.items()}
     _return_freed_memory()
-    dense = files.shared()
-    if is_structured:
-        dense |= read_section(model_config(checkpoint), checkpoint, files)
-    for name, tensor in dense.items():
+    own = read_section(model_config(checkpoint), checkpoint, files) if is_structured else ()
+    for name, tensor in chain(files.shared().items(), own):  # its biases replace the shared ones
         weight = tensor.to(dtype)
         check_finite(weight, name, kernels())
         tensors[name] = weight.to(place_of(places, name))

@@ -3,8 +3,8 @@
 Why its values are stored whole, though the shells hold weights of the same linears. The linears that read what goes are
 refitted, every value another; of the other rows the shells lack what no level keeps (0.4 of all), and what they keep
 the end-to-end phase moves. Measured on a tiny bfloat16 model: of the sections of fractions 0.25 and 0.5, 0.31 and 0.25
-were bit-equal to the shells after 4 steps of that phase, 0.03 and 0.03 after 100 (recipes: 400), and 0.48 and 0.39 if it
-left the base alone. So sharing could only pay on disk, for an untrained base; a download would grow, since to find
+were bit-equal to the shells after 4 steps of that phase, 0.03 and 0.03 after 100 (recipes: 400), and 0.48 and 0.39 if
+it left the base alone. So sharing could only pay on disk, for an untrained base; a download would grow, since to find
 scattered weights a reader needs all shells, more bytes than the section. A structured level reads this section and
 what all levels share.
 Which units stay is one bit a unit: one byte string for one choice, with nothing to sort or to repeat.
