@@ -26,6 +26,7 @@ from elastic_sparsity.config import make_recipe
 from elastic_sparsity.data import read_text, tokenize, windows
 from elastic_sparsity.evaluate import evaluate
 from elastic_sparsity.files import write_json
+from elastic_sparsity.generating import empty_cache, greedy_stepper
 from elastic_sparsity.models import BaseModel, load_base
 from elastic_sparsity.pipeline import versions
 from elastic_sparsity.precision import autocast_factory, resolve_precision
@@ -138,14 +139,13 @@ def num_bytes(model: Any) -> int:
 @torch.no_grad()
 def timed(model: Any, prompt_BT: torch.Tensor, new_tokens: int) -> dict[str, float]:
     """Tokens a second of one prompt, and of decoding behind it."""
+    step, cache = greedy_stepper(model), empty_cache(model)
     start = time.perf_counter()
-    output = model(prompt_BT, use_cache=True, logits_to_keep=1)
+    latest = step(prompt_BT, cache)
     prefill = time.perf_counter() - start
-    latest = output.logits[:, -1:].argmax(dim=-1)
     start = time.perf_counter()
     for _ in range(new_tokens):
-        output = model(latest, past_key_values=output.past_key_values, use_cache=True)
-        latest = output.logits[:, -1:].argmax(dim=-1)
+        latest = step(latest, cache)
     decode = time.perf_counter() - start
     return {"prefill": prompt_BT.shape[1] / prefill, "decode": new_tokens / decode}
 

@@ -1,14 +1,20 @@
-"""From a base model to an allocation plan: scores, cheap allocations, search. What `elastic-sparsity search` does."""
+"""From a base model to an allocation plan: scores, cheap allocations, descent, evolution.
+
+What `elastic-sparsity search` does, and the first stage of a recipe that asks for it.
+"""
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from elastic_sparsity.allocation import (
+    SLOPES,
     Kept,
     Moves,
     bounds,
@@ -19,23 +25,32 @@ from elastic_sparsity.allocation import (
     trade,
     uniform,
 )
-from elastic_sparsity.allocation_file import AllocationPlan, LinearPlan, check_unfinished, load_plan, save_plan
+from elastic_sparsity.allocation_file import (
+    AllocationPlan,
+    DescentPlan,
+    LinearPlan,
+    check_unfinished,
+    load_plan,
+    save_plan,
+)
 from elastic_sparsity.attention import training_attention
 from elastic_sparsity.calibration_text import Progress, calibration_tokens, silent
 from elastic_sparsity.config import Recipe
 from elastic_sparsity.data import token_hash
+from elastic_sparsity.descent import Descended, DescentSettings, Prices, descend
 from elastic_sparsity.errors import ConfigError, OutputError
 from elastic_sparsity.files import check_output_file
 from elastic_sparsity.fused_layers import fused_layers
-from elastic_sparsity.models import load_base
+from elastic_sparsity.models import BaseModel, load_base
 from elastic_sparsity.precision import autocast_factory, resolve_precision
 from elastic_sparsity.search import Generation, Judge, SearchSettings, evolve
 from elastic_sparsity.supernet import Supernet, TopKL
 
 log = logging.getLogger(__name__)
+Keep = Callable[[dict[str, Any], Kept], None]  # (fields of one level, what it keeps)
 
-METHODS = ("search", "arithmetic", "owl", "uniform")
-SLOPES = (0.05, 0.1, 0.15, 0.2, 0.25)  # of the arithmetic progression
+METHODS = ("search", "descent", "arithmetic", "owl", "uniform")
+DESCENDING = ("search", "descent")
 COARSE = (4, 2, 1)  # quanta of a search's first, second and last third
 WIDE = (0.7, 0.4, 0.1)  # and its share of moves of whole types and blocks
 
@@ -45,13 +60,15 @@ class Allocating:
     """How a plan is made.
 
     Attributes:
-        method: "search", or one of its starts alone: "arithmetic", "owl", "uniform".
+        method: "search", which is a descent and then an evolution from the best of the cheap ones; "descent" without
+            the evolution; or a cheap one alone: "arithmetic", "owl", "uniform".
         held_out: calibration samples, the last ones, that judge allocations.
     """
 
     method: str = "search"
     held_out: int = 16
-    search: SearchSettings = field(default_factory=lambda: SearchSettings(generations=60))
+    descent: DescentSettings = field(default_factory=DescentSettings)
+    search: SearchSettings = field(default_factory=SearchSettings)
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -64,22 +81,44 @@ def allocate(recipe: Recipe, wanted: Allocating, output: Path, progress: Progres
     Raises: ConfigError: no unstructured level, too few samples, or what the model or text is refused for. OutputError:
         the output holds a finished plan, or another search's.
     """
-    sparsities = recipe.ladder.sparsities
-    if not sparsities:
-        raise ConfigError("allocation: only unstructured levels have one; name at least one, e.g. 0.6.")
-    scored = recipe.calibration.samples - wanted.held_out
-    if scored < 1 or wanted.held_out < max(wanted.search.windows):
-        raise ConfigError(
-            f"allocation: {recipe.calibration.samples} calibration samples, {wanted.held_out} of them held out; a "
-            f"stage of the search takes {max(wanted.search.windows)}, and at least one must be left to score with."
-        )
+    _check_samples(recipe, wanted)
     begun = _unfinished(output)
     base = load_base(recipe.model.id, recipe.model.dtype)
     token_ids_ST, _ = calibration_tokens(recipe, base, progress)
+    return allocate_on(base, token_ids_ST, recipe, wanted, output, begun, progress)
+
+
+def _check_samples(recipe: Recipe, wanted: Allocating) -> None:
+    if not recipe.ladder.sparsities:
+        raise ConfigError("allocation: only unstructured levels have one; name at least one, e.g. 0.6.")
+    stage = max(wanted.search.windows) if wanted.method == "search" else 1
+    if recipe.calibration.samples <= wanted.held_out or wanted.held_out < stage:
+        raise ConfigError(
+            f"allocation: {recipe.calibration.samples} calibration samples, {wanted.held_out} of them held out; a "
+            f"stage of the search takes {stage}, and at least one must be left to score with."
+        )
+
+
+def allocate_on(
+    base: BaseModel,
+    token_ids_ST: Tensor,
+    recipe: Recipe,
+    wanted: Allocating,
+    output: Path,
+    begun: AllocationPlan | None,
+    progress: Progress,
+) -> AllocationPlan:
+    """`allocate` on a model that is whole in memory; its weights come back as they were.
+
+    Args:
+        begun: the unfinished plan at `output`, if there is one.
+    """
+    sparsities, scored = recipe.ladder.sparsities, recipe.calibration.samples - wanted.held_out
     device = base.model.device.type
     autocast = autocast_factory(resolve_precision(recipe.precision, device), device)
     made = {
         "method": wanted.method,
+        "descent": asdict(wanted.descent) if wanted.method in DESCENDING else None,
         "search": asdict(wanted.search) if wanted.method == "search" else None,
         "held_out": wanted.held_out,
         "scores": recipe.scores.method,
@@ -108,7 +147,29 @@ def allocate(recipe: Recipe, wanted: Allocating, output: Path, progress: Progres
             net.apply_(kept)
             return loss(windows)
 
-        return _levels(net, plan, wanted, judge, recipe.seed, output, progress)
+        def prices(kept: Sequence[int]) -> Prices:
+            net.apply_(kept)
+            return [curve.tolist() for curve in net.prices(lambda: loss.backward(range(wanted.held_out)))]
+
+        plan = _levels(net, plan, wanted, judge, prices, recipe.seed, output, progress)
+    net.restore_()
+    return plan
+
+
+def plan_in_run(
+    base: BaseModel, token_ids_ST: Tensor, recipe: Recipe, file: Path, progress: Progress
+) -> AllocationPlan:
+    """The plan that a recipe's `[allocation] search` asks for: the one in the file, made or finished there if need be.
+
+    Raises: ConfigError, OutputError: damaged.
+    """
+    methods = {"descent": "descent", "full": "search"}
+    wanted = Allocating(method=methods[recipe.allocation.search], held_out=recipe.allocation.held_out)
+    _check_samples(recipe, wanted)
+    begun = load_plan(file) if file.exists() else None
+    if begun is not None and begun.finished:
+        return begun
+    return allocate_on(base, token_ids_ST, recipe, wanted, file, begun, progress)
 
 
 def _unfinished(output: Path) -> AllocationPlan | None:
@@ -141,6 +202,7 @@ def _levels(
     plan: AllocationPlan,
     wanted: Allocating,
     judge: Judge,
+    prices: Callable[[Sequence[int]], Prices],
     seed: int,
     output: Path,
     progress: Progress,
@@ -150,31 +212,62 @@ def _levels(
     generations = wanted.search.generations if wanted.method == "search" else 0
     for level in from_the_middle(len(plan.sparsities)):
         name, (low, high) = repr(plan.sparsities[level]), bounds(net.sizes, done, level, plan.sparsities)
+
+        def keep(change: dict[str, Any], kept: Kept, level: int = level, name: str = name) -> None:
+            nonlocal plan
+            plan = _updated(plan, level, name, kept, change)
+            save_plan(output, plan)
+
         if name not in plan.held_out_kl:
             kept, loss = _cheap(net, level, plan.sparsities, wanted, judge, low, high, done)
-            plan = _updated(plan, level, kept, [], [loss])
-            save_plan(output, plan)
-
-        def keep(now: Generation, level: int = level, name: str = name) -> None:
-            nonlocal plan
-            plan = _updated(plan, level, now.kept, now.losses, plan.held_out_kl[name])
-            save_plan(output, plan)
-            log.info("search %s: generation %d, KL %.4f", name, len(now.losses), now.losses[-1])
-            progress(f"search {name}", len(now.losses), generations)
-
+            keep({"losses": [], "held_out_kl": [loss]}, kept)
         if len(plan.held_out_kl[name]) == 1:
+            if wanted.method in DESCENDING and not plan.losses[name]:
+                _descend(net, plan, level, wanted, judge, prices, low, high, keep, progress)
+
+            def on_generation(now: Generation, name: str = name, keep: Keep = keep) -> None:
+                keep({"losses": now.losses}, now.kept)
+                log.info("search %s: generation %d, KL %.4f", name, len(now.losses), now.losses[-1])
+                progress(f"search {name}", len(now.losses), generations)
+
             found = evolve(
                 Generation(plan.level(level), plan.losses[name]), judge, wanted.held_out,
                 partial(_moves, net, generations), low, high, replace(wanted.search, generations=generations),
-                f"{seed} {name}", keep,
+                f"{seed} {name}", on_generation,
             )  # fmt: skip
-            kl = [*plan.held_out_kl[name], judge(found.kept, range(wanted.held_out))]
-            plan = _updated(plan, level, found.kept, found.losses, kl)
-            save_plan(output, plan)
+            loss = judge(found.kept, range(wanted.held_out))
+            keep({"losses": found.losses, "held_out_kl": [*plan.held_out_kl[name], loss]}, found.kept)
         done[level] = plan.level(level)
     plan = plan.model_copy(update={"finished": True})
     save_plan(output, plan)
     return plan
+
+
+def _descend(
+    net: Supernet,
+    plan: AllocationPlan,
+    level: int,
+    wanted: Allocating,
+    judge: Judge,
+    prices: Callable[[Sequence[int]], Prices],
+    low: Kept,
+    high: Kept,
+    keep: Keep,
+    progress: Progress,
+) -> None:
+    name, steps = repr(plan.sparsities[level]), wanted.descent.steps
+    begun = plan.descents.get(name)
+    state = (plan.held_out_kl[name], 0.0, 0) if begun is None else (begun.losses, begun.curvature, begun.stalled)
+
+    def on_step(now: Descended) -> None:
+        keep({"descents": DescentPlan(losses=now.losses, curvature=now.curvature, stalled=now.stalled)}, now.kept)
+        log.info("descent %s: step %d, KL %.4f", name, len(now.losses) - 1, now.losses[-1])
+        progress(f"descent {name}", len(now.losses) - 1, steps)
+
+    descend(
+        Descended(plan.level(level), *state), lambda kept: judge(kept, range(wanted.held_out)), prices,
+        trade(net.sizes), low, high, wanted.descent, on_step,
+    )  # fmt: skip
 
 
 def _moves(net: Supernet, generations: int, number: int) -> Moves:
@@ -200,13 +293,13 @@ def _cheap(
     sparsity = sparsities[level]
     base, rules = uniform(net.sizes, sparsity), trade(net.sizes)
     shapes: dict[str, list[float]] = {}
-    if wanted.method in ("search", "uniform"):
+    if wanted.method in (*DESCENDING, "uniform"):
         shapes["uniform"] = [float(kept) for kept in base]
-    if wanted.method in ("search", "owl"):
+    if wanted.method in (*DESCENDING, "owl"):
         shapes["owl"] = by_outliers(net.sizes, net.depths, sparsity, net.outliers)
-    if wanted.method in ("search", "arithmetic"):
+    if wanted.method in (*DESCENDING, "arithmetic"):
         shapes |= {f"arithmetic {slope}": by_depth(net.sizes, net.depths, sparsity, slope) for slope in SLOPES}
-    if wanted.method == "search":  # as a neighbouring level differs from its uniform one
+    if wanted.method in DESCENDING:  # as a neighbouring level differs from its uniform one
         for other, kept in done.items():
             flat = uniform(net.sizes, sparsities[other])
             shapes[f"like {sparsities[other]}"] = [b + k - f for b, k, f in zip(base, kept, flat, strict=True)]
@@ -219,17 +312,12 @@ def _cheap(
     return kept, loss
 
 
-def _updated(
-    plan: AllocationPlan, level: int, kept: Kept, losses: list[float], held_out_kl: list[float]
-) -> AllocationPlan:
-    linears, name = {}, repr(plan.sparsities[level])
+def _updated(plan: AllocationPlan, level: int, name: str, kept: Kept, change: dict[str, Any]) -> AllocationPlan:
+    """With what one level keeps, and what else changed of it, by field."""
+    linears = {}
     for (path, linear), count in zip(plan.linears.items(), kept, strict=True):
         counts = list(linear.kept)
         counts[level] = count
         linears[path] = linear.model_copy(update={"kept": counts})
-    changed = {
-        "linears": linears,
-        "losses": {**plan.losses, name: losses},
-        "held_out_kl": {**plan.held_out_kl, name: held_out_kl},
-    }
-    return plan.model_copy(update=changed)
+    fields = {field: {**getattr(plan, field), name: value} for field, value in change.items()}
+    return plan.model_copy(update={"linears": linears, **fields})

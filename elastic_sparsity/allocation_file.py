@@ -26,6 +26,15 @@ class LinearPlan(BaseModel):
     kept: list[int]
 
 
+class DescentPlan(BaseModel):
+    """Where a level's descent stands, see `descent.Descended`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    losses: list[FiniteFloat] = Field(min_length=1)
+    curvature: FiniteFloat
+    stalled: int
+
+
 class AllocationPlan(BaseModel):
     """All linears of a model.
 
@@ -33,6 +42,7 @@ class AllocationPlan(BaseModel):
         sparsities: of the levels, densest first.
         losses: the parent's KL to the dense model after each generation, by level; other text in every generation.
         held_out_kl: of the start and of what was found, on all held-out text, by level.
+        descents: KL of every step on all held-out text, and what the next step goes by, by level.
         finished: whether all levels are final.
         made: how it was made: method, model, text, seed, versions.
     """
@@ -44,6 +54,7 @@ class AllocationPlan(BaseModel):
     linears: dict[str, LinearPlan]
     losses: dict[str, list[FiniteFloat]]
     held_out_kl: dict[str, list[FiniteFloat]]
+    descents: dict[str, DescentPlan] = {}
     finished: bool
     made: dict[str, Any]
 
@@ -87,7 +98,7 @@ def check_unfinished(plan: AllocationPlan, fresh: AllocationPlan, path: Path) ->
         for x, size in zip(plan.linears.values(), sizes, strict=True)
     )
     begun = plan.held_out_kl.keys()
-    intact = intact and begun == plan.losses.keys() and begun <= set(names)
+    intact = intact and begun == plan.losses.keys() and begun <= set(names) and plan.descents.keys() <= begun
     intact = intact and all(len(kl) in (1, 2) for kl in plan.held_out_kl.values())
     if not intact or any(total(sizes, plan.level(i)) != total(sizes, fresh.level(i)) for i in range(len(names))):
         raise OutputError(f"{path}: holds a damaged search; delete it or name another output.")

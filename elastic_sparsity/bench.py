@@ -7,7 +7,6 @@ that is fastest. The loop is our own: `generate` would time its own bookkeeping 
 
 import copy
 import gc
-import inspect
 import itertools
 import statistics
 import time
@@ -26,6 +25,7 @@ from elastic_sparsity.checkpoint import ElasticCheckpoint
 from elastic_sparsity.device_profile import FORMAT, FORMAT_VERSION, Profile, WayEntry, fit_way
 from elastic_sparsity.doctor import Facts, existing_ways, read_facts, verdicts
 from elastic_sparsity.errors import ConfigError, brief
+from elastic_sparsity.generating import empty_cache, greedy_stepper
 from elastic_sparsity.hub import fetch_levels
 from elastic_sparsity.ladder import Level
 from elastic_sparsity.slicing import ElasticModel
@@ -337,25 +337,6 @@ class _Run:
             if x["way"] == name and x["tokens"] == 1
         ]
         return fit_way(way, whole, single)
-
-
-def greedy_stepper(model: Any) -> Callable[[Tensor, Any], Tensor]:
-    """A function of (tokens (B, T), cache) that gives every sequence's next token (B, 1) and lets the cache grow."""
-    names = inspect.signature(model.forward).parameters
-    last = {"logits_to_keep": 1} if "logits_to_keep" in names else {}
-    cache_name = "cache" if "cache" in names else "past_key_values"  # transformers renamed it in version 5
-
-    def step(ids_BT: Tensor, cache: Any) -> Tensor:
-        return model(input_ids=ids_BT, use_cache=True, **{cache_name: cache}, **last).logits[:, -1:].argmax(-1)
-
-    return step
-
-
-def empty_cache(model: Any) -> Any:
-    """A cache of keys and values as `generate` makes it."""
-    from transformers import DynamicCache  # slow import, only here
-
-    return DynamicCache(config=model.config)
 
 
 def _rotated(ways: list[Way], by: int) -> list[Way]:

@@ -11,13 +11,17 @@ from rich.console import Console
 from rich.table import Table
 
 from elastic_sparsity.config import make_recipe, number_or_text
+from elastic_sparsity.descent import DescentSettings
 from elastic_sparsity.errors import ConfigError
 from elastic_sparsity.search import SearchSettings
 from elastic_sparsity.terminal import say
 
 PRESETS = {
-    "fast": SearchSettings(generations=40),
-    "paper": SearchSettings(generations=200, offspring=128, windows=(4, 32, 256), survivors=(16, 4)),
+    "fast": (DescentSettings(), SearchSettings()),
+    "paper": (
+        DescentSettings(steps=40),
+        SearchSettings(generations=200, offspring=128, windows=(4, 32, 256), survivors=(16, 4)),
+    ),
 }
 
 
@@ -30,11 +34,12 @@ def register(app: typer.Typer, progress: Callable[[bool], AbstractContextManager
         output: Annotated[Path, typer.Option(help="The plan, a .json file; an unfinished search there goes on.")],
         calibration: Annotated[str, typer.Option(help='Text file, hub data set or "self".')] = "self",
         levels: Annotated[str, typer.Option(help="Sparsities, from 0 to 1.")] = "0.5,0.6,0.7",
-        method: Annotated[str, typer.Option(help='"search", "arithmetic", "owl" or "uniform".')] = "search",
+        method: Annotated[str, typer.Option(help='"search", "descent", "arithmetic", "owl" or "uniform".')] = "search",
         preset: Annotated[str, typer.Option(help='"fast", or "paper" (hours on a GPU).')] = "fast",
-        generations: Annotated[int | None, typer.Option(help="Of each level, instead of the preset's.")] = None,
-        samples: Annotated[int, typer.Option(help="Calibration samples that choose the masks.")] = 64,
-        length: Annotated[int, typer.Option(help="Tokens of a sample.")] = 512,
+        steps: Annotated[int | None, typer.Option(help="Of each level's descent, instead of the preset's.")] = None,
+        generations: Annotated[int | None, typer.Option(help="After it, instead of the preset's.")] = None,
+        samples: Annotated[int, typer.Option(help="Calibration samples that choose the masks.")] = 128,
+        length: Annotated[int, typer.Option(help="Tokens of a sample.")] = 256,
         held_out: Annotated[int | None, typer.Option(help="More samples, that judge allocations.")] = None,
         seed: Annotated[int, typer.Option(help="Of the samples and of the moves.")] = 0,
         quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No bars and no log, only the result.")] = False,
@@ -48,7 +53,9 @@ def register(app: typer.Typer, progress: Callable[[bool], AbstractContextManager
         from elastic_sparsity.allocating import Allocating, allocate  # torch, only here
         from elastic_sparsity.allocation_plot import plot_plan
 
-        settings = PRESETS[preset]
+        descent, settings = PRESETS[preset]
+        if steps is not None:
+            descent = replace(descent, steps=steps)
         if generations is not None:
             settings = replace(settings, generations=generations)
         judged = max(16, *settings.windows) if held_out is None else held_out
@@ -63,14 +70,17 @@ def register(app: typer.Typer, progress: Callable[[bool], AbstractContextManager
             "search",
         )
         with progress(quiet) as report:
-            plan = allocate(recipe, Allocating(method=method, held_out=judged, search=settings), output, report)
+            plan = allocate(
+                recipe, Allocating(method=method, held_out=judged, descent=descent, search=settings), output, report
+            )
         table = Table(title="KL to the dense model on held-out text, nats a token")
-        for column in ("level", "best start", "found", "generations"):
+        for column in ("level", "best start", "found", "steps", "generations"):
             table.add_column(column, justify="left" if column == "level" else "right")
         for sparsity in plan.sparsities:
             start, found = plan.held_out_kl[repr(sparsity)]
-            count = len(plan.losses[repr(sparsity)])
-            table.add_row(f"{100 * sparsity:g} %", f"{start:.3f}", f"{found:.3f}", str(count))
+            descended = plan.descents.get(repr(sparsity))
+            counts = (0 if descended is None else len(descended.losses) - 1, len(plan.losses[repr(sparsity)]))
+            table.add_row(f"{100 * sparsity:g} %", f"{start:.3f}", f"{found:.3f}", *map(str, counts))
         Console(emoji=False).print(table)
         picture = output.with_name(f"{output.name}.png")
         plot_plan(plan, picture)

@@ -101,7 +101,12 @@ class AllocationSection(_Section):
     """How sparsity is shared out to the linears."""
 
     plan: str | None = None
-    """File that `elastic-sparsity search` wrote; None = the same sparsity in every linear, or by `slope`."""
+    """File that `elastic-sparsity search` wrote; None = uniform sparsity, or what `slope` or `search` say."""
+    search: Literal["off", "descent", "full"] = "off"
+    """The run makes such a plan itself first: by descent, or by descent and evolution as the command does. Needs the
+    whole model in memory, and one process."""
+    held_out: Positive = 16
+    """Calibration samples, the last ones, that judge allocations in a search."""
     slope: Slope | tuple[Slope, ...] = 0.0
     """Sparsity rises by twice this from the first block to the last (arXiv 2502.14770): one number, or one for each
     unstructured level; 0 = uniform."""
@@ -219,16 +224,16 @@ class Recipe(_Section):
             raise ConfigError(
                 f"allocation.slope: {len(slopes)} slopes for {len(self.ladder.sparsities)} ladder.sparsities."
             )
-        if self.allocation.plan is not None and any(self.slopes()):
-            raise ConfigError("allocation.slope: a plan says all there is to say; give one of them.")
+        self._check_allocation()
         wanted = self.end_to_end
         if self.memory.weights == "stream" and wanted.trainable in ("base", "adapters") and not wanted.shard:
             raise ConfigError(
                 "memory.weights: 'stream' keeps one block in memory, end_to_end needs all of them; set "
                 "end_to_end.trainable = 'off', or end_to_end.shard = true with several workers."
             )
-        if self.memory.weights == "stream" and self.induction.steps:
-            raise ConfigError("induction.steps: needs the whole model in memory, but memory.weights is 'stream'.")
+        if self.memory.weights == "stream" and self.needs_whole_model:
+            key = "induction.steps" if self.induction.steps else "allocation.search"
+            raise ConfigError(f"{key}: needs the whole model in memory, but memory.weights is 'stream'.")
         fractions = sorted(self.structured.fractions)
         if any(b - a < 1e-6 for a, b in pairwise(fractions)):
             raise ConfigError(f"structured.fractions: {list(self.structured.fractions)} names one twice.")
@@ -244,6 +249,29 @@ class Recipe(_Section):
                 f"block.samples: {self.block.samples} is more than calibration.samples ({self.calibration.samples})."
             )
         return self
+
+    def _check_allocation(self) -> None:
+        wanted = self.allocation
+        if wanted.plan is not None and any(self.slopes()):
+            raise ConfigError("allocation.slope: a plan says all there is to say; give one of them.")
+        if wanted.search == "off":
+            return
+        if wanted.plan is not None or any(self.slopes()):
+            raise ConfigError("allocation.search: makes a plan; with it, give neither allocation.plan nor slope.")
+        if not self.ladder.sparsities:
+            raise ConfigError(
+                "allocation.search: only unstructured levels have an allocation; ladder.sparsities is empty."
+            )
+        if wanted.held_out >= self.calibration.samples:
+            raise ConfigError(
+                f"allocation.held_out: {wanted.held_out} of {self.calibration.samples} calibration.samples leave none "
+                "to score with."
+            )
+
+    @property
+    def needs_whole_model(self) -> bool:
+        """Whether a stage before the blocks runs the model as a whole."""
+        return bool(self.induction.steps) or self.allocation.search != "off"
 
     def build_ladder(self) -> Ladder:
         return Ladder(**self.ladder.model_dump())

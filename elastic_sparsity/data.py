@@ -16,6 +16,7 @@ from torch import Tensor
 
 from elastic_sparsity.errors import DataError, NumericsError, brief
 from elastic_sparsity.files import is_file
+from elastic_sparsity.generating import empty_cache, stepper
 
 log = logging.getLogger(__name__)
 
@@ -170,11 +171,9 @@ def sample_from_model(
         size = min(SELF_BATCH, samples - start)
         ids = torch.empty(size, length, dtype=torch.int64)
         ids[:, 0] = torch.randint(model.config.vocab_size, (size,), generator=generator)
-        cache, latest = None, ids[:, :1].to(model.device)
+        step, cache, latest = stepper(model), empty_cache(model), ids[:, :1].to(model.device)
         for position in range(1, length):
-            output = model(latest, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
-            logits = output.logits[:, -1].float().cpu() / temperature  # the generator lives on the CPU
+            logits = step(latest, cache).float().cpu() / temperature  # the generator lives on the CPU
             if not torch.isfinite(logits).all():
                 raise NumericsError("self-calibration: the model's logits are not finite; its weights overflow.")
             logits[:, banned] = float("-inf")

@@ -28,7 +28,7 @@ CHARACTERS = 40  # a token of the calibration, as `calibration_text` reads of a 
 def memory_terms(shapes: ModelShapes, recipe: Recipe, choices: Choices) -> list[Term]:
     """Every term of a run."""
     sizes = Sizes(shapes, recipe, choices)
-    terms = [*_process(sizes), *_weights(sizes), *_reading(sizes), *_induction(sizes)]
+    terms = [*_process(sizes), *_weights(sizes), *_reading(sizes), *_allocation(sizes), *_induction(sizes)]
     terms += [*_streams(sizes), *_block(sizes)]
     terms += [*_training(sizes), *_end_to_end(sizes), *_saving(sizes), *structured_terms(sizes), *_disk(sizes)]
     if not choices.gpu:
@@ -38,9 +38,9 @@ def memory_terms(shapes: ModelShapes, recipe: Recipe, choices: Choices) -> list[
 
 def _holes(terms: Sequence[Term], choices: Choices, shapes: ModelShapes, recipe: Recipe) -> Iterator[Term]:
     """What allocators lose."""
-    left_out = {"end to end" if choices.trainable == "off" else "", "" if recipe.induction.steps else "induction"}
-    left_out |= set() if recipe.structured.fractions else {"structured"}
-    stages = [stage for stage in STAGES if stage not in left_out]
+    early = _early(recipe)
+    stages = [*early, *PER_BLOCK, *([] if choices.trainable == "off" else ["end to end"]), "saving"]
+    stages += ["structured"] if recipe.structured.fractions else []
     if choices.gpu:
         why = f"{CUDA_SLACK:.0%} of the stage's rest, for torch's caching allocator; assumed, not measured"
         for stage in stages:
@@ -51,10 +51,16 @@ def _holes(terms: Sequence[Term], choices: Choices, shapes: ModelShapes, recipe:
         passing = [t for t in terms if t.place == "host" and set(t.stages) <= set(PER_BLOCK) and t.name not in kept]
         yield Term(
             name="holes", bytes=_total(passing, "host", "training"), place="host",
-            stages=tuple(stage for stage in stages if stage not in ("load", "induction")),
+            stages=tuple(stage for stage in stages if stage not in early),
             why="what a block needs for its training, once again: tensors below 32 MiB come from the C library's heap, "
             "which keeps it (measured: 0.5 to 1.3 times that, another with every run; none with streamed weights)",
         )  # fmt: skip
+
+
+def _early(recipe: Recipe) -> tuple[str, ...]:
+    """The stages before the first block."""
+    searched, induced = recipe.allocation.search != "off", bool(recipe.induction.steps)
+    return ("load", *["allocation"] * searched, *["induction"] * induced)
 
 
 def peaks(terms: Sequence[Term]) -> list[Peak]:
@@ -96,7 +102,7 @@ def _weights(z: Sizes) -> Iterator[Term]:
     if z.choices.weights == "resident":
         yield Term(
             name="all blocks", bytes=s.depth * (linears + other) * w, place="device",
-            stages=("load", "induction") if z.recipe.induction.steps else ("load",),
+            stages=_early(z.recipe),
             why=f"{s.depth} x ({linears:,} + {other:,}) numbers x {w}",
         )  # fmt: skip
         yield Term(
@@ -139,6 +145,31 @@ def _reading(z: Sizes) -> Iterator[Term]:
             bytes=s.stored * (s.total if whole else s.largest),
             why="the model is loaded into host memory first" if whole else "one tensor at a time",
         )  # fmt: skip
+
+
+def _allocation(z: Sizes) -> Iterator[Term]:
+    s, wanted, stage = z.shapes, z.recipe.allocation, ("allocation",)
+    if wanted.search == "off":
+        return
+    length, numbers = z.recipe.calibration.length, s.depth * s.block_linears
+    yield Term(
+        name="masked weights, their gradients, the order", bytes=numbers * (2 * z.weight + 2), place="device",
+        stages=stage, why=f"{s.depth} x W x ({z.weight} + {z.weight} + 2)",
+    )  # fmt: skip
+    yield Term(
+        name="activations kept for the backward pass", bytes=s.depth * z.kept_for_backward(length), place="device",
+        stages=stage, why=f"{s.depth} blocks x {z.kept_for_backward(length) // length:,} bytes a token x T",
+    )  # fmt: skip
+    yield Term(
+        name="prices of the largest linear", bytes=28 * s.largest_linear, place="device", stages=stage,
+        why=f"L {s.largest_linear:,} x 28: products in float32 and float64, places of 8 bytes",
+    )  # fmt: skip
+    top = min(512, s.vocabulary - 1)
+    yield Term(
+        name="the dense model's likeliest tokens", bytes=wanted.held_out * length * top * 8, place="device",
+        stages=stage, why=f"{wanted.held_out} samples x T x {top} tokens x 8",
+    )  # fmt: skip
+    yield _head(z, length, stage)
 
 
 def _induction(z: Sizes) -> Iterator[Term]:
@@ -340,7 +371,7 @@ def _disk(z: Sizes) -> Iterator[Term]:
     s, moved = z.shapes, 4 * z.shapes.block_linears if z.recipe.block.base_lr > 0 else 0
     each = z.masks * s.block_linears + 4 * z.adapter + moved
     yield Term(
-        name="finished blocks", bytes=s.depth * each, place="disk", stages=STAGES[5:],
+        name="finished blocks", bytes=s.depth * each, place="disk", stages=STAGES[6:],
         why=f"{s.depth} x (masks a byte each, float32 adapters{', float32 weights' if moved else ''}), until the end",
     )  # fmt: skip
     yield Term(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from elastic_sparsity.adapters import elastic_linears
 from elastic_sparsity.adding import add_levels, check_sizes
+from elastic_sparsity.allocating import plan_in_run
 from elastic_sparsity.allocation import progressions
 from elastic_sparsity.allocation_file import allocation_of, load_plan
 from elastic_sparsity.allocator import return_freed_tensors_, usual_allocator_after
@@ -86,6 +87,7 @@ def optimize(
 def train_and_save(job: Job, output: Path, identity: dict[str, Any], stored_dtype: torch.dtype) -> None:
     """All stages that train; the first worker writes the checkpoint."""
     with training_attention(job.base.model), fused_layers(job.base.model):
+        job = run_allocation(job)
         job, induced = run_induction(job)
         block_losses, mixer_weights = run_block_phase_(job)
         final_kl = run_end_to_end_(job)
@@ -99,6 +101,11 @@ def prepare(
 ) -> tuple[Job, torch.dtype, dict[str, Any]]:
     """Model, text and choices of a run. Returns: the job, the base model's stored dtype, and what the run is."""
     with workers.main_first():  # the others find downloads, conversions and sampled text in the cache
+        if recipe.allocation.search != "off" and workers.count > 1:
+            raise ConfigError(
+                f"allocation.search: runs in one process, found {workers.count}; make the plan first with "
+                "`elastic-sparsity search`, and name it as allocation.plan."
+            )
         planned = settle(recipe, workers.count)
         base = open_base(recipe, planned.weights)
         allocation = _allocation(recipe, base.model)
@@ -152,6 +159,16 @@ def _allocation(recipe: Recipe, model: Any) -> dict[str, tuple[int, ...]]:
         return {}
     levels = progressions(sizes, linear_depths(model), sparsities, recipe.slopes())
     return {size.name: tuple(kept[i] for kept in levels) for i, size in enumerate(sizes)}
+
+
+def run_allocation(job: Job) -> Job:
+    """Searches how much each linear keeps, if the recipe asks for it. Returns: the job with what was found."""
+    recipe = job.recipe
+    if recipe.allocation.search == "off":
+        return job
+    plan = plan_in_run(job.base, job.token_ids_ST, recipe, job.folder.allocation, job.progress)
+    found = allocation_of(plan, job.folder.allocation, linear_sizes(job.base.model), recipe.ladder.sparsities)
+    return replace(job, allocation=found)
 
 
 def run_induction(job: Job) -> tuple[Job, dict[str, Any]]:

@@ -7,8 +7,11 @@ from elastic_sparsity.ladder import keep_count
 from elastic_sparsity.model_shapes import ModelShapes
 from elastic_sparsity.shells import LinearSpec
 
-STAGES = ("load", "induction", "statistics", "scores", "training", "commit", "end to end", "saving", "structured")
-PER_BLOCK = STAGES[2:6]
+STAGES = (
+    "load", "allocation", "induction", "statistics", "scores", "training", "commit",
+    "end to end", "saving", "structured",
+)  # fmt: skip
+PER_BLOCK = STAGES[3:7]
 PLACES = ("device", "host", "disk")
 
 
@@ -57,7 +60,7 @@ class Work:
     """One kind of work.
 
     Attributes:
-        phase: "induction", "block phase", "end to end" or "structured".
+        phase: "allocation", "induction", "block phase", "end to end" or "structured".
         direction: "forward", or "forward and backward".
         passes: token-passes.
         flops: floating-point operations of matrix products, attention and merging.

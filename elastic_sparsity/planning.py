@@ -125,8 +125,8 @@ def choose(recipe: Recipe, shapes: ModelShapes, limits: dict[str, int], gpu: boo
     streams = not recipe.model.id.endswith(".gguf") and not recipe.model.id.startswith("random:")
     if recipe.memory.weights == "auto" and (not streams or recipe.calibration.source == "self"):
         weights = ("resident",)  # no files to read in blocks, or a model that writes its own text
-    if recipe.induction.steps or recipe.structured.fractions:
-        weights = ("resident",)  # what trains or prunes the whole model
+    if recipe.needs_whole_model or recipe.structured.fractions:
+        weights = ("resident",)
     where = recipe.memory.activations
     places = (("device", "host", "disk") if gpu else ("host", "disk")) if where == "auto" else (where,)
     # A recipe that asks for both by name gets both, and with one process the error that says what is missing.
@@ -198,7 +198,9 @@ def _settings(recipe: Recipe, choices: Choices) -> Iterator[tuple[str, dict[str,
     off = {"trainable": "off"}
     if recipe.induction.steps:
         yield "induction.steps = 0", {"induction": {"steps": 0}}
-    elif choices.weights == "resident":
+    if recipe.allocation.search != "off":
+        yield 'allocation.search = "off"', {"allocation": {"search": "off"}}
+    if choices.weights == "resident" and not recipe.needs_whole_model:
         both = choices.trainable != "off"
         text = 'memory.weights = "stream"' + (' with end_to_end.trainable = "off"' if both else "")
         yield text, {"memory": {"weights": "stream"}, "end_to_end": off}

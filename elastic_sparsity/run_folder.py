@@ -1,6 +1,7 @@
 """What an unfinished run keeps beside its output, so that it goes on after a crash from its last finished block.
 
-`<output>.run/` holds run.json (what the run is), induction.safetensors (scales that were learned first),
+`<output>.run/` holds run.json (what the run is), allocation.json (the plan, if it searches one; see allocation_file),
+induction.safetensors (scales that were learned first),
 block-0007.safetensors (a finished block, written under another name, synced and renamed: its presence commits the
 block), the hidden states that the next block starts from, and a snapshot of the end-to-end phase. All of it goes when
 the checkpoint is in place. One process at a time: a lock, which the system drops with its process. Each file's sha256
@@ -31,7 +32,7 @@ from elastic_sparsity.tensor_file_writer import write_tensors
 log = logging.getLogger(__name__)
 # What a run may have left; whatever else lies in the folder is somebody's, and stays.
 _OWN = re.compile(
-    r"lock|run\.json|(block-\d{4}|induction|end-to-end|trained-\w+)\.safetensors|[\w-]+\.activations|\..+\.partial-[0-9a-f]{8}"
+    r"lock|(run|allocation)\.json|(block-\d{4}|induction|end-to-end|trained-\w+)\.safetensors|[\w-]+\.activations|\..+\.partial-[0-9a-f]{8}"
 )
 
 
@@ -103,9 +104,14 @@ class RunFolder:
         return self._load(self._induction) if is_file(self._induction) else None
 
     @property
+    def allocation(self) -> Path:
+        """Where the plan of a run that searches one is kept."""
+        return self.path / "allocation.json"
+
+    @property
     def is_worth_keeping(self) -> bool:
         """Whether a run that goes on from here is spared any work."""
-        return bool(self.finished_blocks()) or is_file(self._induction)
+        return bool(self.finished_blocks()) or is_file(self._induction) or is_file(self.allocation)
 
     def save_block(self, index: int, tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> None:
         """Commits a finished block."""

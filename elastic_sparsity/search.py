@@ -28,7 +28,7 @@ class SearchSettings:
         survivors: of every stage but the last, in which the parent joins and one is left.
     """
 
-    generations: int
+    generations: int = 6
     offspring: int = 16
     most_moves: int = 3
     windows: tuple[int, ...] = (1, 4, 8)
@@ -71,7 +71,7 @@ def evolve(
         on_generation: called with every finished generation, to keep it.
     Raises: ConfigError: fewer windows than a stage needs. NumericsError: a loss is NaN.
     """
-    if num_windows < max(settings.windows):
+    if len(start.losses) < settings.generations and num_windows < max(settings.windows):
         raise ConfigError(f"search: {num_windows} windows of held-out text, but a stage takes {max(settings.windows)}.")
     now = start
     for number in range(len(now.losses), settings.generations):

@@ -22,7 +22,7 @@ from elastic_sparsity.arch import (
 )
 from elastic_sparsity.blocks import BlockRunner
 from elastic_sparsity.calibrate import block_statistics
-from elastic_sparsity.errors import ShapeError
+from elastic_sparsity.errors import NumericsError, ShapeError
 from elastic_sparsity.importance import importance_scores
 from elastic_sparsity.ladder import keep_count
 
@@ -53,7 +53,7 @@ class Supernet:
     """
 
     def __init__(self, model: Any) -> None:
-        self.model = model
+        self.model = model.requires_grad_(False)
         self.sizes = linear_sizes(model)
         self.depths = linear_depths(model)
         self.outliers = [0.0] * len(decoder_blocks(model))
@@ -132,6 +132,39 @@ class Supernet:
                 self._set_(i, self._rank[i] < count)
                 self._applied[i] = count
 
+    def prices(self, gradients: Callable[[], Any]) -> list[Tensor]:
+        """What other numbers of kept weights would change, to first order, at the applied allocation.
+
+        Dropping a weight w changes a loss by -g w, adding it by +g w, with g the loss's gradient where it stands.
+
+        Args:
+            gradients: leaves the gradients of the masked weights in their `grad`.
+        Returns: by linear (I + 1,) float64, the predicted change of the loss if it kept 0, 1, ... I weights a row.
+        Raises: NumericsError: a gradient is not finite.
+        """
+        for linear in self._linears:
+            linear.weight.requires_grad_(True)
+        try:
+            gradients()
+            return [self._price(i) for i in range(len(self._linears))]
+        finally:
+            for linear in self._linears:
+                linear.weight.requires_grad_(False)
+                linear.weight.grad = None
+
+    def _price(self, i: int) -> Tensor:
+        linear, count = self._linears[i], self._applied[i]
+        if count is None or linear.weight.grad is None:
+            raise ShapeError(f"{self.sizes[i].name}: no gradient; apply an allocation that this linear takes part in.")
+        product = (linear.weight.grad.float() * self._dense[i].float()).double()
+        product_OI = product.T if is_transposed(linear) else product
+        by_rank = torch.zeros(self.sizes[i].width, dtype=torch.float64, device=product.device)
+        by_rank.index_add_(0, self._rank[i].flatten().long(), product_OI.flatten())
+        curve = torch.cat([by_rank.new_zeros(1), by_rank.cumsum(0)])
+        if not curve.isfinite().all():
+            raise NumericsError(f"{self.sizes[i].name}: the loss's gradient is not finite; check model and text.")
+        return (curve - curve[count]).cpu()
+
     def restore_(self) -> None:
         """The dense weights again."""
         for linear, dense in zip(self._linears, self._dense, strict=True):
@@ -162,29 +195,44 @@ class TopKL:
             self._head = head_function(model)
             self._dense = [self._teacher(window) for window in self._windows_ST]
 
-    def _parts(self, window_T: Tensor) -> Sequence[Tensor]:
-        hidden = self._model.base_model(window_T[None], use_cache=False).last_hidden_state[0]
-        return [self._head(part).float() for part in hidden.split(ROWS)]
+    def _hidden(self, window_T: Tensor) -> Tensor:
+        with self._autocast():
+            return self._model.base_model(window_T[None], use_cache=False).last_hidden_state[0]
+
+    def _log_probabilities(self, hidden_TD: Tensor) -> Tensor:
+        with self._autocast():
+            return self._head(hidden_TD).float().log_softmax(-1)
 
     def _teacher(self, window_T: Tensor) -> tuple[Tensor, Tensor]:
-        found = [part.log_softmax(-1).topk(self._top, dim=-1) for part in self._parts(window_T)]
+        parts = self._hidden(window_T).split(ROWS)
+        found = [self._log_probabilities(part).topk(self._top, dim=-1) for part in parts]
         return torch.cat([x.indices for x in found]).int(), torch.cat([x.values for x in found])
+
+    def _part(self, number: int, start: int, hidden_TD: Tensor) -> Tensor:
+        """Sum over some positions of window `number`, whose final hidden states these are; the first is `start`."""
+        rows = slice(start, start + hidden_TD.shape[0])
+        tokens_TK, teacher_TK = (x[rows] for x in self._dense[number])
+        student_TK = self._log_probabilities(hidden_TD).gather(1, tokens_TK.long())
+        return top_kl(teacher_TK, student_TK).double().sum()
 
     @torch.no_grad()
     def __call__(self, windows: Sequence[int]) -> float:
         """Mean over the positions of the windows with these numbers, nats a token."""
         loss = 0.0
         for number in windows:
-            tokens_TK, teacher_TK = self._dense[number]
-            with self._autocast():
-                parts = self._parts(self._windows_ST[number])
-            start = 0
-            for logits in parts:
-                rows = slice(start, start + logits.shape[0])
-                student = logits.log_softmax(-1).gather(1, tokens_TK[rows].long())
-                loss += float(top_kl(teacher_TK[rows], student).double().sum())
-                start += logits.shape[0]
+            parts = self._hidden(self._windows_ST[number]).split(ROWS)
+            loss += sum(float(self._part(number, i * ROWS, part)) for i, part in enumerate(parts))
         return loss / (len(windows) * self._windows_ST.shape[1])
+
+    def backward(self, windows: Sequence[int]) -> None:
+        """Adds the gradients of that mean to the parameters that take part and require one."""
+        for number in windows:
+            hidden_TD = self._hidden(self._windows_ST[number])
+            gradients = []
+            for i, part in enumerate(hidden_TD.detach().split(ROWS)):  # logits of so many positions exist at once
+                leaf = part.requires_grad_(True)
+                gradients += torch.autograd.grad(self._part(number, i * ROWS, leaf), leaf)
+            hidden_TD.backward(torch.cat(gradients) / (len(windows) * self._windows_ST.shape[1]))
 
 
 def top_kl(teacher_TK: Tensor, student_TK: Tensor) -> Tensor:

@@ -3,10 +3,13 @@
 A token-pass is one token through one block, or through the head. Arithmetic only.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
+from elastic_sparsity.allocation import SLOPES
+from elastic_sparsity.descent import DescentSettings
 from elastic_sparsity.plan_sizes import Sizes, Work
+from elastic_sparsity.search import SearchSettings
 from elastic_sparsity.structured_plan import structured_work
 
 
@@ -39,7 +42,7 @@ def work_of(z: Sizes) -> list[Work]:
     trained = block.steps * groups * block.batch_size * length
     inputs = z.streams - 1 if z.recipe.mixer.mode in ("own", "learned", "fixed") else 1
     outputs = 0 if z.recipe.mixer.mode == "dense" else groups
-    rows = []
+    rows = list(_allocation(z))
     if z.recipe.induction.steps:
         learned = z.recipe.induction.steps * z.recipe.induction.batch_size * length
         judged = 4 * len(z.recipe.build_ladder().levels) * z.recipe.induction.held_out * length
@@ -66,6 +69,10 @@ def work_of(z: Sizes) -> list[Work]:
              flops=passes * forward * (1 if direction == "forward" else 3) + 3 * merges * merge)
         for name, phase, direction, passes, merges in rows if passes
     ]  # fmt: skip
+    for work in [work for work in found if work.phase == "allocation" and work.name != "scores"]:
+        passes = work.passes // s.depth
+        flops = 2.0 * s.width * s.vocabulary * passes * (1 if work.direction == "forward" else 2)
+        found.append(replace(work, name=f"head of {work.name}", passes=passes, flops=flops))
     # Both models' logits, and the gradient of the student's final states.
     induced = z.recipe.induction.steps * z.recipe.induction.batch_size * length
     trained = wanted.steps * wanted.batch_size * length if z.choices.trainable != "off" else 0
@@ -76,13 +83,33 @@ def work_of(z: Sizes) -> list[Work]:
     return [*found, *structured_work(z)]
 
 
+def _allocation(z: Sizes) -> Iterator[tuple[str, str, str, int, int]]:
+    """Rows of a search at its longest; a descent mostly ends sooner."""
+    wanted, s, length = z.recipe.allocation, z.shapes, z.recipe.calibration.length
+    if wanted.search == "off":
+        return
+    levels, held = len(z.recipe.ladder.sparsities), wanted.held_out * length
+    scored = min(z.recipe.calibration.samples - wanted.held_out, z.recipe.block.samples) * length
+    steps, search = DescentSettings().steps, SearchSettings()
+    starts = 2 + len(SLOPES) + levels - 1
+    judged = levels * (starts + steps + 1) * held
+    if wanted.search == "full":
+        candidates = (search.offspring, *search.survivors[:-1], search.survivors[-1] + 1)
+        windows = sum(count * width for count, width in zip(candidates, search.windows, strict=True))
+        judged += levels * search.generations * windows * length
+    yield "scores", "allocation", "forward", s.depth * 2 * scored, 0
+    yield "judgements", "allocation", "forward", s.depth * (held + judged), 0
+    yield "prices", "allocation", "forward and backward", s.depth * levels * steps * held, 0
+
+
 def seconds_of(z: Sizes, works: Sequence[Work], timing: Timing) -> float:
     """Seconds of a run's arithmetic as a block's probe suggests; reading, writing and evaluation are not in it."""
     block, depth, groups = z.recipe.block, z.shapes.depth, z.recipe.build_ladder().num_groups
     per_token = timing.forward / timing.tokens
     step = timing.step * timing.scale
-    forwards = sum(w.passes for w in works if w.direction == "forward") * per_token
+    forwards = sum(w.passes for w in works if w.direction == "forward" and not w.name.startswith("head")) * per_token
     total = forwards + depth * (block.steps * step + timing.masks)
+    total += sum(3 * w.passes for w in works if w.name == "prices") * per_token
     induction = z.recipe.induction
     if induction.steps:  # a step masks every linear, and makes every weight's gradient
         one_level = step / groups * induction.batch_size / block.batch_size
@@ -91,7 +118,7 @@ def seconds_of(z: Sizes, works: Sequence[Work], timing: Timing) -> float:
         wanted = z.recipe.end_to_end
         one_level = step / groups * wanted.batch_size / block.batch_size
         total += depth * wanted.steps * one_level
-    head = sum(w.flops for w in works if w.name == "head")
+    head = sum(w.flops for w in works if w.name.startswith("head"))
     orders = sum(w.flops for w in works if not w.passes)  # in float64: at half of float32's rate
     total += (head + 2 * orders) / (2 * z.shapes.block_linears / per_token)  # at the rate of a block's products
     return total

@@ -10,19 +10,24 @@ from conftest import tiny_recipe
 from typer.testing import CliRunner
 
 from elastic_sparsity import ElasticCheckpoint, optimize
-from elastic_sparsity.allocating import METHODS, Allocating, allocate
+from elastic_sparsity.allocating import METHODS, Allocating, allocate, allocate_on
 from elastic_sparsity.allocation import progressions, total, uniform
 from elastic_sparsity.allocation_file import allocation_of, load_plan
 from elastic_sparsity.arch import decoder_blocks, linears_of, weight_OI
 from elastic_sparsity.baselines import prune_one_shot_
+from elastic_sparsity.calibration_text import calibration_tokens, silent
 from elastic_sparsity.cli import app
-from elastic_sparsity.errors import ConfigError, OutputError, ShapeError
+from elastic_sparsity.descent import DescentSettings
+from elastic_sparsity.errors import ConfigError, NumericsError, OutputError, ShapeError
 from elastic_sparsity.ladder import Ladder
+from elastic_sparsity.models import load_base
+from elastic_sparsity.planning import plan
 from elastic_sparsity.search import SearchSettings
 from elastic_sparsity.slicing import load_level
 from elastic_sparsity.supernet import Supernet, TopKL, linear_depths, linear_sizes, top_kl
 from elastic_sparsity.tiny import tiny_model
 from elastic_sparsity.verify import verify
+from elastic_sparsity.workers import Workers
 
 SPARSITIES = (0.5, 0.6, 0.7)
 IDS = torch.randint(0, 200, (6, 24), generator=torch.Generator().manual_seed(0))
@@ -31,7 +36,7 @@ RECIPE = tiny_recipe(calibration={"samples": 8}, ladder={"sparsities": SPARSITIE
 
 
 def wanted(method="search", search=QUICK):
-    return Allocating(method=method, held_out=4, search=search)
+    return Allocating(method=method, held_out=4, descent=DescentSettings(steps=3), search=search)
 
 
 def scored(family="llama", method="wanda", sparsities=SPARSITIES):
@@ -77,6 +82,54 @@ def test_the_first_block_is_wandas_and_later_ones_see_the_expected_stream():
     ]
     assert all(same[: len(same) // len(decoder_blocks(model))])
     assert not all(same)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_prices_are_the_gradient_summed_over_the_weights_that_would_come_or_go(family):
+    net = scored(family)
+    loss = TopKL(net.model, IDS, nullcontext)  # of the dense model, which `score_` leaves behind
+    kept = uniform(net.sizes, 0.6)
+    net.apply_(kept)
+    prices = net.prices(lambda: loss.backward([0, 3]))
+    assert all(parameter.grad is None for parameter in net.model.parameters())
+    linear, dense, rank, count = net._linears[5], net._dense[5], net._rank[5], kept[5]
+    linear.weight.requires_grad_(True)
+    loss.backward([0, 3])
+    product = weight_OI(linear).detach() * 0 + (linear.weight.grad * dense if family == "llama" else 0)
+    if family == "gpt2":  # stored (I, O)
+        product = (linear.weight.grad * dense).T
+    for other in (0, 1, count - 3, count, count + 2, net.sizes[5].width):
+        changed = (rank < other).float() - (rank < count).float()
+        torch.testing.assert_close(float(prices[5][other]), float((changed * product).sum()), rtol=1e-4, atol=1e-7)
+
+
+def test_prices_predict_a_small_change_of_the_judge():
+    """One weight a row more or less, of a model whose dropped weights are small: first order is nearly all."""
+    net = Supernet(tiny_model("llama").double())
+    loss = TopKL(net.model, IDS, nullcontext)
+    net.score_(IDS, (0.6,), "magnitude", 0.01, 4, nullcontext)
+    kept = uniform(net.sizes, 0.6)
+    for dense, rank, count in zip(net._dense, net._rank, kept, strict=True):
+        dense[(rank >= count - 1) & (rank <= count)] *= 1e-3
+    net.apply_(kept)
+    before, prices = loss(range(6)), net.prices(lambda: loss.backward(range(6)))
+    for i in range(0, len(kept), 4):
+        for change in (1, -1):
+            net.apply_([k + change * (j == i) for j, k in enumerate(kept)])
+            assert loss(range(6)) - before == pytest.approx(float(prices[i][kept[i] + change]), rel=0.1, abs=1e-7)
+
+
+def test_prices_refuse_what_has_no_gradient():
+    net = scored()
+    with pytest.raises(ShapeError, match="no gradient; apply an allocation"):
+        net.prices(lambda: None)
+    loss = TopKL(net.model, IDS, nullcontext)
+    net.apply_(uniform(net.sizes, 0.6))
+    with torch.no_grad():
+        next(iter(decoder_blocks(net.model)[0].parameters())).fill_(torch.nan)
+    with pytest.raises(NumericsError, match="gradient is not finite"):
+        net.prices(lambda: loss.backward([0]))
+    assert not any(parameter.requires_grad for linear in net._linears for parameter in linear.parameters())
 
 
 def test_accumulation_changes_what_the_next_block_is_scored_on():
@@ -130,12 +183,12 @@ def test_an_interrupted_search_goes_on_to_the_same_plan(plan_path, tmp_path):
 
     def stop(stage, done, total):
         nonlocal count
-        count += stage.startswith("search")
-        if count in (2, 6):
+        count += stage.startswith(("descent", "search"))
+        if count in (2, 6, 15):
             count += 1
             raise Stop
 
-    for _ in range(2):
+    for _ in range(3):
         with pytest.raises(Stop):
             allocate(RECIPE, wanted(), path, stop)
         assert not load_plan(path).finished
@@ -165,6 +218,105 @@ def test_a_run_keeps_what_the_plan_says(plan_path, tmp_path):
             else:
                 assert per_row.unique().tolist() == [weight_OI(linear).shape[1] // 2]
     assert all(check.passed for check in verify(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("search", ["descent", "full"])
+def test_a_run_searches_its_own_plan(search, tmp_path):
+    """The same as the command's on the same text, and what the run says it kept."""
+    recipe = tiny_recipe(calibration={"samples": 24}, allocation={"search": search, "held_out": 16})
+    checkpoint = optimize(recipe, tmp_path / "out")
+    method = {"descent": "descent", "full": "search"}[search]
+    plan = allocate(recipe, Allocating(method=method), tmp_path / "plan.json")
+    assert {name: list(spec.kept) for name, spec in checkpoint.linears.items()} == {
+        name: linear.kept for name, linear in plan.linears.items()
+    }
+    assert plan.level(1) != uniform(linear_sizes(tiny_model("llama")), 0.6)
+    assert all(check.passed for check in verify(tmp_path / "out"))
+    assert not (tmp_path / "out.run").exists()
+
+
+def test_a_run_killed_in_its_search_goes_on_to_the_same_bytes(tmp_path):
+    class Stop(Exception):
+        pass
+
+    count = 0
+
+    def stop(stage, done, total):
+        nonlocal count
+        count += stage.startswith("descent")
+        if count in (2, 5):
+            count += 1
+            raise Stop
+
+    recipe = tiny_recipe(calibration={"samples": 8}, allocation={"search": "descent", "held_out": 4})
+    whole = optimize(recipe, tmp_path / "whole").config
+    for _ in range(2):
+        with pytest.raises(Stop):
+            optimize(recipe, tmp_path / "out", stop)
+        assert load_plan(tmp_path / "out.run" / "allocation.json").descents
+        assert not (tmp_path / "out").exists()
+    other = tiny_recipe(calibration={"samples": 8}, allocation={"search": "descent", "held_out": 3})
+    with pytest.raises(ConfigError, match=r"differs in recipe\.allocation\.held_out"):
+        optimize(other, tmp_path / "out")
+    file = tmp_path / "out.run" / "allocation.json"
+    kept = file.read_text()
+    file.write_text(kept[:-20])
+    with pytest.raises(ConfigError, match="not a readable allocation plan"):
+        optimize(recipe, tmp_path / "out")
+    file.write_text(kept)
+    assert optimize(recipe, tmp_path / "out", stop).config["checkpoint_id"] == whole["checkpoint_id"]
+
+
+@pytest.mark.parametrize("search", ["descent", "full"])
+def test_a_plan_counts_a_search_at_its_longest(search, tmp_path):
+    recipe = tiny_recipe(calibration={"samples": 24}, allocation={"search": search, "held_out": 16})
+    found = plan(recipe, limits={"host": 10**12, "disk": 10**12}, probe=False)
+    rows = {work.name: work for work in found.work if work.phase == "allocation"}
+    assert set(rows) == {"scores", "judgements", "prices", "head of judgements", "head of prices"}
+    assert {term.name for term in found.terms if term.stages == ("allocation",)} == {
+        "masked weights, their gradients, the order", "activations kept for the backward pass",
+        "prices of the largest linear", "the dense model's likeliest tokens", "head and logits",
+    }  # fmt: skip
+    counted = 0
+
+    def count(module, args, kwargs):
+        nonlocal counted
+        counted += (args[0] if args else kwargs["hidden_states"])[..., 0].numel()
+
+    base = load_base("random:llama")
+    token_ids, _ = calibration_tokens(recipe, base)
+    blocks = decoder_blocks(base.model)
+    for block in blocks:
+        block.register_forward_pre_hook(count, with_kwargs=True)
+    wanted = Allocating(method={"descent": "descent", "full": "search"}[search])
+    allocate_on(base, token_ids, recipe, wanted, tmp_path / "plan.json", None, silent)
+    planned = sum(work.passes for name, work in rows.items() if not name.startswith("head"))
+    assert 0.2 * planned < counted <= planned + len(blocks) * recipe.block.batch_size * recipe.calibration.length
+
+
+def test_a_search_in_a_run_refuses_what_it_cannot_do(monkeypatch, tmp_path):
+    for section, message in (
+        ({"allocation": {"search": "descent", "slope": 0.1}}, "allocation.search: makes a plan"),
+        ({"allocation": {"search": "descent", "plan": "plan.json"}}, "allocation.search: makes a plan"),
+        ({"allocation": {"search": "descent", "held_out": 6}}, "6 of 6 calibration.samples leave none to score with"),
+        ({"allocation": {"search": "full"}, "ladder": {"sparsities": (), "patterns": ("2:4",)}}, "is empty"),
+        ({"allocation": {"search": "full", "held_out": 1}, "memory": {"weights": "stream"},
+          "end_to_end": {"trainable": "off"}}, "allocation.search: needs the whole model"),
+        ({"allocation": {"search": "wish"}}, "allocation.search"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=message):
+            tiny_recipe(**section)
+    with pytest.raises(ConfigError, match="a stage of the search takes 8"):
+        optimize(tiny_recipe(allocation={"search": "full", "held_out": 2}), tmp_path / "out")
+
+    class Two(Workers):
+        def __init__(self):
+            super().__init__()
+            self.count = 2
+
+    monkeypatch.setattr("elastic_sparsity.pipeline.Workers", Two)
+    with pytest.raises(ConfigError, match="runs in one process, found 2"):
+        optimize(tiny_recipe(allocation={"search": "descent", "held_out": 2}), tmp_path / "out")
 
 
 def test_a_run_takes_slopes(tmp_path):
@@ -262,7 +414,7 @@ def test_what_a_search_refuses(tmp_path):
 def test_the_command(tmp_path):
     run = CliRunner().invoke
     path = tmp_path / "plan.json"
-    options = ["--samples", "4", "--length", "16", "--held-out", "8", "--generations", "1", "-q"]
+    options = ["--samples", "4", "--length", "16", "--held-out", "8", "--steps", "2", "--generations", "1", "-q"]
     result = run(app, ["search", "random:llama", "--output", str(path), "--levels", "0.5,0.7", *options])
     assert result.exit_code == 0, result.output
     assert "70 %" in result.output

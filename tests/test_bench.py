@@ -11,9 +11,10 @@ from machines import gpu, kernels, machine
 from torch import nn
 
 from elastic_sparsity import ElasticCheckpoint, ElasticModel
-from elastic_sparsity.bench import bench, empty_cache, greedy_stepper, load_way, resident_bytes
+from elastic_sparsity.bench import bench, load_way, resident_bytes
 from elastic_sparsity.device_profile import predict, read_profile, write_profile
 from elastic_sparsity.errors import CheckpointError, ConfigError, LevelError
+from elastic_sparsity.generating import empty_cache, greedy_stepper
 from elastic_sparsity.tiny import tiny_model
 from elastic_sparsity.ways import Way, linear_bytes, streamed_bytes
 

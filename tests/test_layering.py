@@ -20,6 +20,7 @@ ALLOWED = {
     "mask_moves": {"torch", "errors"},
     "allocation": {"errors", "ladder"},
     "search": {"allocation", "errors"},
+    "descent": {"allocation", "errors"},
     "allocation_file": {"allocation", "errors", "files"},
     "allocation_plot": {"allocation_file", "errors"},
     "soft_mask": {"torch", "errors"},
@@ -75,7 +76,8 @@ ALLOWED = {
     },
     "model_shapes": {"torch", "transformers", "arch", "errors", "files", "models", "precision", "tiny"},
     "induction_file": {"torch", "arch", "errors", "files", "tensor_file", "tensor_file_writer"},
-    "data": {"torch", "datasets", "errors", "files"},
+    "generating": {"torch", "transformers"},
+    "data": {"torch", "datasets", "errors", "files", "generating"},
     "blocks": {"torch", "activations", "errors"},
     "fused_layers": {"torch", "fused"},
     "attention": {"torch", "transformers", "fused"},
@@ -109,7 +111,7 @@ ALLOWED = {
     "supernet": {"torch", "allocation", "arch", "blocks", "calibrate", "errors", "importance", "ladder"},
     "allocating": {
         "allocation", "allocation_file", "attention", "calibration_text", "config", "data", "errors", "files",
-        "fused_layers", "models", "precision", "search", "supernet",
+        "descent", "fused_layers", "models", "precision", "search", "supernet", "torch",
     },
     "baselines": {
         "torch", "arch", "blocks", "calibrate", "errors", "importance", "ladder", "mask_moves", "masks", "sparsegpt",
@@ -162,7 +164,7 @@ ALLOWED = {
     "plan_sizes": {"config", "ladder", "model_shapes", "shells"},
     "structured_plan": {"model_shapes", "plan_sizes", "wiring"},
     "memory_plan": {"config", "files", "masks", "model_shapes", "plan_sizes", "structured_plan"},
-    "work_plan": {"plan_sizes", "structured_plan"},
+    "work_plan": {"allocation", "descent", "plan_sizes", "search", "structured_plan"},
     "probe": {
         "torch", "transformers", "activations", "arch", "attention", "block_phase", "blocks", "calibrate", "config",
         "distill", "fused_layers", "mixer", "models", "precision", "run_folder", "work_plan", "workers",
@@ -172,8 +174,8 @@ ALLOWED = {
         "torch", "config", "errors", "memory_plan", "model_shapes", "plan_sizes", "precision", "probe", "work_plan",
     },
     "pipeline": {
-        "torch", "adapters", "adding", "allocation", "allocation_file", "allocator", "arch", "attention", "block_phase",
-        "block_state", "calibration_text", "checkpoint", "model_shapes", "plan_sizes", "planning",
+        "torch", "adapters", "adding", "allocating", "allocation", "allocation_file", "allocator", "arch", "attention",
+        "block_phase", "block_state", "calibration_text", "checkpoint", "model_shapes", "plan_sizes", "planning",
         "checkpoint_writer", "config", "data", "distill", "end_to_end", "errors", "files", "fused_layers", "inducing",
         "manifest", "models", "precision", "run_folder", "sharding", "shells", "supernet",
         "workers",
@@ -193,8 +195,8 @@ ALLOWED = {
         "checkpoint", "errors", "files", "hub", "manifest", "model_card", "report_facts", "report_page", "report_plots",
     },
     "bench": {
-        "torch", "transformers", "calibration_text", "checkpoint", "device_profile", "doctor", "errors", "hub",
-        "ladder", "slicing", "ways",
+        "torch", "transformers", "calibration_text", "checkpoint", "device_profile", "doctor", "errors", "generating",
+        "hub", "ladder", "slicing", "ways",
     },
     # layer 5
     "__main__": {"cli"},
@@ -202,7 +204,7 @@ ALLOWED = {
     "cli_eval": {"errors", "files", "measure", "report", "task_files", "zero_shot"},
     "cli_export": {"transformers", "exports", "terminal"},
     "cli_induce": {"config", "inducing", "terminal"},
-    "cli_search": {"allocating", "allocation_plot", "config", "errors", "search", "terminal"},
+    "cli_search": {"allocating", "allocation_plot", "config", "descent", "errors", "search", "terminal"},
     "cli_plan": {"config", "errors", "plan_sizes", "planning", "report"},
     "cli_prune": {"errors", "pruning", "structured", "terminal"},
     "cli_structured": {"adding", "checkpoint", "errors", "report", "structured", "terminal"},
