@@ -1,5 +1,6 @@
 """One post-training run, one elastic checkpoint, every sparsity level sliced at load time."""
 
+from elastic_sparsity.adding import add_structured
 from elastic_sparsity.checkpoint import ElasticCheckpoint
 from elastic_sparsity.choosing import Choice, choose_level
 from elastic_sparsity.config import Recipe, read_recipe
@@ -25,6 +26,7 @@ __all__ = [
     "LevelInfo",
     "Plan",
     "Recipe",
+    "add_structured",
     "choose_level",
     "copy_level",
     "export_level",

@@ -81,7 +81,7 @@ def bench(
         found = facts or read_facts()
         chosen = _chosen_ways(found, ways, device)
         checkpoint = ElasticCheckpoint(fetch_levels(path, levels, **hub))
-        wanted = [checkpoint.find(level) for level in levels] if levels else list(checkpoint.ladder.levels)
+        wanted = [checkpoint.find_masked(x, "bench") for x in levels] if levels else list(checkpoint.ladder.levels)
         run = _Run(
             checkpoint=checkpoint, batches=tuple(sorted(set(batches))), prompt=prompt, new_tokens=new_tokens,
             repeats=repeats, device=device, load=load, progress=progress,
@@ -329,7 +329,10 @@ class _Run:
             if row["way"] == name
         ]
         single = [
-            (linear_bytes(specs[(x["outputs"], x["inputs"])], self.checkpoint.find(x["level"]), way), x["seconds"])
+            (
+                linear_bytes(specs[(x["outputs"], x["inputs"])], self.checkpoint.ladder.find(x["level"]), way),
+                x["seconds"],
+            )
             for x in self.shapes
             if x["way"] == name and x["tokens"] == 1
         ]

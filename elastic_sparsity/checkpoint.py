@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from elastic_sparsity.errors import CheckpointError
+from elastic_sparsity.errors import CheckpointError, LevelError
 from elastic_sparsity.files import file_sha256, write_json
-from elastic_sparsity.ladder import Level
+from elastic_sparsity.ladder import AnyLevel, Level, StructuredLevel
 from elastic_sparsity.manifest import (
     CONFIG_NAME,
     FileEntry,
@@ -42,6 +42,7 @@ class ElasticCheckpoint:
         self.folder = Path(folder).absolute()  # a live model opens more files later, perhaps from elsewhere
         self.manifest, self.config = read_manifest(self.folder)
         self.ladder = self.manifest.build_ladder()
+        self.structured = self.manifest.structured_levels()
         self.ranks = self.manifest.ranks
         self.inheritance = self.manifest.inheritance
         self.dtype = DTYPES[self.manifest.dtype]
@@ -54,15 +55,15 @@ class ElasticCheckpoint:
     def __reduce__(self) -> Any:
         return ElasticCheckpoint, (self.folder,)
 
-    def files_of(self, level: Level) -> list[FileEntry]:
+    def files_of(self, level: AnyLevel) -> list[FileEntry]:
         """Every tensor file a level reads."""
         return self.manifest.files_of(level)
 
-    def bytes_of(self, level: Level) -> int:
+    def bytes_of(self, level: AnyLevel) -> int:
         """Bytes of the tensor files a level reads."""
         return sum(entry.bytes for entry in self.files_of(level))
 
-    def download_bytes(self, level: Level) -> int:
+    def download_bytes(self, level: AnyLevel) -> int:
         """Bytes of every file of a level's download: tensors, config and tokenizer, and elastic_config.json itself."""
         extras = sum(entry.bytes for entry in self.manifest.extras)
         return self.bytes_of(level) + extras + (self.folder / CONFIG_NAME).stat().st_size
@@ -71,21 +72,34 @@ class ElasticCheckpoint:
         """Bytes of all tensor files."""
         return sum(entry.bytes for entries in self.manifest.files.values() for entry in entries)
 
-    def is_complete(self, level: Level) -> bool:
+    def is_complete(self, level: AnyLevel) -> bool:
         """Whether this folder holds all files of a level; says nothing of what is in them."""
         return all((self.folder / entry.file).is_file() for entry in self.files_of(level))
 
-    def find(self, wanted: "str | float | Level") -> Level:
-        """A level by name; "auto" is the densest one whose files are all here (unstructured before N:M).
+    def find(self, wanted: str | float | AnyLevel) -> AnyLevel:
+        """A level by name; "auto" is the densest one whose files are all here (N:M, then structured ones last).
 
         Raises: LevelError: listing the levels; CheckpointError: if no level is complete.
         """
         if wanted != "auto":
-            return self.ladder.find(wanted)
-        for level in by_density(self.ladder):
+            return self.manifest.find(wanted)
+        for level in by_density(self.ladder, self.structured):
             if self.is_complete(level):
                 return level
         raise CheckpointError(f"{self.folder}: no level is complete here; copy or download one again.")
+
+    def find_masked(self, wanted: str | float | AnyLevel, what: str) -> Level:
+        """As `find`, for what needs a level's masks. Args: what: the caller, as the error names it.
+
+        Raises: LevelError: also for a structured level, which has none.
+        """
+        level = self.find(wanted)
+        if isinstance(level, StructuredLevel):
+            raise LevelError(
+                f"{what}: level {level.name} is a smaller model without masks or adapters, found where only "
+                f"{', '.join(x.name for x in self.ladder.levels)} will do; get it with from_pretrained or `slice`."
+            )
+        return level
 
     def active_groups(self, level: Level) -> list[int]:
         """Adapter groups a level adds up, its own last; none of rank zero."""
@@ -100,11 +114,18 @@ class ElasticCheckpoint:
 
         Raises: CheckpointError.
         """
-        section = f"adapters-{group}"
-        self._open_sections([section])
-        return {name: file.read(name) for name, file in self._sections[section].items()}
+        return dict(self.tensors_of(f"adapters-{group}"))
 
-    def open_level(self, level: Level) -> "OpenLevel":
+    def tensors_of(self, section: str) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of one section, one at a time.
+
+        Raises: CheckpointError.
+        """
+        self._open_sections([section])
+        for name, file in self._sections[section].items():
+            yield name, file.read(name)
+
+    def open_level(self, level: AnyLevel) -> "OpenLevel":
         """The tensors of one level. Opens the files that level needs and that are not open yet, no other one.
 
         Every file is checked (size, header, hash) when it is opened, before any tensor is read, and stays open.
@@ -224,9 +245,19 @@ class OpenLevel:
     """One level's open files; tensors are read when asked for, from any thread."""
 
     def __init__(
-        self, checkpoint: ElasticCheckpoint, level: Level, tensors: Mapping[str, Mapping[str, TensorFile]]
+        self, checkpoint: ElasticCheckpoint, level: AnyLevel, tensors: Mapping[str, Mapping[str, TensorFile]]
     ) -> None:
         self._checkpoint, self.level, self._tensors = checkpoint, level, tensors
+
+    @property
+    def masked(self) -> Level:
+        """The level, of whose masks something is asked."""
+        assert isinstance(self.level, Level), f"{self.level.name} has no masks"
+        return self.level
+
+    def files(self, section: str) -> Mapping[str, TensorFile]:
+        """The file of every tensor of a section that this level reads, by the tensor's name."""
+        return self._tensors[section]
 
     def shared(self) -> dict[str, Tensor]:
         """Everything that is not sparsified, by parameter name."""
@@ -251,7 +282,7 @@ class OpenLevel:
         Raises: CheckpointError: naming folder and linear.
         """
         spec = self._checkpoint.linears[name]
-        weight, mask = decode_shells(self.shells(name), spec, self.level, self.where(name))
+        weight, mask = decode_shells(self.shells(name), spec, self.masked, self.where(name))
         return LoadedLinear(weight, mask, self.pairs(name), spec.transposed)
 
     def shells(self, name: str, room: Room | None = None) -> list[dict[str, Tensor]]:
@@ -265,7 +296,7 @@ class OpenLevel:
         if room is not None:
             room.clear()
         shells = []
-        for number in range(num_shells(checkpoint.ladder, self.level)):
+        for number in range(num_shells(checkpoint.ladder, self.masked)):
             files = self._tensors[f"shell-{shell_names(checkpoint.ladder)[number]}"]
             parts = [(part, f"{name}.{part}") for part in checkpoint.linears[name].shell_shapes(number)]
             shells.append({part: files[full].read(full, room) for part, full in parts})

@@ -11,10 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elastic_sparsity.errors import NumericsError
-from elastic_sparsity.files import atomic_folder, file_sha256, write_json
-from elastic_sparsity.ladder import Ladder
-from elastic_sparsity.manifest import CONFIG_NAME, FORMAT, FORMAT_VERSION, adapter_dtype, digest, part_names
+from elastic_sparsity.errors import CheckpointError, NumericsError
+from elastic_sparsity.files import atomic_file, atomic_folder, file_sha256, sync_path, write_json
+from elastic_sparsity.ladder import Ladder, StructuredLevel
+from elastic_sparsity.manifest import (
+    CONFIG_NAME,
+    FORMAT,
+    FORMAT_VERSION,
+    adapter_dtype,
+    digest,
+    part_names,
+    read_manifest,
+)
 from elastic_sparsity.precision import DTYPES
 from elastic_sparsity.shells import LinearRecord, LinearSpec, encode_shells, shell_names, spec_of
 from elastic_sparsity.tensor_file_writer import PlannedTensor, TensorFileWriter
@@ -92,6 +100,51 @@ def write_checkpoint(
         write_json(scratch / CONFIG_NAME, {**config, "digest": digest(config)})
 
 
+def add_section(
+    folder: Path,
+    level: StructuredLevel,
+    tensors: Mapping[str, Tensor],
+    record: Mapping[str, Any],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Adds a structured level to a checkpoint that is there. No file of it changes but elastic_config.json, at the end.
+
+    The files come first, under names that the old elastic_config.json does not list, so readers pass them over; then it
+    is replaced at once. Killed on the way, the checkpoint is what it was, and adding again replaces what is left.
+    The `checkpoint_id` stays: it says which shells, adapters and shared weights belong together, and these are the same
+    (so a checkpoint made with the level equals one that got it later); the digest covers the level as all else.
+
+    Args:
+        tensors: the section, floats in the checkpoint's dtype.
+        record: how the level was made, for elastic_config.json.
+    Raises: CheckpointError: no checkpoint there, or it has the level already. NumericsError: NaN or infinity.
+        OutputError.
+    """
+    manifest, config = read_manifest(folder)
+    if level.name in manifest.files:
+        raise CheckpointError(f"{folder}: has level {level.name} already; leave it out.")
+    planned = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        _check_finite(name, tensor)
+    shards = _shards(planned, max_shard_bytes)
+    entries = []
+    for file, shard in zip(part_names(level.name, len(shards)), shards, strict=True):
+        for left in folder.glob(f".{file}.partial-*"):  # of a process that was killed
+            left.unlink()
+        with atomic_file(folder / file) as scratch:
+            with TensorFileWriter(scratch, shard, file_metadata(manifest.checkpoint_id)) as writer:
+                for name in shard:
+                    writer.write(name, tensors[name].detach().cpu())
+        entries.append(file_entry(folder, folder / file))
+    sync_path(folder)
+    levels = sorted([*manifest.structured_levels(), level], key=lambda found: found.fraction)
+    config["ladder"] = {**config["ladder"], "structured": [dataclasses.asdict(found) for found in levels]}
+    config["files"] = {**config["files"], level.name: entries}
+    records = config.get("structured")
+    config["structured"] = {**(records if isinstance(records, dict) else {}), level.name: dict(record)}
+    write_json(folder / CONFIG_NAME, {**config, "digest": digest(config)}, sync=True)
+
+
 def file_entry(folder: Path, path: Path) -> dict[str, Any]:
     """Name, size and hash of a file, as elastic_config.json lists it."""
     return {"file": path.relative_to(folder).as_posix(), "bytes": path.stat().st_size, "sha256": file_sha256(path)}
@@ -113,8 +166,7 @@ class _SectionFiles:
 
     def write(self, section: str, name: str, tensor: Tensor) -> None:
         """Raises: NumericsError; ShapeError, OSError: as the file does."""
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise NumericsError(f"{name}: NaN or infinite as {tensor.dtype}; choose another checkpoint.dtype.")
+        _check_finite(name, tensor)
         self._file_of[section, name].write(name, tensor)
 
     def entries(self) -> dict[str, list[dict[str, Any]]]:
@@ -185,6 +237,11 @@ def _write_linear(
             for part, tensor in zip(("lora_A", "lora_B"), pair, strict=True):
                 cast = tensor.detach().cpu().to(DTYPES[adapter_dtype(dtype)])
                 files.write(f"adapters-{group}", f"{name}.{part}", cast)
+
+
+def _check_finite(name: str, tensor: Tensor) -> None:
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        raise NumericsError(f"{name}: NaN or infinite as {tensor.dtype}; choose another checkpoint.dtype.")
 
 
 def _stored(tensor: Tensor, section: str, dtype: str) -> Tensor:

@@ -10,7 +10,7 @@ from elastic_sparsity.device_profile import Prediction, Profile, predict_fastest
 from elastic_sparsity.errors import ConfigError, LevelError, brief
 from elastic_sparsity.hub import checkpoint_folder, is_hub_id
 from elastic_sparsity.inspection import level_info
-from elastic_sparsity.ladder import Level
+from elastic_sparsity.ladder import AnyLevel, StructuredLevel
 from elastic_sparsity.manifest import by_density
 from elastic_sparsity.report import human_bytes, parse_bytes
 
@@ -42,7 +42,7 @@ class Choice:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Candidate:
-    level: Level
+    level: AnyLevel
     bytes: int
     available: bool
     perplexity: float | None
@@ -78,7 +78,9 @@ class _Budget:
             if ms > limit:
                 words = f"its {ms:.3g} ms a token ({found.prediction.how_text}) are over {limit:g}"
                 missed.append((ms / limit, words))
-        if self.min_quality is not None and found.quality is not None and found.quality < self.min_quality:
+        if self.min_quality is not None and found.quality is None:
+            missed.append((math.inf, "its quality is not recorded"))
+        elif self.min_quality is not None and found.quality is not None and found.quality < self.min_quality:
             words = f"its quality {found.quality:.3g} is below {self.min_quality:g}"
             missed.append((self.min_quality / found.quality, words))
         return missed
@@ -95,8 +97,8 @@ def choose_level(
 ) -> Choice:
     """The best level under the budgets; with `min_quality` alone, the one of fewest bytes that reaches it.
 
-    Best is the lowest recorded perplexity; if none is recorded, the densest. Only levels whose files are here (of a
-    hub id: all) are offered. Reads elastic_config.json only.
+    Best is the lowest recorded perplexity; if none is recorded, the densest, a structured level after all others. Only
+    levels whose files are here (of a hub id: all) are offered. Reads elastic_config.json only.
 
     Args:
         path: folder or hub id of an elastic checkpoint.
@@ -112,7 +114,8 @@ def choose_level(
     device = profile if profile is None or isinstance(profile, Profile) else read_profile(profile)
     checkpoint = ElasticCheckpoint(checkpoint_folder(path, None, **hub))
     can_fetch = is_hub_id(path) and not hub.get("local_files_only")
-    candidates = [_candidate(checkpoint, level, device, can_fetch) for level in by_density(checkpoint.ladder)]
+    levels = by_density(checkpoint.ladder, _runnable(checkpoint, device))
+    candidates = [_candidate(checkpoint, level, device, can_fetch) for level in levels]
     if not any(found.available for found in candidates):
         raise LevelError(f"{path}: no level is complete here; copy or download one again.")
     _check_quality_recorded(path, budget, candidates)
@@ -155,7 +158,13 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
-def _candidate(checkpoint: ElasticCheckpoint, level: Level, device: Profile | None, can_fetch: bool) -> _Candidate:
+def _runnable(checkpoint: ElasticCheckpoint, device: Profile | None) -> list[StructuredLevel]:
+    """The structured levels, unless the device's profile knows no way for a dense model."""
+    ways = [] if device is None else [entry.way for entry in device.ways.values()]
+    return [x for x in checkpoint.structured if device is None or any(way.serves(x) for way in ways)]
+
+
+def _candidate(checkpoint: ElasticCheckpoint, level: AnyLevel, device: Profile | None, can_fetch: bool) -> _Candidate:
     info = level_info(checkpoint, level)
     perplexity, dense = _perplexity(info.perplexity), _dense_perplexity(checkpoint)
     return _Candidate(
@@ -183,8 +192,9 @@ def _dense_perplexity(checkpoint: ElasticCheckpoint) -> float | None:
 
 
 def _check_quality_recorded(path: Any, budget: _Budget, candidates: list[_Candidate]) -> None:
-    if budget.min_quality is None or all(found.quality is not None for found in candidates):
-        return
+    masked = [found for found in candidates if not isinstance(found.level, StructuredLevel)]
+    if budget.min_quality is None or all(found.quality is not None for found in masked):
+        return  # a structured level may have been added later, and is then not chosen by quality
     raise ConfigError(
         f"{path}: min_quality needs the perplexity of dense and of every level, which this checkpoint does not record; "
         "make it with an evaluation text (`train --evaluation`), or choose by bytes or milliseconds."

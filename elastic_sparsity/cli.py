@@ -24,6 +24,7 @@ from elastic_sparsity.cli_plan import register as register_plan
 from elastic_sparsity.cli_prune import register as register_prune
 from elastic_sparsity.cli_report import register as register_report
 from elastic_sparsity.cli_search import register as register_search
+from elastic_sparsity.cli_structured import register as register_structured
 from elastic_sparsity.config import Recipe, read_recipe
 from elastic_sparsity.errors import ConfigError, ElasticSparsityError
 from elastic_sparsity.files import is_file
@@ -33,7 +34,8 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_comp
 register_export(app)
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No bars and no log, only the result.")]
 Restart = Annotated[bool, typer.Option("--restart", help="Throw away what an interrupted run left.")]
-LevelOption = Annotated[str, typer.Option(help='A level of the ladder: "0.6", "60%" or "2:4".')]
+LEVELS = 'A level: "0.6", "60%", "2:4", or "structured-0.5" if the checkpoint has one.'
+LevelOption = Annotated[str, typer.Option(help=LEVELS)]
 
 
 def main() -> None:
@@ -92,6 +94,7 @@ register_plan(app, recipe_path)
 register_induce(app, _progress)
 register_search(app, _progress)
 register_prune(app, _progress)
+register_structured(app, _progress)
 
 
 @app.command()
@@ -148,14 +151,14 @@ def _run(recipe: Recipe, output: Path, quiet: bool, restart: bool) -> None:
         write_json(output / "results.json", {"protocol": protocol, "rows": rows})
         plot_results(rows, output / "results.png", title)
     size = human_bytes(checkpoint.total_bytes())
-    say(f"{output}: one checkpoint of {size} serves {', '.join(x.title for x in checkpoint.ladder.levels)}.")
+    say(f"{output}: one checkpoint of {size} serves {', '.join(x.title for x in checkpoint.manifest.levels())}.")
 
 
 @app.command("slice")
 def slice_command(
     checkpoint: Annotated[str, typer.Argument(help="Folder or hub id of an elastic checkpoint.")],
     output: Annotated[Path, typer.Option(help="Folder to make.")],
-    level: Annotated[str | None, typer.Option(help='A level of the ladder: "0.6", "60%" or "2:4".')] = None,
+    level: Annotated[str | None, typer.Option(help=LEVELS)] = None,
     max_bytes: Annotated[str | None, typer.Option(help="Best level whose whole download fits, e.g. 60MB.")] = None,
     max_ms_per_token: Annotated[
         float | None, typer.Option(help="Best level that decodes a token in time; needs --device-profile.")
@@ -248,7 +251,7 @@ def inspect(
     else:
         console = Console(emoji=False)
         console.print(levels_table(found, checkpoint))
-        console.print(layer_table(types, [level["title"] for level in found]))
+        console.print(layer_table(types, [level["title"] for level in found if not level["structured"]]))
         if verify:
             console.print(checks_table(checks))
     if not all(check["passed"] for check in checks):

@@ -6,6 +6,7 @@ the checkpoint.
 
 import difflib
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,6 +24,7 @@ Rank = Annotated[int, Field(ge=0, le=2**13, strict=True)]
 Rate = Annotated[float, Field(ge=0.0, le=1e6, strict=True)]  # more than float32 holds would end in the optimiser
 Share = Annotated[float, Field(ge=0.0, le=1.0, strict=True)]
 Slope = Annotated[float, Field(ge=-1.0, le=1.0, strict=True)]
+Fraction = Annotated[float, Field(gt=0.0, lt=1.0, strict=True)]
 Above = Annotated[float, Field(gt=0.0, le=1e6, strict=True)]
 
 
@@ -165,6 +167,19 @@ class MemorySection(_Section):
     """Hidden states between blocks."""
 
 
+class StructuredSection(_Section):
+    """Smaller models as further levels, made from the base model after the training, as `elastic-sparsity prune` does.
+
+    They take the calibration samples and the batch size of the block phase, and the damping of the scores.
+    """
+
+    fractions: tuple[Fraction, ...] = ()
+    """Of the parameters of the blocks' linears that go; a level each."""
+    scores: Literal["obs", "flap", "magnitude"] = "obs"
+    multiple: Positive | None = None
+    """MLP channels stay in multiples of it; None = 32, or the power of two below that divides."""
+
+
 class CheckpointSection(_Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype of the stored values; auto = the base model's."""
@@ -184,6 +199,7 @@ class Recipe(_Section):
     mixer: MixerSection = MixerSection()
     block: BlockSection = BlockSection()
     end_to_end: EndToEndSection = EndToEndSection()
+    structured: StructuredSection = StructuredSection()
     checkpoint: CheckpointSection = CheckpointSection()
     memory: MemorySection = MemorySection()
     seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = 0
@@ -217,6 +233,11 @@ class Recipe(_Section):
         if self.memory.weights == "stream" and self.needs_whole_model:
             key = "induction.steps" if self.induction.steps else "allocation.search"
             raise ConfigError(f"{key}: needs the whole model in memory, but memory.weights is 'stream'.")
+        fractions = sorted(self.structured.fractions)
+        if any(b - a < 1e-6 for a, b in pairwise(fractions)):
+            raise ConfigError(f"structured.fractions: {list(self.structured.fractions)} names one twice.")
+        if self.memory.weights == "stream" and fractions:
+            raise ConfigError("structured.fractions: need the whole model in memory, but memory.weights is 'stream'.")
         if self.induction.steps and self.induction.held_out >= self.calibration.samples:
             raise ConfigError(
                 f"induction.held_out: {self.induction.held_out} of {self.calibration.samples} calibration.samples "

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from elastic_sparsity.checkpoint import ElasticCheckpoint
 from elastic_sparsity.errors import LevelError, ProfileError, brief
 from elastic_sparsity.files import is_file, write_json
-from elastic_sparsity.ladder import Level
+from elastic_sparsity.ladder import AnyLevel
 from elastic_sparsity.ways import Way, streamed_bytes
 
 FORMAT = "elastic_sparsity.device_profile"
@@ -222,7 +222,7 @@ class Prediction:
         return HOW[self.how]
 
 
-def predict(profile: Profile, checkpoint: ElasticCheckpoint, level: Level, way: str) -> Prediction:
+def predict(profile: Profile, checkpoint: ElasticCheckpoint, level: AnyLevel, way: str) -> Prediction:
     """Milliseconds a token of one way; a measurement of the same checkpoint and level is taken as it is."""
     entry = profile.ways[way]
     for row in profile.measurements:
@@ -236,7 +236,7 @@ def predict(profile: Profile, checkpoint: ElasticCheckpoint, level: Level, way: 
     )
 
 
-def predict_fastest(profile: Profile, checkpoint: ElasticCheckpoint, level: Level) -> Prediction:
+def predict_fastest(profile: Profile, checkpoint: ElasticCheckpoint, level: AnyLevel) -> Prediction:
     """The way that decodes a level fastest.
 
     Raises: LevelError: if the profile has no way that can hold the level.

@@ -13,7 +13,7 @@ from elastic_sparsity.export_gguf import check_gguf, write_gguf
 from elastic_sparsity.export_onnx import check_onnx, check_openvino, write_onnx, write_openvino
 from elastic_sparsity.files import atomic_folder, check_output_folder
 from elastic_sparsity.hub import checkpoint_folder
-from elastic_sparsity.ladder import Level
+from elastic_sparsity.ladder import AnyLevel
 from elastic_sparsity.packed_files import write_bitmask, write_packed_2of4
 from elastic_sparsity.placement import resolve_dtype
 from elastic_sparsity.slicing import ElasticModel, load_tokenizer
@@ -112,7 +112,7 @@ def export_level(
 
     Args:
         path: folder or hub id of an elastic checkpoint.
-        level: 0.6, "60%", "2:4" or "auto"; packed-2of4 takes 2:4 only.
+        level: 0.6, "60%", "2:4", "structured-0.5" or "auto"; packed-2of4 takes 2:4 only, bitmask no structured one.
         output: folder to make.
         dtype: of the weights; None = float32 for onnx and openvino, else the checkpoint's.
     Raises: ConfigError: unknown format, a dtype it does not have, or a library that is missing, naming what to install.
@@ -129,7 +129,9 @@ def export_level(
     folder = checkpoint_folder(path, level, **hub)
     checkpoint = ElasticCheckpoint(folder)
     chosen = checkpoint.find(level)
-    if format == "packed-2of4" and chosen.pattern != (2, 4):
+    if format in ("bitmask", "packed-2of4"):
+        chosen = checkpoint.find_masked(level, f"format {format}")
+    if format == "packed-2of4" and getattr(chosen, "pattern", None) != (2, 4):
         has = ", ".join(x.name for x in checkpoint.ladder.levels if x.pattern == (2, 4)) or "none"
         raise LevelError(f"level {chosen.name}: packed-2of4 holds 2:4 levels only; this ladder has: {has}.")
     wanted = _dtype(format, dtype, checkpoint.dtype)
@@ -189,7 +191,7 @@ def weight_bytes(folder: Path) -> int:
 
 
 def _describe(
-    format: str, level: Level, dtype: torch.dtype, folder: Path, model: Any, stays_dense: list[str]
+    format: str, level: AnyLevel, dtype: torch.dtype, folder: Path, model: Any, stays_dense: list[str]
 ) -> Export:
     size = weight_bytes(folder)
     dense = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize

@@ -168,8 +168,10 @@ def sync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_json(path: Path, data: Any) -> None:
-    """UTF-8 JSON under a temporary name, then renamed."""
+def write_json(path: Path, data: Any, *, sync: bool = False) -> None:
+    """UTF-8 JSON under a temporary name, then renamed. Args: sync: only once the disk has its bytes."""
     with atomic_file(path) as scratch:
         text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
         scratch.write_text(text, encoding="utf-8", errors="backslashreplace")  # half characters as JSON escapes them
+        if sync:
+            sync_path(scratch)

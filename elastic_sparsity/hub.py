@@ -98,19 +98,17 @@ def fetch_levels(path: str | Path, levels: Iterable[str | float] | None, **hub: 
     """`path` itself if it is a folder; for a hub id, the cache folder after fetching what several levels read.
 
     Args:
-        levels: None = all of the ladder.
+        levels: None = all of the ladder, so no structured one.
     Raises: as `checkpoint_folder`.
     """
 
     def files(manifest: Manifest) -> list[FileEntry]:
-        ladder = manifest.build_ladder()
-        wanted = ladder.levels if levels is None else [ladder.find(level) for level in levels]
+        wanted = manifest.build_ladder().levels if levels is None else [manifest.find(level) for level in levels]
         return [*manifest.extras, *dict.fromkeys(entry for level in wanted for entry in manifest.files_of(level))]
 
     return checkpoint_folder(path, files=files, **hub)
 
 
 def _level_files(manifest: Manifest, level: str | float) -> list[FileEntry]:
-    ladder = manifest.build_ladder()
-    found = by_density(ladder)[0] if level == "auto" else ladder.find(level)
+    found = by_density(manifest.build_ladder())[0] if level == "auto" else manifest.find(level)
     return [*manifest.extras, *manifest.files_of(found)]

@@ -7,7 +7,7 @@ from typing import Any
 
 from elastic_sparsity.checkpoint import ElasticCheckpoint
 from elastic_sparsity.hub import checkpoint_folder
-from elastic_sparsity.ladder import Level
+from elastic_sparsity.ladder import AnyLevel, StructuredLevel
 from elastic_sparsity.shells import LinearSpec
 
 
@@ -19,10 +19,12 @@ class LevelInfo:
         name: what to ask for.
         title: the same for people.
         sparsity: fraction of zeros over all sparsified weights, from the recorded counts; of N:M the 1 - N/M that is
-            promised (there are more zeros if the recipe puts patterns within the densest level).
+            promised (there are more zeros if the recipe puts patterns within the densest level); of a structured
+            level the share of these weights that is gone.
         bytes: tensor files it reads.
         available: whether they are all in this folder.
         perplexity, kl: as measured when the checkpoint was made (text in its record), None if not measured.
+        structured: whether it is a smaller model, and no mask.
     """
 
     name: str
@@ -32,18 +34,21 @@ class LevelInfo:
     available: bool
     perplexity: float | None
     kl: float | None
+    structured: bool = False
 
 
 def levels(path: str | Path, **hub: Any) -> list[LevelInfo]:
-    """The levels of a checkpoint, densest first, with bytes and quality; reads elastic_config.json only.
+    """The levels of a checkpoint, densest first, with bytes and quality; structured ones last.
+
+    Reads elastic_config.json only.
 
     Raises: CheckpointError.
     """
     checkpoint = ElasticCheckpoint(checkpoint_folder(path, None, **hub))
-    return [level_info(checkpoint, level) for level in checkpoint.ladder.levels]
+    return [level_info(checkpoint, level) for level in checkpoint.manifest.levels()]
 
 
-def level_info(checkpoint: ElasticCheckpoint, level: Level) -> LevelInfo:
+def level_info(checkpoint: ElasticCheckpoint, level: AnyLevel) -> LevelInfo:
     """One level's row."""
     quality = checkpoint.config.get("quality")
     rows = quality.get("rows") if isinstance(quality, dict) else None
@@ -57,6 +62,7 @@ def level_info(checkpoint: ElasticCheckpoint, level: Level) -> LevelInfo:
         available=checkpoint.is_complete(level),
         perplexity=row.get("perplexity"),
         kl=row.get("kl"),
+        structured=isinstance(level, StructuredLevel),
     )
 
 
@@ -67,7 +73,7 @@ class LayerType:
     Attributes:
         count: how many linears.
         weights: of all of them.
-        sparsity: fraction of zeros at every level, in the ladder's order.
+        sparsity: fraction of zeros at every level with masks, in the ladder's order.
     """
 
     name: str
@@ -96,8 +102,10 @@ def layer_types(path: str | Path, **hub: Any) -> list[LayerType]:
     ]
 
 
-def _sparsity(specs: Iterable[LinearSpec], level: Level) -> float:
+def _sparsity(specs: Iterable[LinearSpec], level: AnyLevel) -> float:
+    specs = list(specs)
+    if isinstance(level, StructuredLevel):
+        return 1 - level.weights / sum(spec.size for spec in specs)
     if level.pattern is not None:
         return level.sparsity
-    specs = list(specs)
     return 1 - sum(spec.shape[0] * spec.kept[level.index] for spec in specs) / sum(spec.size for spec in specs)

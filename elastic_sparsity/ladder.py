@@ -3,7 +3,8 @@
 A *level* is a mask: an unstructured sparsity (fraction of zeros a row) or an N:M pattern (N kept of every M along
 the input dimension). A *group* is the low-rank adapters that serve an interval of levels (arXiv 2606.25285: groups
 ordered by sparsity, each inheriting the denser ones). By default every level has a group of its own; with
-`group_ends` many levels share one, e.g. EPTS's seven groups over (0, 0.7].
+`group_ends` many levels share one, e.g. EPTS's seven groups over (0, 0.7]. A *structured level* is a smaller model
+and no mask, so no `Ladder` holds it: it lies beside one.
 """
 
 import itertools
@@ -13,6 +14,7 @@ from functools import cached_property
 
 from elastic_sparsity.errors import ConfigError, LevelError, brief
 
+STRUCTURED = "structured-"  # how the name of a structured level begins
 MAX_SPARSITIES = 254  # drop levels are stored as uint8 and need one value more than there are levels
 
 
@@ -37,6 +39,41 @@ class Level:
     @property
     def title(self) -> str:
         return self.name if self.pattern else f"{100 * self.sparsity:g} %"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StructuredLevel:
+    """A physically smaller model: whole heads and MLP channels are gone, equally many in every block.
+
+    Attributes:
+        fraction: of the parameters of the blocks' linears that was asked to go; what went differs by whole units.
+        key_value_heads, channels: what every block keeps; a key/value head stays with all its query heads.
+        biases: whether the branches' linears were given biases that the base model does not have (FLAP).
+        weights: of all linears together, without biases, that stay.
+    """
+
+    fraction: float
+    key_value_heads: int
+    channels: int
+    biases: bool
+    weights: int
+
+    @property
+    def name(self) -> str:
+        return f"{STRUCTURED}{float(self.fraction)!r}"
+
+    @property
+    def title(self) -> str:
+        return f"structured {100 * self.fraction:g} %"
+
+
+AnyLevel = Level | StructuredLevel
+
+
+def find_structured(wanted: str, levels: Sequence[StructuredLevel]) -> StructuredLevel | None:
+    """The structured level a user means by "structured-0.5" or "structured-50%"; None = there is none."""
+    text = wanted.strip().replace(" ", "").removeprefix(STRUCTURED)
+    return next((level for level in levels if _same_rate(text, level.fraction)), None)
 
 
 def parse_pattern(text: str) -> tuple[int, int]:

@@ -1,16 +1,25 @@
 """elastic_config.json: its fields, checked before anything is believed or allocated. Plain data only."""
 
 import hashlib
+import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from elastic_sparsity.errors import CheckpointError, ElasticSparsityError
-from elastic_sparsity.ladder import MAX_SPARSITIES, Ladder, Level
+from elastic_sparsity.errors import CheckpointError, ElasticSparsityError, LevelError, brief
+from elastic_sparsity.ladder import (
+    MAX_SPARSITIES,
+    STRUCTURED,
+    AnyLevel,
+    Ladder,
+    Level,
+    StructuredLevel,
+    find_structured,
+)
 from elastic_sparsity.shells import LinearSpec, num_shells, shell_names
 
 FORMAT = "elastic_sparsity"
@@ -42,12 +51,22 @@ class FileEntry(_Strict):
         return self
 
 
+class StructuredEntry(_Strict):
+    fraction: float = Field(gt=0.0, lt=1.0)
+    key_value_heads: int = Field(ge=1, lt=2**31)
+    channels: int = Field(ge=1, lt=2**31)
+    biases: bool
+    weights: int = Field(ge=1)
+
+
 class LadderEntry(_Strict):
-    # No defaults here and below: a field whose key rotted must not silently become another value.
+    # No defaults here and below: a field whose key rotted must not silently become another value. (Of `structured`,
+    # which the first checkpoints of this version have not, the digest tells.)
     sparsities: list[float] = Field(max_length=MAX_SPARSITIES)
     patterns: list[Annotated[str, Field(max_length=5)]] = Field(max_length=500)  # "31:32"
     group_ends: Annotated[list[float], Field(max_length=MAX_SPARSITIES)] | None
     pattern_parent: str
+    structured: list[StructuredEntry] = Field(default=[], max_length=MAX_SPARSITIES)
 
 
 class LinearEntry(_Strict):
@@ -93,8 +112,41 @@ class Manifest(_Strict):
             for name, x in self.linears.items()
         }
 
-    def sections_of(self, level: Level) -> list[str]:
-        """Sections a level reads: its prefix of shells, its groups' adapters, and what all levels share."""
+    def structured_levels(self) -> list[StructuredLevel]:
+        """Least removed first."""
+        return [StructuredLevel(**entry.model_dump()) for entry in self.ladder.structured]
+
+    def levels(self) -> list[AnyLevel]:
+        """Every level, those with masks first, in the ladder's order."""
+        return [*self.build_ladder().levels, *self.structured_levels()]
+
+    def find(self, wanted: str | float | AnyLevel) -> AnyLevel:
+        """The level a user means by 0.6, "60%", "2:4" or "structured-0.5".
+
+        Raises: LevelError: listing the levels there are.
+        """
+        text = wanted.name if isinstance(wanted, StructuredLevel) else wanted
+        names = ", ".join(level.name for level in self.levels())
+        if isinstance(text, str) and text.strip().startswith(STRUCTURED):
+            found = find_structured(text, self.structured_levels())
+            if found is None:
+                hint = "`elastic-sparsity add-structured` adds a structured one"
+                raise LevelError(f"level {brief(text)} is not in this checkpoint; it has: {names}. {hint}.")
+            return found
+        try:
+            return self.build_ladder().find(text)
+        except LevelError:
+            if not self.ladder.structured:
+                raise
+            raise LevelError(f"level {brief(text)} is not in this checkpoint; it has: {names}.") from None
+
+    def sections_of(self, level: AnyLevel) -> list[str]:
+        """Sections a level reads: its prefix of shells, its groups' adapters, and what all levels share.
+
+        A structured level has one section of its own instead of shells and adapters.
+        """
+        if isinstance(level, StructuredLevel):
+            return [level.name, "shared"]
         ladder = self.build_ladder()
         shells = [f"shell-{name}" for name in shell_names(ladder)[: num_shells(ladder, level)]]
         return [*shells, *(f"adapters-{group}" for group in self.active_groups(level)), "shared"]
@@ -103,7 +155,7 @@ class Manifest(_Strict):
         """Adapter groups a level adds up, its own last; none of rank zero."""
         return [g for g in self.build_ladder().active_groups(level, self.inheritance) if self.ranks[g]]
 
-    def files_of(self, level: Level) -> list[FileEntry]:
+    def files_of(self, level: AnyLevel) -> list[FileEntry]:
         """Every tensor file a level reads."""
         return [entry for section in self.sections_of(level) for entry in self.files[section]]
 
@@ -174,7 +226,8 @@ def _problems(manifest: Manifest) -> Iterator[str]:
             yield f"linears.{name}: input width {spec.shape[1]} does not fit {ladder.patterns}"
         elif spec.size > 2**48:
             yield f"linears.{name}: shape {spec.shape} is beyond any model"
-    needed = dict.fromkeys(section for level in ladder.levels for section in manifest.sections_of(level))
+    yield from _structured_problems(manifest)
+    needed = dict.fromkeys(section for level in manifest.levels() for section in manifest.sections_of(level))
     for section in needed:
         if section not in manifest.files:
             yield f"files: no {section}"
@@ -193,6 +246,19 @@ def _problems(manifest: Manifest) -> Iterator[str]:
             yield f"extras: {entry.file!r} may not hold tensors"
 
 
+def _structured_problems(manifest: Manifest) -> Iterator[str]:
+    levels = manifest.structured_levels()
+    if any(b.fraction - a.fraction < 1e-6 for a, b in itertools.pairwise(levels)):
+        yield "ladder.structured: fractions must be strictly increasing"
+    total = sum(spec.size for spec in manifest.build_specs().values())
+    for level in levels:
+        if level.weights > total:
+            yield f"ladder.structured: {level.name} keeps {level.weights} of {total} weights"
+    unknown = {name for name in manifest.files if name.startswith(STRUCTURED)} - {level.name for level in levels}
+    if unknown:
+        yield f"files: {min(unknown)!r:.60} is of no level in ladder.structured"
+
+
 def adapter_dtype(dtype: str) -> str:
     """float32 beside float32 values, else bfloat16: float16 would underflow the small B."""
     return "float32" if dtype == "float32" else "bfloat16"
@@ -205,6 +271,9 @@ def part_names(section: str, parts: int) -> list[str]:
     return [f"{section}-{number:05d}-of-{parts:05d}.safetensors" for number in range(1, parts + 1)]
 
 
-def by_density(ladder: Ladder) -> list[Level]:
-    """Levels from densest to sparsest; an unstructured level before an N:M one of the same sparsity."""
-    return sorted(ladder.levels, key=lambda level: (level.sparsity, level.pattern is not None))
+def by_density(ladder: Ladder, structured: Sequence[StructuredLevel] = ()) -> list[AnyLevel]:
+    """Levels from densest to sparsest; an unstructured level before an N:M one of the same sparsity.
+
+    Structured ones come last: at equal fractions they lose far more quality, and nobody should get one unasked.
+    """
+    return [*sorted(ladder.levels, key=lambda level: (level.sparsity, level.pattern is not None)), *structured]

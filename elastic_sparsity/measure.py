@@ -16,7 +16,7 @@ from elastic_sparsity.data import check_vocabulary, read_text, token_hash, token
 from elastic_sparsity.errors import ConfigError
 from elastic_sparsity.evaluate import Quality, evaluate
 from elastic_sparsity.hub import elastic_folder, fetch_levels, is_hub_id
-from elastic_sparsity.ladder import Level
+from elastic_sparsity.ladder import AnyLevel, StructuredLevel
 from elastic_sparsity.models import load_base
 from elastic_sparsity.precision import autocast_factory, default_device, resolve_precision
 from elastic_sparsity.slicing import load_level, load_tokenizer
@@ -42,10 +42,12 @@ def measure(
     dense_bytes = base.model.num_parameters() * checkpoint.dtype.itemsize
     shared = token_ids[: recipe.evaluation.baseline_samples or recipe.block.samples]
     rows: list[dict[str, Any]] = []
-    for level in checkpoint.ladder.levels:
+    for level in checkpoint.manifest.levels():
         models = {} if rows else {"dense": base.model}
         models["elastic"] = _as_shipped(checkpoint, level, base.model)
         for method in recipe.evaluation.baselines:
+            if isinstance(level, StructuredLevel):
+                break  # they make masks
             models[method] = copy.deepcopy(base.model)
             stage = f"{method} at {level.title}"
             prune_one_shot_(
@@ -77,7 +79,7 @@ def measure(
     return rows
 
 
-def _as_shipped(checkpoint: ElasticCheckpoint, level: Level, base_model: Any) -> Any:
+def _as_shipped(checkpoint: ElasticCheckpoint, level: AnyLevel, base_model: Any) -> Any:
     """A level's weights, rounded as a user gets them, in a model that computes in the base model's dtype."""
     return load_level(checkpoint, level, checkpoint.dtype).to(base_model.device, base_model.dtype)
 
@@ -199,7 +201,7 @@ def _jobs(
         origin = {"weights_sha256": base.identity["sha256"]}
         return base.tokenizer, origin, [("dense", "as it is", size, partial(getattr, base, "model"))]
     checkpoint = ElasticCheckpoint(folder)
-    levels = checkpoint.ladder.levels if level is None else (checkpoint.ladder.find(level),)
+    levels = checkpoint.manifest.levels() if level is None else [checkpoint.manifest.find(level)]
     if is_hub_id(path):  # the files of the same commit
         fetch_levels(path, [x.name for x in levels], **{**hub, "revision": folder.name})
     checkpoint.check_extras()  # the tokenizer among them

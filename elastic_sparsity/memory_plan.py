@@ -15,6 +15,7 @@ from elastic_sparsity.files import is_file
 from elastic_sparsity.masks import SORTED_AT_ONCE
 from elastic_sparsity.model_shapes import ModelShapes
 from elastic_sparsity.plan_sizes import PER_BLOCK, PLACES, STAGES, Choices, Peak, Sizes, Term, checkpoint_bytes
+from elastic_sparsity.structured_plan import structured_terms
 
 PROCESS = 400_000_000  # measured: Python, torch, transformers and what they load, on Linux without CUDA
 DATASETS = 90_000_000  # measured: the datasets library, for text that is no local file
@@ -29,7 +30,7 @@ def memory_terms(shapes: ModelShapes, recipe: Recipe, choices: Choices) -> list[
     sizes = Sizes(shapes, recipe, choices)
     terms = [*_process(sizes), *_weights(sizes), *_reading(sizes), *_allocation(sizes), *_induction(sizes)]
     terms += [*_streams(sizes), *_block(sizes)]
-    terms += [*_training(sizes), *_end_to_end(sizes), *_saving(sizes), *_disk(sizes)]
+    terms += [*_training(sizes), *_end_to_end(sizes), *_saving(sizes), *structured_terms(sizes), *_disk(sizes)]
     if not choices.gpu:
         terms = [replace(term, place="host") if term.place == "device" else term for term in terms]
     return [term for term in [*terms, *_holes(terms, choices, shapes, recipe)] if term.bytes]
@@ -39,6 +40,7 @@ def _holes(terms: Sequence[Term], choices: Choices, shapes: ModelShapes, recipe:
     """What allocators lose."""
     early = _early(recipe)
     stages = [*early, *PER_BLOCK, *([] if choices.trainable == "off" else ["end to end"]), "saving"]
+    stages += ["structured"] if recipe.structured.fractions else []
     if choices.gpu:
         why = f"{CUDA_SLACK:.0%} of the stage's rest, for torch's caching allocator; assumed, not measured"
         for stage in stages:
@@ -369,7 +371,7 @@ def _disk(z: Sizes) -> Iterator[Term]:
     s, moved = z.shapes, 4 * z.shapes.block_linears if z.recipe.block.base_lr > 0 else 0
     each = z.masks * s.block_linears + 4 * z.adapter + moved
     yield Term(
-        name="finished blocks", bytes=s.depth * each, place="disk", stages=STAGES[5:],
+        name="finished blocks", bytes=s.depth * each, place="disk", stages=STAGES[6:],
         why=f"{s.depth} x (masks a byte each, float32 adapters{', float32 weights' if moved else ''}), until the end",
     )  # fmt: skip
     yield Term(
@@ -385,7 +387,7 @@ def _disk(z: Sizes) -> Iterator[Term]:
         )  # fmt: skip
     size = checkpoint_bytes(z)
     yield Term(
-        name="checkpoint", bytes=size, place="disk", stages=("saving",),
+        name="checkpoint", bytes=size, place="disk", stages=STAGES[-2:],
         why="values, positions and bitmaps of all levels, adapters, embeddings; a pattern's weights as if by chance "
         "(so at most)",
     )  # fmt: skip

@@ -88,7 +88,7 @@ def front_matter(facts: Facts) -> str:
 
 def _results(facts: Facts) -> Iterator[tuple[str, str, str, float]]:
     """Measured figures of the levels: metric, its name, the level, the value."""
-    for level in facts.levels:
+    for level in (*facts.levels, *facts.structured):
         found = facts.figure(level.name, "elastic")
         if found is not None and found.perplexity is not None and math.isfinite(found.perplexity):
             yield "perplexity", "perplexity", level.title, found.perplexity
@@ -104,7 +104,7 @@ def _measured_on(facts: Facts) -> str:
 
 def _levels(facts: Facts) -> str:
     rows = []
-    for level in facts.levels:
+    for level in (*facts.levels, *facts.structured):
         found = facts.figure(level.name, "elastic")
         cells = (words.zeros(level), words.size(level.bytes), words.perplexity(found), words.kl(found))
         rows.append((level.title, *cells))

@@ -3,6 +3,8 @@
 An overlay folder holds `elastic_overlay.json` (the checkpoint's elastic_config.json, and id and hash of the base), the
 shells without their values, the adapters, and no weight of the base. Restoring puts the base's values back and must
 give every shell its recorded sha256: a checkpoint whose base values were trained cannot be made an overlay.
+Structured levels are weights of the base, cut and refitted, so an overlay leaves them out; what is restored lists them
+as not here, and `upgrade` fetches them.
 """
 
 import json
@@ -63,6 +65,7 @@ def write_overlay(path: str | Path, output: str | Path, base: str | None = None)
             write_tensors(scratch / file, kept, file_metadata(checkpoint.manifest.checkpoint_id))
         others = [e.file for entries in checkpoint.manifest.files.values() for e in entries if e.file not in stored]
         others = [file for file in others if (checkpoint.folder / file).exists()]  # a copy lacks what no level reads
+        others = [file for file in others if file not in _structured_files(checkpoint)]
         for file in [*others, *(entry.file for entry in checkpoint.manifest.extras)]:
             _copy(checkpoint.folder / file, scratch / file)
         overlay = {
@@ -126,6 +129,11 @@ def _sections_with_values(checkpoint: ElasticCheckpoint) -> dict[str, str]:
     """File -> section, for those that hold values of the base: the shells, and what all levels share."""
     files = checkpoint.manifest.files
     return {e.file: section for section in files for e in files[section] if section.startswith(("shell-", "shared"))}
+
+
+def _structured_files(checkpoint: ElasticCheckpoint) -> set[str]:
+    files = checkpoint.manifest.files
+    return {entry.file for level in checkpoint.structured for entry in files[level.name]}
 
 
 Sections = dict[str, dict[str, Tensor]]  # section -> tensor name -> tensor

@@ -38,7 +38,7 @@ def export_peft(path: str | Path, output: str | Path, level: str | float | None 
         raise ConfigError("export for PEFT needs it: pip install 'peft>=0.18'.") from None
     check_output_folder(Path(output))
     checkpoint = ElasticCheckpoint(checkpoint_folder(path, files=partial(_adapter_files, level=level), **hub))
-    chosen = checkpoint.ladder.levels if level is None else (checkpoint.find(level),)
+    chosen = checkpoint.ladder.levels if level is None else (checkpoint.find_masked(level, "export_peft"),)
     active = {x.name: checkpoint.active_groups(x) for x in chosen}
     if level is None:
         active = {name: groups for name, groups in active.items() if all(map(checkpoint.has_group, groups))}
@@ -74,7 +74,7 @@ def export_peft(path: str | Path, output: str | Path, level: str | float | None 
 def _adapter_files(manifest: Manifest, level: str | float | None) -> list[FileEntry]:
     sections = [section for section in manifest.files if section.startswith("adapters-")]
     if level is not None:
-        sections = [x for x in manifest.sections_of(manifest.build_ladder().find(level)) if x in sections]
+        sections = [x for x in manifest.sections_of(manifest.find(level)) if x in sections]
     return [entry for section in sections for entry in manifest.files[section]]
 
 
@@ -84,12 +84,14 @@ def reapply_masks_(model: nn.Module, path: str | Path, level: str | float, **hub
 
     Args:
         model: a plain causal LM of the same architecture, e.g. after PEFT's `merge_and_unload`.
-    Raises: LevelError: outside the ladder. CheckpointError: if a linear is missing, wrapped, or of another shape.
+    Raises: LevelError: outside the ladder, or structured. CheckpointError: if a linear is missing, wrapped, or of
+        another shape.
     """
     checkpoint = ElasticCheckpoint(checkpoint_folder(path, level, **hub))
+    wanted = checkpoint.find_masked(level, "reapply_masks_")
     weights = {name: _weight(model, name, spec.shape) for name, spec in checkpoint.linears.items()}
     count = 0
-    for name, linear in checkpoint.level_linears(checkpoint.find(level)):
+    for name, linear in checkpoint.level_linears(wanted):
         weight, outside = weights[name], ~linear.mask_OI.to(weights[name].device)
         count += int(torch.count_nonzero((weight != 0) & outside))
         weight.masked_fill_(outside, 0)

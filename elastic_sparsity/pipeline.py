@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from elastic_sparsity.adapters import elastic_linears
+from elastic_sparsity.adding import add_levels, check_sizes
 from elastic_sparsity.allocating import plan_in_run
 from elastic_sparsity.allocation import progressions
 from elastic_sparsity.allocation_file import allocation_of, load_plan
@@ -57,7 +58,8 @@ def optimize(
     """Runs a recipe and writes the elastic checkpoint to `output`.
 
     What is finished is kept in `<output>.run` until then: a run that was interrupted goes on from there when it is
-    called again, and ends with the same bytes. Under `accelerate launch` all processes share the work.
+    called again, and ends with the same bytes. Structured levels come last, each added to a checkpoint that is whole
+    without it. Under `accelerate launch` all processes share the work.
 
     Args:
         restart: begin anew, whatever an interrupted run left.
@@ -70,19 +72,28 @@ def optimize(
         check_output_folder(output)
     with run_folder(output, restart=restart, writes=workers.is_main) as folder, usual_allocator_after():
         job, stored_dtype, identity = prepare(recipe, folder, workers, progress if workers.is_main else silent)
-        if is_file(output / CONFIG_NAME):
-            return ElasticCheckpoint(output)
-        with training_attention(job.base.model), fused_layers(job.base.model):
-            job = run_allocation(job)
-            job, induced = run_induction(job)
-            block_losses, mixer_weights = run_block_phase_(job)
-            final_kl = run_end_to_end_(job)
-        training = {"induction": induced, "block_losses": block_losses, "end_to_end_kl": final_kl}
+        is_trained, token_ids = is_file(output / CONFIG_NAME), job.token_ids_ST
+        if not is_trained:
+            train_and_save(job, output, identity, stored_dtype)
+        del job  # the trained model, before the base model is loaded again
         if workers.is_main:
-            save_run(job, output, {**identity, "training": training}, stored_dtype, mixer_weights)
-            record_run(output, time.monotonic() - started, workers)
+            is_extended = add_levels(recipe, output, token_ids, progress)
+            if is_extended or not is_trained:
+                record_run(output, time.monotonic() - started, workers)
         workers.wait()
     return ElasticCheckpoint(output)
+
+
+def train_and_save(job: Job, output: Path, identity: dict[str, Any], stored_dtype: torch.dtype) -> None:
+    """All stages that train; the first worker writes the checkpoint."""
+    with training_attention(job.base.model), fused_layers(job.base.model):
+        job = run_allocation(job)
+        job, induced = run_induction(job)
+        block_losses, mixer_weights = run_block_phase_(job)
+        final_kl = run_end_to_end_(job)
+    training = {"induction": induced, "block_losses": block_losses, "end_to_end_kl": final_kl}
+    if job.workers.is_main:
+        save_run(job, output, {**identity, "training": training}, stored_dtype, mixer_weights)
 
 
 def prepare(
@@ -98,6 +109,7 @@ def prepare(
         planned = settle(recipe, workers.count)
         base = open_base(recipe, planned.weights)
         allocation = _allocation(recipe, base.model)
+        check_sizes(base.model, recipe.structured.fractions, recipe.structured.multiple)
         if recipe.evaluation.source is not None:
             evaluation_windows(recipe, base, None)  # a text that cannot be used should not cost a run
         token_ids, _ = calibration_tokens(recipe, base, progress)

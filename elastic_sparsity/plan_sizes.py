@@ -1,4 +1,4 @@
-"""The vocabulary of a plan (stages, choices, terms, peaks) and the sizes that several of its terms are made of."""
+"""The vocabulary of a plan (stages, choices, terms, peaks, work), and sizes that several of its terms are made of."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,10 @@ from elastic_sparsity.ladder import keep_count
 from elastic_sparsity.model_shapes import ModelShapes
 from elastic_sparsity.shells import LinearSpec
 
-STAGES = ("load", "allocation", "induction", "statistics", "scores", "training", "commit", "end to end", "saving")
+STAGES = (
+    "load", "allocation", "induction", "statistics", "scores", "training", "commit",
+    "end to end", "saving", "structured",
+)  # fmt: skip
 PER_BLOCK = STAGES[3:7]
 PLACES = ("device", "host", "disk")
 
@@ -50,6 +53,24 @@ class Peak:
     bytes: int
     stage: str
     terms: tuple[Term, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """One kind of work.
+
+    Attributes:
+        phase: "allocation", "induction", "block phase", "end to end" or "structured".
+        direction: "forward", or "forward and backward".
+        passes: token-passes.
+        flops: floating-point operations of matrix products, attention and merging.
+    """
+
+    name: str
+    phase: str
+    direction: str
+    passes: int
+    flops: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,9 @@ from elastic_sparsity.config import Recipe, make_recipe
 from elastic_sparsity.errors import ConfigError, MemoryPlanError
 from elastic_sparsity.memory_plan import memory_terms, peaks
 from elastic_sparsity.model_shapes import ModelShapes, model_config, read_shapes
-from elastic_sparsity.plan_sizes import Choices, Peak, Sizes, Term
+from elastic_sparsity.plan_sizes import Choices, Peak, Sizes, Term, Work
 from elastic_sparsity.precision import DTYPES, default_device, resolve_precision
-from elastic_sparsity.work_plan import Timing, Work, seconds_of, work_of
+from elastic_sparsity.work_plan import Timing, seconds_of, work_of
 
 FREE_SHARE = 0.9  # of what is free: other programs live too
 Probe = Callable[..., Timing]
@@ -125,7 +125,7 @@ def choose(recipe: Recipe, shapes: ModelShapes, limits: dict[str, int], gpu: boo
     streams = not recipe.model.id.endswith(".gguf") and not recipe.model.id.startswith("random:")
     if recipe.memory.weights == "auto" and (not streams or recipe.calibration.source == "self"):
         weights = ("resident",)  # no files to read in blocks, or a model that writes its own text
-    if recipe.needs_whole_model:
+    if recipe.needs_whole_model or recipe.structured.fractions:
         weights = ("resident",)
     where = recipe.memory.activations
     places = (("device", "host", "disk") if gpu else ("host", "disk")) if where == "auto" else (where,)

@@ -14,7 +14,7 @@ from typing import Any
 from elastic_sparsity.checkpoint import ElasticCheckpoint
 from elastic_sparsity.hub import is_hub_id
 from elastic_sparsity.inspection import level_info
-from elastic_sparsity.ladder import Level
+from elastic_sparsity.ladder import Level, StructuredLevel
 from elastic_sparsity.manifest import RUN_NAME
 from elastic_sparsity.models import PACKAGED_MODELS
 from elastic_sparsity.records import (
@@ -46,6 +46,7 @@ class LevelFacts:
         bytes: of the tensor files it reads.
         alone_bytes: of one file with this level only, merged, as a bitmask and kept values; computed, not measured.
         available: whether its files are in this folder.
+        is_structured: whether it is a smaller model; `sparsity` is then the share that is gone.
     """
 
     name: str
@@ -55,6 +56,7 @@ class LevelFacts:
     bytes: int
     alone_bytes: int
     available: bool
+    is_structured: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +87,9 @@ class Facts:
         name: of the folder or repository.
         base_hub_id: the base model on the Hub, if it is known to be there.
         license: of the base model, as the Hub spells it; None = not recorded.
+        total_bytes: of all levels with masks.
         dense_bytes: of one dense copy in the checkpoint's dtype; computed.
+        structured: levels that are smaller models, least removed first.
         figures: in the order of the record.
         protocol: what the figures were measured on: (what, value).
         types, blocks: of the linears: names within a block, and numbers of the blocks.
@@ -113,6 +117,7 @@ class Facts:
     total_bytes: int
     dense_bytes: int
     levels: tuple[LevelFacts, ...]
+    structured: tuple[LevelFacts, ...]
     figures: tuple[Figure, ...]
     protocol: tuple[tuple[str, str], ...]
     types: tuple[str, ...]
@@ -160,6 +165,7 @@ def read_facts(checkpoint: ElasticCheckpoint, name: str, results: Sequence[str |
     loss_levels, block_losses = _block_losses(value_at(config, "training", "block_losses"))
     sizes = [spec.size for spec in checkpoint.linears.values()]
     shared_bytes = sum(entry.bytes for entry in manifest.files["shared"])
+    structured = tuple(_structured_level(checkpoint, level) for level in checkpoint.structured)
     return Facts(
         name=clean(name) or "checkpoint",
         checkpoint_id=clean(manifest.checkpoint_id),
@@ -174,9 +180,10 @@ def read_facts(checkpoint: ElasticCheckpoint, name: str, results: Sequence[str |
         inheritance=manifest.inheritance,
         num_linears=len(sizes),
         num_weights=sum(sizes),
-        total_bytes=checkpoint.total_bytes(),
+        total_bytes=checkpoint.total_bytes() - sum(level.bytes - shared_bytes for level in structured),
         dense_bytes=sum(sizes) * checkpoint.dtype.itemsize + shared_bytes,
         levels=tuple(_level(checkpoint, level, shared_bytes) for level in checkpoint.ladder.levels),
+        structured=structured,
         figures=tuple(_figures(value_at(config, "quality", "rows"))),
         protocol=tuple(protocol_texts(value_at(config, "quality", "protocol"))),
         types=types,
@@ -214,6 +221,20 @@ def _level(checkpoint: ElasticCheckpoint, level: Level, shared_bytes: int) -> Le
         bytes=info.bytes,
         alone_bytes=kept * checkpoint.dtype.itemsize + masks + shared_bytes,
         available=info.available,
+    )
+
+
+def _structured_level(checkpoint: ElasticCheckpoint, level: StructuredLevel) -> LevelFacts:
+    info = level_info(checkpoint, level)
+    return LevelFacts(
+        name=level.name,
+        title=level.title,
+        sparsity=info.sparsity,
+        is_pattern=False,
+        bytes=info.bytes,
+        alone_bytes=info.bytes,
+        available=info.available,
+        is_structured=True,
     )
 
 

@@ -134,7 +134,7 @@ def _python(facts: Facts, level: str) -> str:
 
 def _levels(facts: Facts) -> str:
     rows = []
-    for level in facts.levels:
+    for level in (*facts.levels, *facts.structured):
         found = facts.figure(level.name, "elastic")
         here = "yes" if level.available else "no"
         cells = (words.zeros(level), words.size(level.bytes), words.perplexity(found), words.kl(found), here)

@@ -45,7 +45,7 @@ def kl(figure: Figure | QualityRow | None) -> str:
 
 def zeros(level: LevelFacts) -> str:
     """Share of zeros; what a pattern promises is a lower bound."""
-    return f"{'>= ' if level.is_pattern else ''}{100 * level.sparsity:.2f} %"
+    return f"{'>= ' if level.is_pattern else ''}{100 * level.sparsity:.2f} %{' removed' if level.is_structured else ''}"
 
 
 def lead(facts: Facts) -> str:
@@ -112,7 +112,7 @@ def task_rows(measured: Measured[TaskRow]) -> tuple[list[str], list[list[str]]]:
 
 def other_rows(facts: Facts) -> list[Figure]:
     """Figures of the dense model and of other methods, and elastic ones of levels that the ladder lacks."""
-    names = {level.name for level in facts.levels}
+    names = {level.name for level in (*facts.levels, *facts.structured)}
     shown = {id(facts.figure(name, "elastic")) for name in names}
     return [row for row in facts.figures if id(row) not in shown]
 

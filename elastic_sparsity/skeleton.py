@@ -10,6 +10,8 @@ import torch
 from elastic_sparsity.arch import architecture_of, config_object, is_transposed
 from elastic_sparsity.checkpoint import ElasticCheckpoint, OpenLevel
 from elastic_sparsity.errors import CheckpointError, ElasticSparsityError, UnsupportedModelError
+from elastic_sparsity.ladder import StructuredLevel
+from elastic_sparsity.structured_section import check_section, level_config
 
 
 def import_model_class(folder: Path) -> None:
@@ -28,6 +30,8 @@ def import_model_class(folder: Path) -> None:
 def skeleton(checkpoint: ElasticCheckpoint, files: OpenLevel, dtype: torch.dtype) -> tuple[Any, Any]:
     """The model without memory for weights, checked to have the checkpoint's names and shapes; its generation config.
 
+    Of a structured level it is the smaller model.
+
     Raises: CheckpointError.
     """
     from accelerate import init_empty_weights  # slow imports, only here
@@ -35,11 +39,13 @@ def skeleton(checkpoint: ElasticCheckpoint, files: OpenLevel, dtype: torch.dtype
 
     folder = checkpoint.folder
     try:
-        config = _model_config(checkpoint)
+        whole = config = model_config(checkpoint)
+        if isinstance(files.level, StructuredLevel):
+            config = level_config(whole, checkpoint, files.level)
         has_generation = (folder / "generation_config.json").is_file()
         generation = GenerationConfig.from_pretrained(folder) if has_generation else None
         with torch.device("meta"):  # takes no memory, whatever sizes config.json claims
-            _check_fit(AutoModelForCausalLM.from_config(config, dtype=dtype), checkpoint, files)
+            _check_fit(AutoModelForCausalLM.from_config(config, dtype=dtype), whole, checkpoint, files)
         with init_empty_weights():  # computes the buffers, e.g. rotary frequencies
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         model.tie_weights()
@@ -52,7 +58,7 @@ def skeleton(checkpoint: ElasticCheckpoint, files: OpenLevel, dtype: torch.dtype
     return model, generation
 
 
-def _model_config(checkpoint: ElasticCheckpoint) -> Any:
+def model_config(checkpoint: ElasticCheckpoint) -> Any:
     """config.json, of the checkpoint's family and depth, as transformers' object.
 
     Raises: CheckpointError: another family, or as many layers as would take transformers long to list.
@@ -70,17 +76,21 @@ def _model_config(checkpoint: ElasticCheckpoint) -> Any:
     return config_object({**raw, "name_or_path": str(checkpoint.folder)})
 
 
-def _check_fit(model: Any, checkpoint: ElasticCheckpoint, files: OpenLevel) -> None:
+def _check_fit(model: Any, config: Any, checkpoint: ElasticCheckpoint, files: OpenLevel) -> None:
     """That the model, on the meta device, has the checkpoint's names and shapes, and no buffers beyond reason.
 
+    Args:
+        config: of the whole model, whatever the level.
     Raises: CheckpointError.
     """
     model.tie_weights()
     folder = checkpoint.folder
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     found = files.shared_shapes()
-    for name, spec in checkpoint.linears.items():
-        found[f"{name}.weight"] = spec.stored_shape
+    if isinstance(files.level, StructuredLevel):
+        found |= check_section(model, config, checkpoint, files)
+    else:
+        found |= {f"{name}.weight": spec.stored_shape for name, spec in checkpoint.linears.items()}
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if wrong:
         raise CheckpointError(

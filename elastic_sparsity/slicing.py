@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -17,16 +18,17 @@ from torch import Tensor, nn
 from elastic_sparsity.checkpoint import ElasticCheckpoint, OpenLevel
 from elastic_sparsity.choosing import choose_level
 from elastic_sparsity.decoding import FLOATS, Decoder, check_finite
-from elastic_sparsity.errors import CheckpointError, ConfigError
+from elastic_sparsity.errors import CheckpointError, ConfigError, LevelError
 from elastic_sparsity.files import atomic_folder, check_output_folder, strange_file
 from elastic_sparsity.hub import checkpoint_folder, is_hub_id
-from elastic_sparsity.ladder import Level
+from elastic_sparsity.ladder import AnyLevel, StructuredLevel
 from elastic_sparsity.native import kernels
 from elastic_sparsity.packed import PackedLinear, pack_linears_
 from elastic_sparsity.packed_weight import PackedWeight
 from elastic_sparsity.placement import Places, check_placement, check_runtime, find_places, place_of, resolve_dtype
 from elastic_sparsity.semi_structured import to_semi_structured_
-from elastic_sparsity.skeleton import import_model_class, skeleton
+from elastic_sparsity.skeleton import import_model_class, model_config, skeleton
+from elastic_sparsity.structured_section import read_section
 from elastic_sparsity.tensor_file import Room
 from elastic_sparsity.ways import DENSE, PACKED, SEMI_STRUCTURED
 
@@ -56,7 +58,7 @@ class ElasticState:
     """
 
     checkpoint: ElasticCheckpoint
-    level: Level
+    level: AnyLevel
     merge_adapters: bool
     runtime: str = DENSE
     hub: dict[str, Any] | None = None
@@ -86,7 +88,8 @@ class ElasticModel:
 
         Args:
             path: folder of an elastic checkpoint, or a hub id, of which only the level's files are downloaded.
-            level: 0.6, "0.6", "60%", "2:4", or "auto": the densest level that is here (on a hub: the densest).
+            level: 0.6, "0.6", "60%", "2:4", or "auto": the densest level that is here (on a hub: the densest); or
+                "structured-0.5": a smaller model, if the checkpoint has one.
             dtype: of the model, also by name ("float16"); None or "auto" = the checkpoint's.
             device: where to put the model; None = CPU.
             device_map: as in transformers ("auto", "balanced", {"": 0}, ...), through accelerate; instead of `device`.
@@ -144,7 +147,7 @@ class ElasticModel:
 @torch.inference_mode(False)
 def load_level(
     checkpoint: ElasticCheckpoint,
-    level: Level,
+    level: AnyLevel,
     dtype: torch.dtype,
     *,
     device_map: str | Places | None = None,
@@ -153,7 +156,11 @@ def load_level(
     runtime: str = DENSE,
 ) -> Any:
     """The model of one level; merged in float32, masked, then cast. See `ElasticModel.from_pretrained`."""
-    if runtime == SEMI_STRUCTURED and level.pattern != (2, 4):
+    is_structured = isinstance(level, StructuredLevel)
+    if is_structured and (runtime != DENSE or not merge_adapters):
+        what = f"runtime: {runtime!r}" if runtime != DENSE else "merge_adapters: False"
+        raise ConfigError(f"{what} is for levels with masks; {level.name} is a smaller dense model, leave it out.")
+    if runtime == SEMI_STRUCTURED and getattr(level, "pattern", None) != (2, 4):
         raise ConfigError(f"runtime: {runtime!r} takes level 2:4, found {level.name}.")
     with ThreadPoolExecutor(1) as pool:  # while one thread hashes the files, another imports the model's class
         opening = pool.submit(checkpoint.open_level, level)
@@ -165,7 +172,7 @@ def load_level(
     if runtime == PACKED:
         linears = pack_linears_(model, {name: spec.shape for name, spec in checkpoint.linears.items()}, kernels())
         _set_packed_(linears, _packed_level(checkpoint, files, merge_adapters, dtype))
-    else:
+    elif not is_structured:
         weights = {
             name: torch.empty(spec.stored_shape, dtype=dtype, device=place_of(places, name))
             for name, spec in checkpoint.linears.items()
@@ -173,7 +180,8 @@ def load_level(
         _write_level_(weights, checkpoint, files, merge_adapters)
         tensors = {f"{name}.weight": weight for name, weight in weights.items()}
     _return_freed_memory()
-    for name, tensor in files.shared().items():
+    own = read_section(model_config(checkpoint), checkpoint, files) if is_structured else ()
+    for name, tensor in chain(files.shared().items(), own):  # its biases replace the shared ones
         weight = tensor.to(dtype)
         check_finite(weight, name, kernels())
         tensors[name] = weight.to(place_of(places, name))
@@ -206,7 +214,7 @@ def _write_level_(
         before: gets a copy of every weight that is overwritten.
     Raises: CheckpointError: damaged shells, or weights that are not finite; some are then written already.
     """
-    decoder = Decoder(files.level, kernels())
+    decoder = Decoder(files.masked, kernels())
 
     def write(name: str, room: Room) -> None:
         weight = weights[name]
@@ -222,7 +230,7 @@ def _packed_level(
     checkpoint: ElasticCheckpoint, files: OpenLevel, merge_adapters: bool, dtype: torch.dtype
 ) -> dict[str, PackedWeight]:
     """Raises: CheckpointError: damaged shells, or weights that are not finite."""
-    decoder = Decoder(files.level, kernels())
+    decoder = Decoder(files.masked, kernels())
 
     def pack(name: str, room: Room) -> PackedWeight:
         pairs = files.pairs(name) if merge_adapters else []
@@ -273,7 +281,8 @@ def set_level(model: nn.Module, level: str | float) -> None:
 
     Args:
         model: from `ElasticModel.from_pretrained`; its sparsified weights are overwritten, all else is left alone.
-    Raises: LevelError: outside the ladder. CheckpointError: damaged or missing files; the model is as it was.
+    Raises: LevelError: outside the ladder, or from or to a structured level. CheckpointError: damaged or missing
+        files; the model is as it was.
         ConfigError: the model was not made here, or its weights were replaced or offloaded.
     """
     state: ElasticState | None = getattr(model, STATE, None)
@@ -282,6 +291,12 @@ def set_level(model: nn.Module, level: str | float) -> None:
     wanted = state.checkpoint.find(level)
     if wanted == state.level:
         return
+    for found in (wanted, state.level):
+        if isinstance(found, StructuredLevel):
+            raise LevelError(
+                f"set_level: {found.name} is a smaller model, which no other level becomes in place, nor it another; "
+                "load the level with from_pretrained."
+            )
     if state.runtime == SEMI_STRUCTURED:
         raise ConfigError("set_level: a model of 2:4 products cannot become another level; load that anew.")
     packed = _live_packed(model, state.checkpoint)

@@ -111,22 +111,39 @@ def sizes_for(model: Any, sparsity: float, multiple: int | None = None) -> Sizes
     )
 
 
-def _head_fields(model: Any, groups: int) -> dict[str, int]:
-    """What config.json says of the heads when `groups` key/value heads are left."""
-    heads = heads_of(decoder_blocks(model)[0], model.config)
-    return {
-        "num_attention_heads": groups * heads.query_KRC.shape[1],
-        "num_key_value_heads": groups,
-        "head_dim": heads.query_KRC.shape[2],
-    }
+def sliced_config(config: Any, *, groups: int, channels: int, width: int, biases: bool = False) -> Any:
+    """The config of a model that keeps so many key/value heads and MLP channels in every block.
+
+    Args:
+        width: inputs of the attention's last linear before anything goes.
+        biases: give the branches' linears a bias wherever the config has a field for it.
+    """
+    row, fields = wiring_of(config), {}
+    if row.free_heads:
+        heads = int(config.num_attention_heads)
+        num_groups = int(getattr(config, "num_key_value_heads", None) or heads)
+        fields = {
+            "num_attention_heads": groups * (heads // num_groups),
+            "num_key_value_heads": groups,
+            "head_dim": width // heads,
+        }
+    fields[row.width_field] = channels
+    if biases:
+        fields |= {field: True for field in (row.attention_bias, row.mlp_bias) if field}
+    return config_object({**config.to_dict(), **fields})
+
+
+def _width(model: Any) -> int:
+    """Inputs of the attention's last linear."""
+    return weight_OI(linear_at(decoder_blocks(model)[0], wiring_of(model.config).out)).shape[1]
 
 
 def _expressible(model: Any, num_groups: int) -> list[int]:
     """Counts of key/value heads with which transformers still takes the config: Llama wants width / heads whole."""
-    found, raw = [num_groups], model.config.to_dict()
+    found, width, channels = [num_groups], _width(model), len(_mlp_of(model).units_UC)
     for groups in range(1, num_groups):
         try:
-            config_object({**raw, **_head_fields(model, groups)})
+            sliced_config(model.config, groups=groups, channels=channels, width=width)
         except Exception:  # each config class has checks and error types of its own
             continue
         found.append(groups)
@@ -147,18 +164,17 @@ def sliced_model(model: Any, kept: Sequence[Kept]) -> Any:
     from transformers import AutoModelForCausalLM
 
     counts = [{name: len(units) for name, units in block.items()} for block in kept]
-    blocks, row = decoder_blocks(model), wiring_of(model.config)
+    blocks = decoder_blocks(model)
     if len(counts) != len(blocks) or any(count != counts[0] for count in counts):
         raise ShapeError(f"units that stay: found {counts} for {len(blocks)} blocks; expected one count for all.")
-    fields = {row.width_field: counts[0]["mlp"]}
-    if "attention" in counts[0]:
-        fields |= _head_fields(model, counts[0]["attention"])
     state, prefix = model.state_dict(), architecture_of(model.config.model_type).blocks
     for index, (block, units) in enumerate(zip(blocks, kept, strict=True)):
         for part in parts_of(block, model.config):
             cut = _cut(block, part, units[part.name])
             state.update({f"{prefix}.{index}.{name}": tensor for name, tensor in cut.items()})
-    config = config_object({**model.config.to_dict(), **fields})
+    config = sliced_config(
+        model.config, groups=counts[0].get("attention", 0), channels=counts[0]["mlp"], width=_width(model)
+    )
     with init_empty_weights():  # computes the buffers, e.g. rotary frequencies
         small = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
     small.load_state_dict(state, assign=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic_sparsity.checkpoint import ElasticCheckpoint
-from elastic_sparsity.errors import CheckpointError
+from elastic_sparsity.errors import CheckpointError, LevelError
 from elastic_sparsity.files import atomic_file, atomic_folder, check_output_folder
 from elastic_sparsity.hub import checkpoint_folder
 from elastic_sparsity.manifest import CONFIG_NAME, FileEntry, Manifest
@@ -31,25 +31,55 @@ def copy_level(path: str | Path, level: str | float, output: str | Path, **hub: 
 def upgrade(folder: str | Path, path: str | Path, level: str | float, **hub: Any) -> list[str]:
     """Adds to `folder` the files of `path` that a level needs and that are missing or damaged; nothing is removed.
 
+    A structured level that was added to `path` after `folder` was copied comes with the new elastic_config.json.
+
     Returns: names of the files written. If it fails on the way, those already written are whole; run it again.
     Raises: LevelError. CheckpointError: not the same checkpoint, or a file of the source is damaged. OutputError.
     """
     here = ElasticCheckpoint(folder)
-    wanted = here.ladder.find(level)
-    needed = [x for x in [*here.manifest.extras, *here.files_of(wanted)] if not _is_whole(here, x)]
 
-    def to_fetch(manifest: Manifest) -> list[FileEntry]:
-        return needed if manifest.checkpoint_id == here.manifest.checkpoint_id else []
+    def missing(manifest: Manifest) -> list[FileEntry]:
+        if manifest.checkpoint_id != here.manifest.checkpoint_id:
+            return []
+        known = here.manifest if _has(here.manifest, level) else manifest
+        return [x for x in [*known.extras, *known.files_of(known.find(level))] if not _is_whole(here, x)]
 
-    source = ElasticCheckpoint(checkpoint_folder(path, files=to_fetch, **hub))
+    source = ElasticCheckpoint(checkpoint_folder(path, files=missing, **hub))
     if source.manifest.checkpoint_id != here.manifest.checkpoint_id:
         raise CheckpointError(
             f"{folder}: cannot be upgraded from {path}: it is checkpoint {here.manifest.checkpoint_id}, "
             f"the source {source.manifest.checkpoint_id}; download the level as a whole instead."
         )
+    needed = missing(source.manifest)
+    if not _has(here.manifest, level):
+        _check_only_adds(here, source)
     for entry in needed:
         _copy_checked(source.folder / entry.file, here.folder / entry.file, entry)
+    if not _has(here.manifest, level):
+        with atomic_file(here.folder / CONFIG_NAME) as scratch:
+            scratch.write_bytes((source.folder / CONFIG_NAME).read_bytes())
     return [entry.file for entry in needed]
+
+
+def _has(manifest: Manifest, level: str | float) -> bool:
+    try:
+        manifest.find(level)
+    except LevelError:
+        return False
+    return True
+
+
+def _check_only_adds(here: ElasticCheckpoint, source: ElasticCheckpoint) -> None:
+    """That the source's elastic_config.json can take the place of the one that is here: all it lists stays listed.
+
+    Raises: CheckpointError: e.g. each had a structured level added to it, and not the same one.
+    """
+    for section, entries in here.manifest.files.items():
+        if source.manifest.files.get(section) != entries:
+            raise CheckpointError(
+                f"{here.folder}: its {section} is not that of {source.folder}, though both are checkpoint "
+                f"{here.manifest.checkpoint_id}: something was added to them apart; download the level as a whole."
+            )
 
 
 def _is_whole(checkpoint: ElasticCheckpoint, entry: FileEntry) -> bool:

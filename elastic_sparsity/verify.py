@@ -15,9 +15,10 @@ from elastic_sparsity.arch import weight_OI
 from elastic_sparsity.checkpoint import ElasticCheckpoint
 from elastic_sparsity.errors import CheckpointError, ElasticSparsityError
 from elastic_sparsity.hub import checkpoint_folder
-from elastic_sparsity.ladder import Level
+from elastic_sparsity.ladder import AnyLevel, Level, StructuredLevel
 from elastic_sparsity.shells import listed_mask, num_shells, shell_names, shell_of
 from elastic_sparsity.slicing import load_level
+from elastic_sparsity.wiring import wiring_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,21 +37,29 @@ def verify(path: str | Path, progress: Callable[[str, int, int], None] | None = 
     input dimension; and for the models that `ElasticModel.from_pretrained` makes: every weight equals
     (W + sum of B A) * M, computed here from the raw bytes, bit for bit, so exact zeros outside the mask.
 
+    Of a structured level: the promised counts of units, and that the smaller model's parameters are the section's, or
+    what all levels share, bit for bit, and no others.
+
     Raises: CheckpointError: if elastic_config.json itself cannot be read.
     """
     checkpoint = ElasticCheckpoint(checkpoint_folder(path, **hub))
     levels = [level for level in checkpoint.ladder.levels if checkpoint.is_complete(level)]
-    checks = [_attempt("files: sizes, hashes, headers", lambda: _check_files(checkpoint, levels))]
+    structured = [level for level in checkpoint.structured if checkpoint.is_complete(level)]
+    checks = [_attempt("files: sizes, hashes, headers", lambda: _check_files(checkpoint, [*levels, *structured]))]
     if not checks[0].passed:
         return checks
     reading = _Reading(checkpoint, levels)
-    steps: list[tuple[str, Callable[[], str]]] = [
-        ("nested: a sparser mask lies inside every denser one", reading.check_nested),
-        ("exact counts a row, N:M along the inputs", reading.check_counts),
-    ]
+    steps: list[tuple[str, Callable[[], str]]] = []
+    if levels:
+        steps.append(("nested: a sparser mask lies inside every denser one", reading.check_nested))
+        steps.append(("exact counts a row, N:M along the inputs", reading.check_counts))
     steps += [
         (f"{level.title}: loaded weights = (W + sum B A) * M, bit for bit", partial(reading.check_slice, level))
         for level in levels
+    ]
+    steps += [
+        (f"{level.title}: loaded weights = the section's, bit for bit", partial(_check_structured, checkpoint, level))
+        for level in structured
     ]
     for number, (name, step) in enumerate(steps):
         checks.append(_attempt(name, step))
@@ -66,7 +75,7 @@ def _attempt(name: str, step: Callable[[], str]) -> Check:
         return Check(name=name, passed=False, detail=str(error))
 
 
-def _check_files(checkpoint: ElasticCheckpoint, levels: list[Level]) -> str:
+def _check_files(checkpoint: ElasticCheckpoint, levels: list[AnyLevel]) -> str:
     checkpoint.check_extras()
     for level in levels:
         checkpoint.open_level(level)
@@ -77,6 +86,36 @@ def _check_files(checkpoint: ElasticCheckpoint, levels: list[Level]) -> str:
     return f"{present} of {total} files of tensors are here"
 
 
+def _load(checkpoint: ElasticCheckpoint, section: str) -> dict[str, Tensor]:
+    """A section's tensors by the library's own reader."""
+    found: dict[str, Tensor] = {}
+    for entry in checkpoint.manifest.files[section]:
+        found.update(load_file(checkpoint.folder / entry.file))
+    return found
+
+
+def _check_structured(checkpoint: ElasticCheckpoint, level: StructuredLevel) -> str:
+    """The smaller model a user gets against the bytes."""
+    model = load_level(checkpoint, level, checkpoint.dtype)  # checks names, shapes, dtypes and numbers of units
+    section = _load(checkpoint, level.name)
+    units = {name: tensor for name, tensor in section.items() if name.endswith(".units")}
+    expected = _load(checkpoint, "shared") | {name: section[name] for name in section.keys() - units.keys()}
+    weights = total = 0
+    for name, spec in checkpoint.linears.items():
+        stored = expected[f"{name}.weight"]
+        weights, total = weights + stored.numel(), total + spec.size
+        expected[f"{name}.weight"] = stored.T if spec.transposed else stored
+    found = dict(model.named_parameters())
+    for name in expected.keys() | found.keys():
+        if name not in found or name not in expected or not torch.equal(found[name].detach(), expected[name]):
+            raise CheckpointError(f"{name}: level {level.name}: the loaded parameter is not the promised one.")
+    for name, bits in units.items():
+        stays, down = sum(byte.bit_count() for byte in bits.tolist()), f".{wiring_of(model.config).down}.units"
+        if stays != (level.channels if name.endswith(down) else level.key_value_heads):
+            raise CheckpointError(f"{name}: level {level.name} keeps {stays} units, another number than promised.")
+    return f"{weights:,} of {total:,} weights, {len(units)} choices of units"
+
+
 class _Reading:
     """All tensors of the levels that are here, read by other code than a level's usual way."""
 
@@ -85,9 +124,7 @@ class _Reading:
         self.counted = f"{len(checkpoint.linears)} linears, {len(levels)} of {len(checkpoint.ladder.levels)} levels"
         self.tensors: dict[str, dict[str, Tensor]] = {}
         for section in dict.fromkeys(s for level in levels for s in checkpoint.manifest.sections_of(level)):
-            self.tensors[section] = {}
-            for entry in checkpoint.manifest.files[section]:
-                self.tensors[section].update(load_file(checkpoint.folder / entry.file))
+            self.tensors[section] = _load(checkpoint, section)
 
     def shell(self, name: str, number: int) -> tuple[Tensor, Tensor]:
         """The positions a shell lists, as a flat mask, and its values."""

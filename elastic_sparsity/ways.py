@@ -7,7 +7,7 @@ or "semi_structured" (the 2:4 layout of torch on a GPU), each in one dtype.
 from dataclasses import dataclass
 
 from elastic_sparsity.checkpoint import ElasticCheckpoint
-from elastic_sparsity.ladder import Level
+from elastic_sparsity.ladder import AnyLevel, Level, StructuredLevel
 from elastic_sparsity.packed_weight import SLACK
 from elastic_sparsity.precision import DTYPES
 from elastic_sparsity.shells import LinearSpec
@@ -31,17 +31,21 @@ class Way:
     def name(self) -> str:
         return f"{self.runtime}-{self.dtype}"
 
-    def serves(self, level: Level) -> bool:
-        """Whether this way can hold the level's zeros at all."""
+    def serves(self, level: AnyLevel) -> bool:
+        """Whether this way can hold the level's zeros at all. A structured level has none and is dense."""
+        if isinstance(level, StructuredLevel):
+            return self.runtime == DENSE
         return self.runtime != SEMI_STRUCTURED or level.pattern == (2, 4)
 
 
-def streamed_bytes(checkpoint: ElasticCheckpoint, level: Level, way: Way) -> int:
+def streamed_bytes(checkpoint: ElasticCheckpoint, level: AnyLevel, way: Way) -> int:
     """Bytes of weights that one decoded token reads: the sparsified linears as the way stores them, all else dense.
 
     Everything outside the linears is counted, so also the rows of an untied embedding table that no token asks for.
     """
     shared = sum(entry.bytes for entry in checkpoint.manifest.files["shared"]) // checkpoint.dtype.itemsize
+    if isinstance(level, StructuredLevel):
+        return (shared + level.weights) * DTYPES[way.dtype].itemsize
     linears = sum(linear_bytes(spec, level, way) for spec in checkpoint.linears.values())
     return shared * DTYPES[way.dtype].itemsize + linears
 

@@ -8,25 +8,8 @@ from dataclasses import dataclass, replace
 
 from elastic_sparsity.allocation import SLOPES
 from elastic_sparsity.descent import DescentSettings
-from elastic_sparsity.plan_sizes import Sizes
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Work:
-    """One kind of work.
-
-    Attributes:
-        phase: "allocation", "induction", "block phase" or "end to end".
-        direction: "forward", or "forward and backward".
-        passes: token-passes.
-        flops: floating-point operations of matrix products, attention and merging.
-    """
-
-    name: str
-    phase: str
-    direction: str
-    passes: int
-    flops: float
+from elastic_sparsity.plan_sizes import Sizes, Work
+from elastic_sparsity.structured_plan import structured_work
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,7 +79,7 @@ def work_of(z: Sizes) -> list[Work]:
         flops, both = 3 * 2.0 * s.width * s.vocabulary * steps, "forward and backward"
         if steps:
             found.append(Work(name="head", phase=phase, direction=both, passes=2 * steps, flops=flops))
-    return found
+    return [*found, *structured_work(z)]
 
 
 def _allocation(z: Sizes) -> Iterator[tuple[str, str, str, int, int]]:
@@ -131,5 +114,6 @@ def seconds_of(z: Sizes, works: Sequence[Work], timing: Timing) -> float:
         one_level = step / groups * wanted.batch_size / block.batch_size
         total += depth * wanted.steps * one_level
     head = sum(w.flops for w in works if w.name.startswith("head"))
-    total += head / (2 * z.shapes.block_linears / per_token)  # at the rate of a block's products
+    orders = sum(w.flops for w in works if not w.passes)  # in float64: at half of float32's rate
+    total += (head + 2 * orders) / (2 * z.shapes.block_linears / per_token)  # at the rate of a block's products
     return total

@@ -55,7 +55,7 @@ def test_verbs_are_these():
     names = {command.name or command.callback.__name__ for command in cli.app.registered_commands}
     makers = {"demo", "train", "slice", "upgrade", "overlay", "restore", "export-peft", "export"}
     measured = {"eval", "inspect", "doctor", "bench", "plan", "report"}
-    assert names == makers | measured | {"induce", "search", "prune"}
+    assert names == makers | measured | {"induce", "search", "prune", "add-structured"}
 
 
 def test_train_slice_eval(capsys, tmp_path, quick_recipe, text_file):

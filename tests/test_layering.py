@@ -125,18 +125,30 @@ ALLOWED = {
         "torch", "calibration_text", "config", "files", "models", "precision", "structured", "structured_parts",
         "structured_sizes",
     },
+    "structured_section": {
+        "torch", "arch", "checkpoint", "errors", "ladder", "packing", "structured_parts", "structured_sizes",
+        "tensor_file", "wiring",
+    },
+    "adding": {
+        "torch", "arch", "calibration_text", "checkpoint", "checkpoint_writer", "config", "data", "errors", "hub",
+        "ladder", "models", "precision", "pruning", "skeleton", "structured", "structured_parts",
+        "structured_section", "structured_sizes",
+    },
     "placement": {"torch", "accelerate", "errors", "precision", "semi_structured", "ways"},
     "packed": {"torch", "adapters", "errors", "native", "packed_weight"},
     "decoding": {
         "torch", "numpy", "adapters", "errors", "ladder", "native", "packed_weight", "packing", "precision", "shells",
     },
-    "skeleton": {"torch", "transformers", "accelerate", "arch", "checkpoint", "errors"},
+    "skeleton": {
+        "torch", "transformers", "accelerate", "arch", "checkpoint", "errors", "ladder", "structured_section",
+    },
     "slicing": {
         "torch", "transformers", "accelerate", "checkpoint", "choosing", "decoding", "errors", "files", "hub", "ladder",
-        "native", "packed", "packed_weight", "placement", "semi_structured", "skeleton", "tensor_file", "ways",
+        "native", "packed", "packed_weight", "placement", "semi_structured", "skeleton",
+        "structured_section", "tensor_file", "ways",
     },
     "verify": {
-        "torch", "safetensors", "arch", "checkpoint", "errors", "hub", "ladder", "shells", "slicing",
+        "torch", "safetensors", "arch", "checkpoint", "errors", "hub", "ladder", "shells", "slicing", "wiring",
     },
     "overlay": {
         "torch", "safetensors", "checkpoint", "checkpoint_writer", "errors", "files", "manifest", "models", "packing",
@@ -151,8 +163,9 @@ ALLOWED = {
     "task_files": {"torch", "numpy", "transformers", "datasets", "lm_eval", "errors", "files"},
     "zero_shot": {"numpy", "lm_eval", "errors", "report", "task_files"},
     "plan_sizes": {"config", "ladder", "model_shapes", "shells"},
-    "memory_plan": {"config", "files", "masks", "model_shapes", "plan_sizes"},
-    "work_plan": {"allocation", "descent", "plan_sizes"},
+    "structured_plan": {"model_shapes", "plan_sizes", "wiring"},
+    "memory_plan": {"config", "files", "masks", "model_shapes", "plan_sizes", "structured_plan"},
+    "work_plan": {"allocation", "descent", "plan_sizes", "structured_plan"},
     "probe": {
         "torch", "transformers", "activations", "arch", "attention", "block_phase", "blocks", "calibrate", "config",
         "distill", "fused_layers", "mixer", "models", "precision", "run_folder", "work_plan", "workers",
@@ -162,7 +175,7 @@ ALLOWED = {
         "torch", "config", "errors", "memory_plan", "model_shapes", "plan_sizes", "precision", "probe", "work_plan",
     },
     "pipeline": {
-        "torch", "adapters", "allocating", "allocation", "allocation_file", "allocator", "arch", "attention",
+        "torch", "adapters", "adding", "allocating", "allocation", "allocation_file", "allocator", "arch", "attention",
         "block_phase", "block_state", "calibration_text", "checkpoint", "model_shapes", "plan_sizes", "planning",
         "checkpoint_writer", "config", "data", "distill", "end_to_end", "errors", "files", "fused_layers", "inducing",
         "manifest", "models", "precision", "run_folder", "sharding", "shells", "supernet",
@@ -196,10 +209,11 @@ ALLOWED = {
     "cli_search": {"allocating", "allocation_plot", "config", "descent", "errors", "search", "terminal"},
     "cli_plan": {"config", "errors", "plan_sizes", "planning", "report"},
     "cli_prune": {"errors", "pruning", "structured", "terminal"},
+    "cli_structured": {"adding", "checkpoint", "errors", "report", "structured", "terminal"},
     "cli_report": {"reporting", "terminal"},
     "cli": {
         "transformers", "checkpoint", "choosing", "cli_device", "cli_eval", "cli_export", "cli_induce", "cli_plan",
-        "cli_prune", "cli_report", "cli_search", "config", "errors", "files",
+        "cli_prune", "cli_report", "cli_search", "cli_structured", "config", "errors", "files",
         "hub", "inspection", "measure", "overlay", "peft_export", "pipeline", "precision", "report", "slicing",
         "terminal", "transfer", "verify", "workers",
     },

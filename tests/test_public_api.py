@@ -13,6 +13,7 @@ def test_public_names():
         "LevelInfo",
         "Plan",
         "Recipe",
+        "add_structured",
         "choose_level",
         "copy_level",
         "export_level",

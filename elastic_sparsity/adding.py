@@ -1,0 +1,248 @@
+"""Structured levels for a checkpoint that is there: the flow behind `elastic-sparsity add-structured`, and of a run.
+
+Each is the model that `prune` would make of the same base model and text, cut and refitted, in the checkpoint's dtype.
+It starts from the base model and not from a trained level, whose zeros would come along.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elastic_sparsity.arch import linears_of, weight_OI
+from elastic_sparsity.calibration_text import Progress, silent
+from elastic_sparsity.checkpoint import ElasticCheckpoint
+from elastic_sparsity.checkpoint_writer import add_section
+from elastic_sparsity.config import Recipe
+from elastic_sparsity.data import token_hash
+from elastic_sparsity.errors import CheckpointError, ConfigError
+from elastic_sparsity.hub import is_hub_id
+from elastic_sparsity.ladder import StructuredLevel
+from elastic_sparsity.models import BaseModel, load_base
+from elastic_sparsity.precision import resolve_precision
+from elastic_sparsity.pruning import pruning_recipe, pruning_tokens, smaller_model
+from elastic_sparsity.skeleton import model_config
+from elastic_sparsity.structured import Scores, check_scores
+from elastic_sparsity.structured_parts import sizes_for, usual_multiple
+from elastic_sparsity.structured_section import section_tensors, structured_level
+from elastic_sparsity.structured_sizes import Sizes, check_sparsity
+
+
+def add_structured(
+    path: str | Path,
+    fractions: Sequence[float],
+    *,
+    calibration: str = "self",
+    model: str | None = None,
+    scores: Scores = "obs",
+    accumulate: bool = True,
+    multiple: int | None = None,
+    samples: int = 128,
+    length: int = 512,
+    batch_size: int = 4,
+    damping: float = 0.01,
+    seed: int = 0,
+    precision: str = "auto",
+    progress: Progress = silent,
+) -> list[StructuredLevel]:
+    """Adds structured levels to an elastic checkpoint, in its folder, one after the other.
+
+    Each is there or not there: a call that is interrupted leaves a whole checkpoint with those that were finished. No
+    file but elastic_config.json changes, and no other level.
+
+    Args:
+        path: folder of an elastic checkpoint; of its tensors only `shared` is read.
+        fractions: of the parameters of the blocks' linears that go; a level each, "structured-0.5".
+        model: the base model; None = the one that the checkpoint records.
+        calibration, scores, accumulate, multiple, samples, length, batch_size, damping, seed, precision: as in `prune`.
+    Returns: the new levels.
+    Raises: ConfigError: fractions that are no fractions, that no counts meet, or that come out alike.
+        CheckpointError: another base model, or a level that is there already. UnsupportedModelError, DataError,
+        NumericsError, OutputError. All but the last three before any work.
+    """
+    check_fractions(fractions)
+    check_scores(scores)
+    if is_hub_id(path):
+        raise ConfigError(f"{path}: is no folder; download the checkpoint and name its folder.")
+    checkpoint = ElasticCheckpoint(path)
+    for fraction in fractions:
+        _check_new(checkpoint, fraction)
+    recipe = pruning_recipe(
+        "add-structured",
+        model=_base_model(checkpoint, model),
+        calibration={"source": calibration, "samples": samples, "length": length},
+        batch_size=batch_size,
+        damping=damping,
+        seed=seed,
+        precision=precision,
+    )
+    base = load_base(recipe.model.id, recipe.model.dtype)
+    check_base(checkpoint, base)
+    check_sizes(base.model, fractions, multiple, checkpoint.structured)
+    tokens_ST = pruning_tokens(recipe, base, scores, progress)
+    return write_levels(
+        checkpoint, recipe, base, tokens_ST, fractions,
+        scores=scores, accumulate=accumulate, multiple=multiple, progress=progress,
+    )  # fmt: skip
+
+
+def add_levels(recipe: Recipe, folder: Path, token_ids_ST: Tensor, progress: Progress) -> bool:
+    """Adds a recipe's structured levels to the checkpoint that a run made; those that are there are done.
+
+    Args:
+        token_ids_ST: the run's calibration samples.
+    Returns: whether there was anything to do.
+    Raises: NumericsError, OutputError; the checkpoint is whole then, and the same call goes on.
+    """
+    checkpoint, wanted = ElasticCheckpoint(folder), recipe.structured
+    done = [level.fraction for level in checkpoint.structured]
+    fractions = [fraction for fraction in wanted.fractions if fraction not in done]
+    if not fractions:
+        return False
+    tokens_ST = token_ids_ST[: 0 if wanted.scores == "magnitude" else recipe.block.samples]
+    base = load_base(recipe.model.id, recipe.model.dtype)
+    write_levels(
+        checkpoint, recipe, base, tokens_ST, fractions,
+        scores=wanted.scores, accumulate=True, multiple=wanted.multiple, progress=progress,
+    )  # fmt: skip
+    return True
+
+
+def write_levels(
+    checkpoint: ElasticCheckpoint,
+    recipe: Recipe,
+    base: BaseModel,
+    token_ids_ST: Tensor,
+    fractions: Sequence[float],
+    *,
+    scores: Scores,
+    accumulate: bool,
+    multiple: int | None,
+    progress: Progress,
+) -> list[StructuredLevel]:
+    """Prunes and adds, fraction by fraction. All has been checked.
+
+    Args:
+        recipe: names the base model, which is loaded again for every fraction but the first.
+        base: is spent.
+    """
+    levels: list[StructuredLevel] = []
+    model = base.model
+    for fraction in fractions:
+        if levels:
+            model = load_base(recipe.model.id, recipe.model.dtype).model
+        at_once = usual_multiple(model) if multiple is None else multiple
+        sizes = sizes_for(model, fraction, at_once)
+        stage = f"pruning blocks, structured {100 * fraction:g} %"
+        small, kept = smaller_model(
+            recipe,
+            model,
+            token_ids_ST,
+            sizes,
+            scores=scores,
+            accumulate=accumulate,
+            multiple=at_once,
+            dtype=checkpoint.dtype,
+            on_block=lambda done, total, stage=stage: progress(stage, done, total),  # type: ignore[misc]
+        )
+        level = structured_level(fraction, small, sizes, biases=scores == "flap")
+        record = {
+            "scores": scores,
+            "accumulate": accumulate,
+            "multiple": at_once,
+            "damping": recipe.scores.damping,
+            "precision": resolve_precision(recipe.precision, model.device.type),
+            "seed": recipe.seed,
+            "sparsity": sizes.sparsity,
+            "calibration_tokens": token_ids_ST.numel(),
+            "calibration_sha256": token_hash(token_ids_ST),
+        }
+        add_section(checkpoint.folder, level, section_tensors(small, kept, sizes), record)
+        levels.append(level)
+    return levels
+
+
+def check_fractions(fractions: Sequence[float]) -> None:
+    """Raises: ConfigError: unless there are fractions between 0 and 1, each once."""
+    if not fractions:
+        raise ConfigError("fractions: none; name at least one, e.g. 0.5.")
+    for fraction in fractions:
+        check_sparsity(fraction)
+    if any(b - a < 1e-6 for a, b in pairwise(sorted(fractions))):
+        raise ConfigError(f"fractions: {', '.join(f'{x:g}' for x in fractions)} names one twice.")
+
+
+def check_sizes(
+    model: Any, fractions: Sequence[float], multiple: int | None, others: Sequence[StructuredLevel] = ()
+) -> list[Sizes]:
+    """The counts that every fraction comes to.
+
+    Args:
+        others: levels that are there.
+    Raises: ConfigError: no counts meet a fraction, or two fractions come to the same. UnsupportedModelError.
+    """
+    seen = {(level.key_value_heads, level.channels): level.fraction for level in others}
+    found = []
+    for fraction in fractions:
+        sizes = sizes_for(model, fraction, multiple)
+        counts = sizes.groups, sizes.channels
+        if counts in seen:
+            raise ConfigError(
+                f"fractions: {fraction:g} and {seen[counts]:g} both keep {counts[0]} key/value heads and {counts[1]} "
+                "MLP channels; leave one out."
+            )
+        seen[counts] = fraction
+        found.append(sizes)
+    return found
+
+
+def check_base(checkpoint: ElasticCheckpoint, base: BaseModel) -> None:
+    """That a checkpoint was made of this model: its recorded hash, what all levels share, and the linears' shapes.
+
+    Raises: CheckpointError: naming what differs.
+    """
+    where = f"{checkpoint.folder}: cannot be extended from {base.identity['id']}"
+    recorded = checkpoint.config.get("base_model")
+    sha256 = recorded.get("sha256") if isinstance(recorded, dict) else None
+    if sha256 is not None and sha256 != base.identity["sha256"]:
+        raise CheckpointError(
+            f"{where}: it holds other weights (sha256 {base.identity['sha256'][:12]}...) than the base model recorded "
+            f"({str(sha256)[:12]}...)."
+        )
+    checkpoint.check_extras()
+    kinds = base.model.config.model_type, model_config(checkpoint).model_type
+    if kinds[0] != kinds[1]:
+        raise CheckpointError(f"{where}: it is a {kinds[0]!r}, the checkpoint a {kinds[1]!r}.")
+    shapes = {name: tuple(weight_OI(linear).shape) for name, linear in linears_of(base.model).items()}
+    if shapes != {name: spec.shape for name, spec in checkpoint.linears.items()}:
+        raise CheckpointError(f"{where}: its linears are not those of the checkpoint.")
+    rest = dict(base.model.named_parameters())
+    for name in shapes:
+        del rest[f"{name}.weight"]
+    for name, tensor in checkpoint.tensors_of("shared"):
+        weight = rest.pop(name, None)
+        if weight is None or not torch.equal(weight.detach().cpu().to(checkpoint.dtype), tensor):
+            raise CheckpointError(f"{where}: {name} differs, which all levels share.")
+    if rest:
+        raise CheckpointError(f"{where}: the checkpoint has no {min(rest)}.")
+
+
+def _check_new(checkpoint: ElasticCheckpoint, fraction: float) -> None:
+    for level in checkpoint.structured:
+        if abs(level.fraction - fraction) < 1e-6:
+            raise CheckpointError(f"{checkpoint.folder}: has level {level.name} already; leave it out.")
+
+
+def _base_model(checkpoint: ElasticCheckpoint, model: str | None) -> dict[str, str]:
+    """Id and dtype, as a recipe's `model`."""
+    record, recipe = checkpoint.config.get("base_model"), checkpoint.config.get("recipe")
+    recorded = record.get("id") if isinstance(record, dict) else None
+    section = recipe.get("model") if isinstance(recipe, dict) else None
+    dtype = section.get("dtype") if isinstance(section, dict) else None
+    found = model or recorded
+    if not isinstance(found, str):
+        raise CheckpointError(f"{checkpoint.folder}: does not record its base model; name it.")
+    return {"id": found, "dtype": dtype if isinstance(dtype, str) else "auto"}

@@ -1,0 +1,76 @@
+"""What the structured levels of a recipe need: memory, disk and work. Arithmetic on shapes, no tensor and no model.
+
+Letters: I inputs of a branch's last linear, S samples, T tokens, D width.
+"""
+
+from collections.abc import Iterator
+
+from elastic_sparsity.model_shapes import LinearShape, ModelShapes
+from elastic_sparsity.plan_sizes import Sizes, Term, Work
+from elastic_sparsity.wiring import WIRINGS
+
+PHASE = "structured"
+STAGE = (PHASE,)
+PASSES = 3  # of every sample through every block: the inputs of either branch's last linear, and the next block's
+
+
+def structured_terms(z: Sizes) -> Iterator[Term]:
+    """The terms of the last stage; none if a recipe has no structured level."""
+    s, wanted = z.shapes, z.recipe.structured
+    if not wanted.fractions:
+        return
+    total = s.depth * (s.block_linears + s.block_other) + s.rest
+    yield Term(
+        name="base model, once more", bytes=4 * total - s.rest * z.weight, place="device", stages=STAGE,
+        why=f"{total:,} numbers x 4, less the embeddings that are counted as they stay",
+    )  # fmt: skip
+    kept = round((1 - min(wanted.fractions)) * s.depth * s.block_linears)
+    yield Term(
+        name="what is cut out", bytes=s.stored * kept, place="device", stages=STAGE,
+        why=f"{kept:,} weights of the largest level x {s.stored}, while the masked model is there",
+    )  # fmt: skip
+    size = sum(round((1 - fraction) * s.depth * s.block_linears) for fraction in wanted.fractions)
+    yield Term(
+        name="structured levels", bytes=s.stored * size, place="disk", stages=STAGE,
+        why=f"{size:,} weights of all of them x {s.stored}",
+    )  # fmt: skip
+    if wanted.scores == "magnitude":
+        return
+    stream = z.recipe.block.samples * z.recipe.calibration.length * s.width * 4
+    yield Term(
+        name="hidden states",
+        bytes=2 * stream,
+        place="device",
+        stages=STAGE,
+        why="2 (this block's, the next's) x S x T x D x 4",
+    )
+    if wanted.scores == "obs":
+        width = max(linear.inputs for linear in ends_of(s))
+        yield Term(
+            name="covariance, inverse, factors", bytes=(4 + 4 * 8) * width**2 + 3 * 8 * width * s.width,
+            place="device", stages=STAGE,
+            why=f"I x I with I = {width:,}: in float32, and 4 in float64; 3 weights I x D in float64",
+        )  # fmt: skip
+
+
+def structured_work(z: Sizes) -> list[Work]:
+    """Forward passes, and the greedy orders and refits, which are in float64 and no pass."""
+    s, wanted = z.shapes, z.recipe.structured
+    if not wanted.fractions or wanted.scores == "magnitude":
+        return []
+    passes = PASSES * s.depth * z.recipe.block.samples * z.recipe.calibration.length * len(wanted.fractions)
+    forward = 2 * s.block_linears + 2 * z.recipe.calibration.length * s.heads * s.head_dim
+    rows = [Work(name="inputs of the branches' ends", phase=PHASE, direction="forward", passes=passes,
+                 flops=passes * forward)]  # fmt: skip
+    if wanted.scores == "obs":
+        # Factor, inverse and factor in order: 4/3 I^3. Downdates: 2 I^3, and 2 I^2 D; the refit 3 I^2 D.
+        each = sum(10 / 3 * x.inputs**3 + 5.0 * x.inputs**2 * x.outputs for x in ends_of(s))
+        flops = each * s.depth * len(wanted.fractions)
+        rows.append(Work(name="orders and refits", phase=PHASE, direction="forward", passes=0, flops=flops))
+    return rows
+
+
+def ends_of(s: ModelShapes) -> list[LinearShape]:
+    """The linears that end a block's branches. (Where heads stay, that of attention is none of ours: at most, then.)"""
+    paths = {path for row in WIRINGS.values() for path in (row.out, row.down)}
+    return [linear for linear in s.linears if linear.path in paths]
