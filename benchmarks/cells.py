@@ -32,10 +32,11 @@ def begin(args: argparse.Namespace, file: Path, question: dict[str, Any], new: d
     """The result so far, if it is of the same question and `--restart` was not given; else `new` with the question."""
     if file.is_file() and not args.restart:
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        if found.get("question") != question:
-            raise SystemExit(
-                f"{file}: is of {found.get('question')}, not of {question}; give --restart or another --name."
-            )
+        asked = found.get("question", {})
+        differing = [key for key in {**asked, **question} if asked.get(key) != question.get(key)]
+        if differing:
+            both = "; ".join(f"{key}: {asked.get(key)}, now {question.get(key)}" for key in differing)
+            raise SystemExit(f"{file}: is of another question: {both}. Give --restart or another --name.")
         return found
     file.parent.mkdir(parents=True, exist_ok=True)
     return {**new, "question": question}

@@ -163,12 +163,12 @@ def plot(models: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
     for axis, (title, rows) in zip(panels[:, 0], models.items(), strict=True):
         names = [name for name in rows[0]["share"] if name != "all"]
         for y, found in enumerate(rows):
-            total = found["share"]["all"]
+            total, left = found["share"]["all"], 0.0
             if found["way"] in (BITMASK, DENSE):
-                left = 0.0
                 for shade, name in enumerate(names):
-                    axis.barh(y, found["share"][name], left=left, color=pyplot.cm.Blues(0.9 - 0.6 * shade / len(names)), edgecolor="white",
-                              label=level_title(name) if found["way"] == BITMASK else None)  # fmt: skip
+                    color = pyplot.cm.Blues(0.9 - 0.6 * shade / len(names))
+                    label = level_title(name) if found["way"] == BITMASK else None
+                    axis.barh(y, found["share"][name], left=left, color=color, edgecolor="white", label=label)
                     left += found["share"][name]
             else:
                 axis.barh(y, total, color="tab:green" if found["way"] == ELASTIC else "0.6")
