@@ -13,6 +13,7 @@ from elastic_sparsity.report import human_bytes, level_title, mean_score
 
 Row = Mapping[str, Any]
 GAP_OF = "sparsegpt"
+CUT = 100  # times the dense perplexity
 ORDER = ("dense", "magnitude", "wanda", "ria", "obs", "dsnot", "sparsegpt", "epts", "independent-full",
          "independent-full-all", "independent-lora", "independent", "elastic")  # fmt: skip
 STYLES: dict[str, tuple[str, str]] = {  # colour, marker: grey for what prunes only, colours for what trains
@@ -138,6 +139,7 @@ def plot_levels(rows: Sequence[Row], path: Path, title: str) -> None:
                 axes[0].annotate(f"dense {row['perplexity']:.1f}", (0.01, row["perplexity"]), va="bottom", fontsize=8,
                                  xycoords=("axes fraction", "data"))  # fmt: skip
         _log_scale(axes[0])
+        _cut(axes, rows, at_pattern)
         axes[0].set_ylabel("perplexity (log scale, lower is better)")
         axes[0].set_xlabel("sparsity, % of zeros")
         sparsities = {100 * float(row["level"]) for row in rows if row["level"] != "dense" and ":" not in row["level"]}
@@ -148,53 +150,72 @@ def plot_levels(rows: Sequence[Row], path: Path, title: str) -> None:
             axes[-1].set_xlabel("N:M")
         handles = axes[0].get_legend_handles_labels()
         figure.legend(handles[0][::-1], handles[1][::-1], loc="outside right upper", fontsize=8)
-        figure.suptitle(title, fontsize=10)
+        axes[0].set_title(title, fontsize=10)
+
+
+def _cut(axes: Sequence[Any], rows: Sequence[Row], at_pattern: Mapping[str, int]) -> None:
+    """Ends the y axis where models stop to be any use, and writes what lies above it at its upper edge."""
+    dense = [row["perplexity"] for row in rows if row["method"] == "dense"]
+    if not dense or max(row["perplexity"] for row in rows) <= CUT * dense[0]:
+        return
+    axes[0].set_ylim(top=1.3 * CUT * dense[0])
+    above: dict[str, list[str]] = {}
+    for row in rows:
+        if row["perplexity"] > CUT * dense[0]:
+            above.setdefault(row["level"], []).append(f"{row['method']} {row['perplexity']:,.0f} ↑")
+    for level, texts in above.items():
+        axis, x = (axes[-1], at_pattern[level]) if level in at_pattern else (axes[0], 100 * float(level))
+        axis.annotate("\n".join(texts), (x, 1.0), xycoords=("data", "axes fraction"), ha="center", va="top", fontsize=7,
+                      color="0.3", bbox={"color": "white", "pad": 1})  # fmt: skip
 
 
 def plot_bytes(rows: Sequence[Row], path: Path, title: str) -> None:
-    """Perplexity by the bytes that a level reads: of the one elastic file, and of bitmask files, one a level."""
+    """Perplexity by the bytes that a level reads, of the one elastic file or of a bitmask file of its own; below, what
+    all levels take together."""
     shown = ("sparsegpt", "epts", "independent-full", "independent-lora", "independent", "elastic")
-    with _figure(path, (9, 4.8), [1]) as (figure, (axis,)):
+    with _figure(path, (9, 6), [1], heights=[4, 1]) as (figure, axes):
+        axis = axes[0]
         for method in shown:
             mine = sorted((row for row in rows if row["method"] == method), key=lambda row: row["bytes"])
-            plain = [row for row in mine if ":" not in row["level"]]
-            what = "read from the one file" if method == "elastic" else "bitmask files"
+            plain, nm = [[row for row in mine if (":" in row["level"]) is pattern] for pattern in (False, True)]
+            what = "in the one file" if method == "elastic" else "bitmask file"
             _errorbar(axis, [row["bytes"] / 1e6 for row in plain], plain, method, "-", f"{method} ({what})")
-            nm = [row for row in mine if ":" in row["level"]]
             _errorbar(axis, [row["bytes"] / 1e6 for row in nm], nm, method, "none", None)
-            for row in mine:
-                if method in ("elastic", "sparsegpt"):
-                    axis.annotate(level_title(row["level"]), (row["bytes"] / 1e6, row["perplexity"]), fontsize=7,
-                                  xytext=(4, 4), textcoords="offset points")  # fmt: skip
+            for row in mine if method in ("elastic", "sparsegpt") else ():
+                place = (row["bytes"] / 1e6, row["perplexity"])
+                offset = (-4, -12) if method == "elastic" else (6, 3)
+                axis.annotate(level_title(row["level"]), place, offset, textcoords="offset points", fontsize=7)
         for row in rows:
             if row["method"] == "dense":
                 axis.plot(row["bytes"] / 1e6, row["perplexity"], "k*", markersize=11, label="dense")
-        _mark_totals(axis, rows)
         _log_scale(axis)
         axis.set_ylabel("perplexity (log scale, lower is better)")
         axis.set_xlabel("MB of weights that a level reads")
-        axis.set_xlim(left=0)
+        axis.set_title(title, fontsize=10)
+        bars = _totals(rows)
+        axes[1].barh(range(len(bars)), [size / 1e6 for _, size, _ in bars], color=[color for *_, color in bars])
+        for y, (_, size, _) in enumerate(bars):
+            axes[1].text(size / 1e6, y, f" {human_bytes(size)}", va="center", fontsize=8)
+        axes[1].set_yticks(range(len(bars)), [name for name, *_ in bars], fontsize=8)
+        axes[1].invert_yaxis()
+        axes[1].set_xlabel("MB for all levels together")
+        axes[1].margins(x=0.12)
         figure.legend(loc="outside right upper", fontsize=8)
-        figure.suptitle(title, fontsize=10)
 
 
-def _mark_totals(axis: Any, rows: Sequence[Row]) -> None:
-    """Lines where all levels together are: the one file, and the sum of separate ones."""
+def _totals(rows: Sequence[Row]) -> list[tuple[str, float, str]]:
+    """(name, bytes, colour) of what all of elastic's levels take together, by way of storing."""
     elastic = {row["level"]: row["bytes_all"] for row in rows if row["method"] == "elastic"}
-    if not elastic:
-        return
-    _total_line(axis, max(elastic.values()), "tab:green", f"elastic, all {len(elastic)} levels")
+    bars = [("one elastic file", max(elastic.values()), "tab:green")] if elastic else []
     for method in ("independent", GAP_OF):
         alone = {row["level"]: row["bytes"] for row in rows if row["method"] == method}
-        if elastic.keys() <= alone.keys():
-            _total_line(axis, sum(alone[level] for level in elastic), "0.4", f"{len(elastic)} bitmask files")
-            return
-
-
-def _total_line(axis: Any, size: float, color: str, text: str) -> None:
-    axis.axvline(size / 1e6, color=color, linestyle=":", linewidth=1.5)
-    axis.annotate(f"{text}: {human_bytes(size)}", (size / 1e6, 0.98), xycoords=("data", "axes fraction"), rotation=90,
-                  va="top", ha="right", fontsize=8, color=color)  # fmt: skip
+        if elastic and elastic.keys() <= alone.keys():
+            bars.append((f"{len(elastic)} bitmask files", sum(alone[level] for level in elastic), "tab:blue"))
+            break
+    dense = [row["bytes"] for row in rows if row["method"] == "dense"]
+    if elastic and dense:
+        bars.append((f"{len(elastic)} dense files", len(elastic) * dense[0], "0.6"))
+    return bars
 
 
 def _errorbar(axis: Any, x: Sequence[float], rows: Sequence[Row], method: str, line: str, label: str | None) -> None:
@@ -217,17 +238,21 @@ def _log_scale(axis: Any) -> None:
 
 
 @contextmanager
-def _figure(path: Path, size: tuple[float, float], widths: Sequence[float]) -> Iterator[tuple[Any, Any]]:
+def _figure(
+    path: Path, size: tuple[float, float], widths: Sequence[float], heights: Sequence[float] = (1,)
+) -> Iterator[tuple[Any, Any]]:
+    """A figure with panels in one row or one column, written at the end; panels of a row share the y axis."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(
-        1, len(widths), figsize=size, layout="constrained", sharey=True, width_ratios=widths, squeeze=False
-    )
-    for axis in axes[0]:
+        len(heights), len(widths), figsize=size, layout="constrained", sharey="row", squeeze=False,
+        width_ratios=widths, height_ratios=heights,
+    )  # fmt: skip
+    for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
-    yield figure, axes[0]
+    yield figure, list(axes.flat)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
