@@ -15,9 +15,13 @@ import cells
 import cost
 import quality
 import quality_report
+import schedules
 import size
+import zero_shot
+from conftest import tiny_recipe
 
 from elastic_sparsity import ElasticCheckpoint
+from elastic_sparsity.model_shapes import read_shapes
 
 RECIPE = """
 [model]
@@ -181,7 +185,9 @@ def test_table_by_hand():
 
 
 def test_cost_in_part_counts_and_extrapolates(place, common):
-    text = started(cost, *common, "--blocks", 2, "--steps", 2, "--epts-steps", 2)
+    """Five fresh processes: the elastic run and the one of its level in two parts each, EPTS in one."""
+    (place / "one.toml").write_text(RECIPE.replace('patterns = ["2:4"]', ""))
+    text = started(cost, *common, "--recipe", place / "one.toml", "--blocks", 2, "--steps", 2, "--epts-steps", 2)
     result = json.loads((place / "cost.json").read_text())
     assert result["finished"] and (place / "cost.png").is_file()
     rows = {row["name"].split(",")[0] if "same" not in row["name"] else "same": row for row in result["rows"]}
@@ -189,10 +195,9 @@ def test_cost_in_part_counts_and_extrapolates(place, common):
     assert "~" in text and ">=" in text
     elastic, alone = rows["elastic"], rows["independent"]
     trained = "forward and backward"
-    assert alone["passes"][trained] == elastic["passes"][trained] == 2 * (4 * 2 * 2 * 16 + 12 * 2 * 16)
-    assert rows["same"]["passes"][trained] == 2 * 2 * (4 * 2 * 16 + 12 * 2 * 16)
+    assert alone["passes"][trained] == elastic["passes"][trained] == 2 * (4 * 2 * 16 + 12 * 2 * 16)
     assert rows["epts schedule"]["passes"][trained] == 2 * 1280 * 7 * 16
-    assert rows["same"]["seconds"] > alone["seconds"]
+    assert rows["same"]["seconds"] == pytest.approx(alone["seconds"])  # of one level, the same steps
     for row in result["single"]:
         assert row["seconds"] == pytest.approx(sum(row["parts"].values()))
 
@@ -209,6 +214,26 @@ def test_extrapolation_by_hand():
     }
     alone = cost.extrapolated_parts([first], depth=2, steps=4, timed_steps=4, ends=0, timed_ends=0)
     assert alone == {"frame": 2.0, "blocks but training": 5.0, "training of blocks": 2.0, "end to end": 0.0}
+
+
+def test_longer_independent_runs_are_counted_from_the_same_timings():
+    row = {"extrapolated": False, "seconds": 100.0, "step_seconds": 2.0, "parts": {"frame": 90.0, "end to end": 10.0}}
+    recipe = schedules.elastic(tiny_recipe(calibration={"source": "x.txt"}, end_to_end={"steps": 5}), 0)
+    longer = schedules.changed(recipe, {"end_to_end": {"steps": 20}})
+    shapes = read_shapes(recipe.model.id)
+    found = cost.with_more_steps(row, recipe, longer, shapes)
+    assert (found["seconds"], found["parts"]) == (130.0, {"frame": 90.0, "end to end": 40.0})
+    assert found["extrapolated"] and not found["partial_peak"]
+    assert found["passes"] == cost.planned_passes(longer, shapes)
+
+
+def test_cost_stops_where_the_plan_is_wrong():
+    recipe = schedules.elastic(tiny_recipe(calibration={"source": "x.txt"}), 0)
+    shapes = read_shapes(recipe.model.id)
+    passes = cost.planned_passes(recipe, shapes)
+    cost.check_passes("run", recipe, shapes, 0, {"passes": passes})
+    with pytest.raises(SystemExit, match="run: the plan says"):
+        cost.check_passes("run", recipe, shapes, 0, {"passes": {**passes, "forward": 1}})
 
 
 def test_cost_needs_a_text(common):
@@ -246,3 +271,16 @@ def test_size_from_the_command_line(tiny_checkpoint, tmp_path):
     assert "EPTS" in text and result["commit"] is not None
     _, stopped = start(size, tmp_path / "nothing", "--results", tmp_path)
     assert stopped is not None and "nothing" in stopped
+
+
+def test_zero_shot_goes_on_where_it_stopped(tiny_checkpoint, place):
+    common = [tiny_checkpoint, "--task-data", place / "data", "--tasks", "piqa", "--results", place]
+    started(zero_shot, *common, "--levels", 0.6)
+    text = started(zero_shot, *common, "--levels", 0.6, "--dense")
+    rows = json.loads((place / "zero_shot.json").read_text())["rows"]
+    assert [(row["level"], row["method"], row["task"]) for row in rows] == [
+        ("0.6", "elastic", "piqa"), ("dense", "dense", "piqa"),
+    ]  # fmt: skip
+    assert "goes on after 1 cells" in text and (place / "zero_shot.png").is_file()
+    _, stopped = start(zero_shot, *common, "--limit", 2)
+    assert stopped is not None and "has the protocol" in stopped
