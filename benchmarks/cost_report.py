@@ -46,7 +46,7 @@ def plot(rows: Sequence[Row], path: Path, title: str) -> None:
         axis.text(left, y, f"{text} ({row['seconds'] / rows[0]['seconds']:.2f}x)", va="center", fontsize=9)
     axis.set_yticks(range(len(rows)), [row["name"] for row in rows])
     axis.invert_yaxis()
-    axis.margins(x=0.22)
+    axis.set_xlim(0, 1.25 * max(row["seconds"] for row in rows) / 60)
     axis.spines[["top", "right"]].set_visible(False)
     axis.set_xlabel("minutes (hatched: extrapolated by counted blocks and steps)")
     axis.set_title(title, fontsize=9)

@@ -199,7 +199,7 @@ def plot_bytes(rows: Sequence[Row], path: Path, title: str) -> None:
         axes[1].set_yticks(range(len(bars)), [name for name, *_ in bars], fontsize=8)
         axes[1].invert_yaxis()
         axes[1].set_xlabel("MB for all levels together")
-        axes[1].margins(x=0.12)
+        axes[1].set_xlim(0, 1.15 * max([size / 1e6 for _, size, _ in bars], default=1))
         figure.legend(loc="outside right upper", fontsize=8)
 
 

@@ -17,10 +17,11 @@ import quality
 import quality_report
 import schedules
 import size
+import trained
 import zero_shot
 from conftest import tiny_recipe
 
-from elastic_sparsity import ElasticCheckpoint
+from elastic_sparsity import ElasticCheckpoint, optimize
 from elastic_sparsity.model_shapes import read_shapes
 
 RECIPE = """
@@ -135,6 +136,30 @@ def test_quality_refuses_another_recipes_checkpoints(measured, place, quality_ar
     other = [*quality_arguments, "--recipe", place / "other.toml", "--name", "other", "--methods", "elastic"]
     _, stopped = start(quality, *other)
     assert stopped is not None and "differs in adapters" in stopped
+
+
+def test_a_training_that_was_interrupted_goes_on(tmp_path, place, monkeypatch):
+    recipe = schedules.elastic(tiny_recipe(calibration={"source": str(place / "calibration.txt")}), 0)
+
+    def until_the_first_block(recipe, folder, progress):
+        def stop(stage, done, total):
+            progress(stage, done, total)
+            if (stage, done) == ("blocks", 1):
+                raise KeyboardInterrupt
+
+        return optimize(recipe, folder, stop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trained, "optimize", until_the_first_block)
+        with pytest.raises(KeyboardInterrupt):
+            trained.trained(recipe, tmp_path / "elastic-s0")
+    checkpoint, sittings = trained.trained(recipe, tmp_path / "elastic-s0")
+    assert len(sittings) == 2 and all(sitting["seconds"] > 0 for sitting in sittings)
+    whole = optimize(recipe, tmp_path / "at-once")
+    for level in whole.ladder.levels:
+        assert [x.sha256 for x in checkpoint.files_of(level)] == [x.sha256 for x in whole.files_of(level)]
+    again, same = trained.trained(recipe, tmp_path / "elastic-s0")  # nothing is trained
+    assert same == sittings and again.total_bytes() == whole.total_bytes()
 
 
 @pytest.mark.parametrize(
