@@ -15,6 +15,8 @@ import torch
 from elastic_sparsity.data import read_text
 from elastic_sparsity.doctor import read_facts
 from elastic_sparsity.errors import ElasticSparsityError, OutputError
+from elastic_sparsity.pipeline import versions
+from elastic_sparsity.precision import default_device
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -22,7 +24,8 @@ RESULTS = HERE / "results"
 
 def question_of(args: argparse.Namespace, left_out: tuple[str, ...]) -> dict[str, Any]:
     """The arguments that a figure depends on; of files only the names."""
-    question = {name: value for name, value in vars(args).items() if name not in (*left_out, "name", "restart")}
+    places = ("name", "restart", "results")
+    question = {name: value for name, value in vars(args).items() if name not in (*left_out, *places)}
     return question | {name: Path(question[name]).name for name in ("calibration", "evaluation")}
 
 
@@ -30,10 +33,13 @@ def begin(args: argparse.Namespace, file: Path, question: dict[str, Any], new: d
     """The result so far, if it is of the same question and `--restart` was not given; else `new` with the question."""
     if file.is_file() and not args.restart:
         found = read_result(file, ("question",))
-        if found["question"] != question:
-            raise SystemExit(f"{file}: is of {found['question']}, not of {question}; give --restart or another --name.")
+        asked = found["question"]
+        differing = [key for key in {**asked, **question} if asked.get(key) != question.get(key)]
+        if differing:
+            both = "; ".join(f"{key}: {asked.get(key)}, now {question.get(key)}" for key in differing)
+            raise SystemExit(f"{file}: is of another question: {both}. Give --restart or another --name.")
         return found
-    RESULTS.mkdir(exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     return {**new, "question": question}
 
 
@@ -58,13 +64,34 @@ def check_texts(*sources: str | None) -> None:
             read_text(source, max_chars=1)  # of a data set the first row
 
 
+def add_place(parser: argparse.ArgumentParser, name: str) -> None:
+    """Where a result goes."""
+    parser.add_argument("--name", default=name)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON and the plots")
+
+
+def stamp(seed: int | None = None, packages: tuple[str, ...] = ()) -> dict[str, Any]:
+    """When, where and by what code a figure was made."""
+    found = {"date": datetime.date.today().isoformat(), "device": device(), "commit": commit()}
+    if seed is not None:
+        found["seed"] = seed
+    return found | {"versions": versions(("elastic-sparsity", "torch", "transformers", "safetensors", *packages))}
+
+
 def device() -> str:
+    if default_device() == "cuda":
+        return f"{torch.cuda.get_device_name()}, {read_facts().cpu}"
     return f"{read_facts().cpu}, {platform.machine()}, {torch.get_num_threads()} threads, no GPU"
 
 
 def commit() -> str:
-    found = subprocess.run(["git", "-C", HERE, "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return found.stdout.strip()
+    """Of the code; "-dirty" if any file but a result differs from it; empty outside a repository."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", HERE.parent, *words], capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+    return git("describe", "--always") + ("-dirty" if changed else "")
 
 
 def log(text: str) -> None:

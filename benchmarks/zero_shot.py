@@ -11,16 +11,13 @@ it may be stopped at any time. Baselines are pruned on the first samples of the 
 
 import argparse
 import copy
-import datetime
-import platform
-import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cells import check_texts, exit_on_error, read_result
+from cells import HERE, add_place, check_texts, exit_on_error, log, read_result, stamp
 from rich.console import Console
 
 from elastic_sparsity import ElasticCheckpoint
@@ -31,15 +28,12 @@ from elastic_sparsity.errors import ConfigError
 from elastic_sparsity.files import write_json
 from elastic_sparsity.measure import zero_shot_protocol
 from elastic_sparsity.models import load_base
-from elastic_sparsity.pipeline import versions
-from elastic_sparsity.precision import autocast_factory, default_device
+from elastic_sparsity.precision import autocast_factory
 from elastic_sparsity.report import plot_tasks, task_means, tasks_table
 from elastic_sparsity.slicing import load_level, load_tokenizer
 from elastic_sparsity.task_files import load_tasks
 from elastic_sparsity.zero_shot import check_amounts, score_task
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "results"
 TASKS = "piqa,arc_easy,arc_challenge,openbookqa,winogrande,boolq,lambada_openai"
 
 
@@ -47,48 +41,71 @@ def main() -> None:
     args = arguments()
     check_texts(args.calibration)
     checkpoint = ElasticCheckpoint(args.checkpoint)
-    check_amounts(args.limit, args.batch_size)
-    tasks = load_tasks(args.tasks.split(","), folder=args.task_folder, data=args.task_data, limit=args.limit)
+    tasks = asked_tasks(args)
     protocol = zero_shot_protocol(args.limit, args.precision) | {
         "checkpoint_id": checkpoint.config["checkpoint_id"],
         "base_model": checkpoint.config["base_model"],
         "baseline_samples": args.baseline_samples,
     }
-    path = RESULTS / f"{args.name}.json"
+    path = args.results / f"{args.name}.json"
     result = begun(path, protocol)
     tokenizer = load_tokenizer(args.checkpoint)
     for level, method, make in models(args, checkpoint, protocol["precision"]):
         done = {row["task"] for row in result["rows"] if (row["level"], row["method"]) == (level, method)}
         missing = [name for name in tasks if name not in done]
-        model = make() if missing else None
-        for name in missing:
-            started = time.monotonic()
-            score = score_task(
-                model, tokenizer, name, tasks[name], limit=args.limit, batch_size=args.batch_size,
-                precision=protocol["precision"],
-            )  # fmt: skip
-            seconds = round(time.monotonic() - started, 1)
-            result["rows"].append({"level": level, "method": method, **asdict(score), "seconds": seconds})
+        if not missing:
+            continue
+        for score in scores(make(), tokenizer, tasks, missing, args, protocol["precision"], f"{method} {level}"):
+            result["rows"].append({"level": level, "method": method, **score})
             write_json(path, result)
-            log(f"{method} {level} {name}: {score.metric} {score.value:.4f} in {seconds:.0f} s")
-    show(result, args.name)
+    show(result, path.with_suffix(".png"))
+
+
+def add_task_arguments(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    parser.add_argument("--task-data", required=required, help="folder of the tasks' .jsonl files")
+    parser.add_argument("--task-folder", default=HERE / "tasks", help="folder of task files")
+    parser.add_argument("--tasks", default=TASKS)
+    parser.add_argument("--limit", type=int, help="only the first documents of every task")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--precision", default="auto")
+
+
+def asked_tasks(args: argparse.Namespace) -> dict[str, Any]:
+    """Raises: ConfigError, DataError: if a task, its data or the harness is missing."""
+    check_amounts(args.limit, args.batch_size)
+    return load_tasks(args.tasks.split(","), folder=args.task_folder, data=args.task_data, limit=args.limit)
+
+
+def scores(
+    model: Any,
+    tokenizer: Any,
+    tasks: dict[str, Any],
+    names: Iterable[str],
+    args: argparse.Namespace,
+    precision: str,
+    title: str,
+) -> Iterator[dict[str, Any]]:
+    """A model's score on each named task as plain data, with the seconds it took, as soon as it is there."""
+    for name in names:
+        started = time.monotonic()
+        score = score_task(
+            model, tokenizer, name, tasks[name], limit=args.limit, batch_size=args.batch_size, precision=precision
+        )
+        seconds = round(time.monotonic() - started, 1)
+        log(f"{title} {name}: {score.metric} {score.value:.4f} in {seconds:.0f} s")
+        yield {**asdict(score), "seconds": seconds}
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--task-data", required=True, help="folder of the tasks' .jsonl files")
-    parser.add_argument("--task-folder", default=HERE / "tasks", help="folder of task files")
-    parser.add_argument("--tasks", default=TASKS)
-    parser.add_argument("--limit", type=int, help="only the first documents of every task")
-    parser.add_argument("--batch-size", type=int, default=8)
+    add_task_arguments(parser, required=True)
     parser.add_argument("--levels", nargs="*", help="levels of the checkpoint; default: all")
     parser.add_argument("--dense", action="store_true", help="also the base model")
     parser.add_argument("--baselines", nargs="*", default=[], help="magnitude, wanda, obs, sparsegpt")
     parser.add_argument("--baseline-samples", type=int, default=128)
     parser.add_argument("--calibration", help="the text it was trained on; default: the path in its recipe")
-    parser.add_argument("--precision", default="auto")
-    parser.add_argument("--name", default="zero_shot")
+    add_place(parser, "zero_shot")
     return parser.parse_args()
 
 
@@ -103,17 +120,8 @@ def begun(path: Path, protocol: dict[str, Any]) -> dict[str, Any]:
             raise ConfigError(f"{path}: has the protocol {result['protocol']}, not {protocol}; give another --name.")
         log(f"{path}: goes on after {len(result['rows'])} cells")
         return dict(result)
-    RESULTS.mkdir(exist_ok=True)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=HERE, check=False)
-    return {
-        "date": datetime.date.today().isoformat(),
-        "device": f"{platform.processor() or platform.machine()}, {default_device()}",
-        "commit": commit.stdout.strip(),
-        "seed": protocol["seed"],
-        "versions": versions(("elastic-sparsity", "torch", "transformers", "lm-eval", "datasets")),
-        "protocol": protocol,
-        "rows": [],
-    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return {**stamp(protocol["seed"], ("lm-eval", "datasets")), "protocol": protocol, "rows": []}
 
 
 def models(
@@ -154,7 +162,7 @@ def models(
             yield level.name, method, lambda level=level, method=method: one_shot(level, method)  # type: ignore[misc]
 
 
-def show(result: dict[str, Any], name: str) -> None:
+def show(result: dict[str, Any], picture: Path) -> None:
     """One table, and a plot of the means if there are any."""
     order = {level: number for number, level in enumerate(dict.fromkeys(row["level"] for row in result["rows"]))}
     rows = sorted(result["rows"], key=lambda row: order[row["level"]])
@@ -162,11 +170,7 @@ def show(result: dict[str, Any], name: str) -> None:
     title = f"zero-shot, % right ± standard error ({documents} documents a task)"
     Console(width=200).print(tasks_table(rows, title))
     if task_means(rows):
-        plot_tasks(rows, RESULTS / f"{name}.png", f"mean of {len({row['task'] for row in rows})} zero-shot tasks")
-
-
-def log(text: str) -> None:
-    print(f"{datetime.datetime.now():%H:%M:%S} {text}", flush=True)
+        plot_tasks(rows, picture, f"mean of {len({row['task'] for row in rows})} zero-shot tasks")
 
 
 if __name__ == "__main__":

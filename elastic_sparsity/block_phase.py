@@ -233,11 +233,12 @@ def _train_block(
     shape_TD, dtype = tuple(dense.shape[1:]), dense.dtype
     start = f"block{index + 1:04d}"
     gram = recipe.scores.method == "obs"
+    seen = [dense] if recipe.scores.stream == "dense" else streams
     with weights_in(linears.values(), job.precision):
         with job.autocast():
             target = runner.map(call, dense, store.new(f"{start}-dense", shape_TD, dtype))
         statistics = block_statistics(
-            runner, call, linears, streams, gram=gram, autocast=job.autocast, where=where, sum_=job.workers.sum_
+            runner, call, linears, seen, gram=gram, autocast=job.autocast, where=where, sum_=job.workers.sum_
         )
     elastic = attach_elastic_(job, block, linears, statistics, where)
     mixer = FeatureMixer(recipe.mixer.mode, recipe.mixer_weights())

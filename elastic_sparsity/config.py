@@ -78,6 +78,9 @@ class ScoresSection(_Section):
     method: Literal["magnitude", "wanda", "ria", "obs"] = "wanda"
     damping: Above = 0.01
     """Of the input covariance, relative to its mean diagonal; for "obs" and SparseGPT."""
+    stream: Literal["pruned", "dense"] = "pruned"
+    """Which hidden states give the input statistics: those that the pruned blocks before will really give, or the dense
+    model's (as EPTS's code, which computes all scores before it starts)."""
     patterns: Literal["free", "within"] = "free"
     """N:M masks chosen freely, or within the densest unstructured level (stores no extra value, zeros more)."""
 

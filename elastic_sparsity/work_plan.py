@@ -39,8 +39,10 @@ def work_of(z: Sizes) -> list[Work]:
     forward = 2 * s.block_linears + 2 * length * s.heads * s.head_dim  # causal: half of T keys a token on average
     merge = 2 * sum(z.recipe.group_ranks()) * s.block_linears // 2  # half of the stacked rank on average
     trained = block.steps * groups * block.batch_size * length
-    inputs = z.streams - 1 if z.recipe.mixer.mode in ("own", "learned", "fixed") else 1
+    inputs = 1 if "dense" in (z.recipe.scores.stream, z.recipe.mixer.mode) else z.streams - 1
     outputs = 0 if z.recipe.mixer.mode == "dense" else groups
+    # One pass for each batch size notes what the model hands its blocks; a step's batch is whole even of few samples.
+    batches = {min(block.batch_size, block.samples), block.samples % block.batch_size, block.steps and block.batch_size}
     rows = list(_allocation(z))
     if z.recipe.induction.steps:
         learned = z.recipe.induction.steps * z.recipe.induction.batch_size * length
@@ -52,8 +54,10 @@ def work_of(z: Sizes) -> list[Work]:
             ("scales", "induction", "forward and backward", s.depth * learned, 0),
         ]
     rows += [
+        ("blocks' arguments", "block phase", "forward", s.depth * sum(batches) * length, 0),
         ("dense targets", "block phase", "forward", s.depth * tokens, 0),
-        ("statistics", "block phase", "forward", s.depth * tokens * inputs, 0),
+        # The first block's streams are all the embeddings.
+        ("statistics", "block phase", "forward", (1 + (s.depth - 1) * inputs) * tokens, 0),
         ("training", "block phase", "forward and backward", s.depth * trained, s.depth * block.steps * groups),
         ("next inputs", "block phase", "forward", (s.depth - 1) * tokens * outputs, 0),
     ]

@@ -1,0 +1,198 @@
+"""The benchmarks' schedules spend the tokens they say, and the planner counts what really goes through the blocks."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_recipe
+
+from elastic_sparsity import optimize, pipeline
+from elastic_sparsity.config import make_recipe
+from elastic_sparsity.errors import ConfigError
+from elastic_sparsity.ladder import Ladder
+from elastic_sparsity.model_shapes import read_shapes
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import counting
+import schedules
+
+
+@pytest.fixture
+def counted(monkeypatch, tmp_path):
+    """A function that runs a recipe and gives its counter."""
+    found = []
+    prepare = pipeline.prepare
+
+    def observed(*args, **kwargs):
+        prepared = prepare(*args, **kwargs)
+        found.append(counting.PassCounter(prepared[0].blocks))
+        return prepared
+
+    monkeypatch.setattr(pipeline, "prepare", observed)
+
+    def run(recipe):
+        optimize(recipe, tmp_path / f"run{len(found)}")
+        return found[-1]
+
+    return run
+
+
+def planned(recipe):
+    passes = {}
+    for work in schedules.planned_work(recipe, read_shapes(recipe.model.id)):
+        if work.name != "head":
+            passes[work.direction] = passes.get(work.direction, 0) + work.passes
+    return passes
+
+
+@pytest.fixture
+def recipe(words):
+    return schedules.elastic(
+        tiny_recipe(calibration={"source": str(words), "samples": 6, "length": 16}, end_to_end={"steps": 8}), 0
+    )
+
+
+@pytest.fixture
+def words(tmp_path):
+    path = tmp_path / "words.txt"
+    path.write_text("the fox over the stone river lamp green wolf paper door salt " * 40)
+    return path
+
+
+def test_a_run_for_one_level_trains_on_what_the_elastic_run_spends_on_it(recipe, counted):
+    elastic = counted(recipe).trained
+    depth = 2
+    for level in recipe.build_ladder().levels:
+        alone = counted(schedules.independent(recipe, level)).trained
+        assert alone == {level.name: elastic[level.name]} == {level.name: depth * schedules.level_tokens(recipe)}
+    everything = schedules.full_weight(recipe, level, all_tokens=True)
+    assert counted(everything).trained == {level.name: elastic[level.name]}
+    block_alone = schedules.full_weight(recipe, level)
+    assert counted(block_alone).trained == {level.name: depth * 2 * 2 * 16}  # steps, batch, tokens
+
+
+def test_uneven_steps_are_rounded_up(recipe, counted):
+    uneven = schedules.changed(recipe, {"end_to_end": {"steps": 6}})
+    elastic = counted(uneven).trained
+    most = max(elastic.values())
+    assert set(elastic.values()) == {most, most - 2 * 2 * 16}
+    assert 2 * schedules.level_tokens(uneven) == most
+
+
+def test_a_level_gets_the_rank_it_adds_up(recipe):
+    levels = recipe.build_ladder().levels
+    assert [schedules.independent(recipe, level).adapters.ranks for level in levels] == [2, 4, 6, 4]
+    alone = schedules.changed(recipe, {"adapters": {"inheritance": "none"}})
+    assert [schedules.independent(alone, level).adapters.ranks for level in levels] == [2, 2, 2, 2]
+
+
+def test_what_each_run_trains(recipe):
+    level = Ladder(sparsities=(0.5, 0.6, 0.7)).levels[1]
+    lora = schedules.independent(recipe, level, trainable="adapters")
+    assert (lora.end_to_end.trainable, lora.block.base_lr, lora.ladder.sparsities) == ("adapters", 0.0, (0.6,))
+    full = schedules.full_weight(recipe, level, 1e-4)
+    assert (full.end_to_end.trainable, full.block.base_lr, full.adapters.ranks) == ("off", 1e-4, 0)
+    same = schedules.independent(recipe, level, same_steps=True)
+    assert (same.end_to_end.steps, same.block.steps) == (recipe.end_to_end.steps, recipe.block.steps)
+    sloped = schedules.changed(recipe, {"allocation": {"slope": [0.1, 0.2, 0.3]}})
+    assert schedules.independent(sloped, level).allocation.slope == 0.2
+
+
+def test_epts_gets_the_elastic_runs_passes(recipe, counted):
+    longer = schedules.changed(recipe, {"end_to_end": {"steps": 40}})
+    epts = schedules.epts(longer, read_shapes(recipe.model.id))
+    one_step = 2 * 7 * 16
+    assert abs(counted(epts).passes.total() - counted(longer).passes.total()) <= one_step / 2
+    assert (epts.scores.stream, epts.block.loss, epts.block.densest_weight) == ("dense", "mse", 0.5)
+    assert epts.group_ranks() == (8,) * 7 and epts.mixer_weights() == (0.1, 0.1, 0.1, 0.1, 0.2, 0.2, 0.2)
+    assert {0.5, 0.6, 0.7} <= set(epts.ladder.sparsities) and not epts.ladder.patterns
+    official = schedules.epts(longer, read_shapes(recipe.model.id), official=True)
+    assert (official.block.steps, official.block.samples) == (1280, 6)
+
+
+def test_epts_needs_tokens_for_a_step(recipe):
+    nothing = schedules.changed(recipe, {"end_to_end": {"trainable": "off"}, "block": {"steps": 0}})
+    with pytest.raises(ConfigError, match="do not give it one step a block"):
+        schedules.epts(nothing, read_shapes(recipe.model.id))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"mixer": {"mode": "learned"}},
+        {"mixer": {"mode": "fixed"}},
+        {"mixer": {"mode": "dense"}},
+        {"scores": {"stream": "dense"}, "end_to_end": {"trainable": "off"}},
+        {"block": {"samples": 5, "batch_size": 3}},
+        {"block": {"samples": 2, "batch_size": 3}},
+        {"block": {"steps": 0}},
+    ],
+    ids=str,
+)
+def test_planned_passes_are_those_that_run(changes, recipe, counted):
+    wanted = schedules.changed(recipe, changes)
+    assert counted(wanted).passes == planned(wanted)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ladder": {"sparsities": [0.4, 0.5], "patterns": [], "group_ends": [0.5]}}, "group_ends"),
+        ({"allocation": {"plan": "plan.json"}}, "allocation.plan"),
+    ],
+)
+def test_recipes_without_a_level_of_its_own(changes, message, recipe):
+    data = recipe.model_dump(mode="json")
+    for section, fields in changes.items():
+        data[section] |= fields
+    with pytest.raises(ConfigError, match=message):
+        schedules.elastic(make_recipe(data), 0)
+
+
+def test_what_is_trained_does_not_depend_on_free_memory(recipe):
+    auto = schedules.changed(recipe, {"end_to_end": {"trainable": "auto"}})
+    assert schedules.elastic(auto, 3).end_to_end.trainable == "base" and schedules.elastic(auto, 3).seed == 3
+    none = schedules.changed(auto, {"end_to_end": {"steps": 0}})
+    assert schedules.elastic(none, 0).end_to_end.trainable == "off"
+
+
+def test_scores_of_the_dense_stream_are_the_dense_models(recipe, tmp_path):
+    """Masks of every linear against Wanda's from input norms that hooks see in the dense model."""
+    from elastic_sparsity.calibration_text import calibration_tokens
+    from elastic_sparsity.models import load_base
+    from elastic_sparsity.slicing import load_level
+
+    wanted = schedules.changed(recipe, {"scores": {"stream": "dense"}, "block": {"steps": 0},
+                                        "end_to_end": {"trainable": "off"}})  # fmt: skip
+    masks = {}
+    for stream in ("dense", "pruned"):
+        run = optimize(schedules.changed(wanted, {"scores": {"stream": stream}}), tmp_path / stream)
+        level = run.ladder.find(0.7)
+        parameters = dict(load_level(run, level, torch.float32).named_parameters())
+        masks[stream] = {name: parameters[f"{name}.weight"] != 0 for name in run.linears}
+    base = load_base(wanted.model.id)
+    ids = calibration_tokens(wanted, base)[0][: wanted.block.samples]
+    squares = {}
+
+    def hook(name):
+        def add(module, args):
+            squares[name] = squares.get(name, 0) + args[0].detach().double().flatten(0, -2).square().sum(0)
+
+        return add
+
+    for name in masks["dense"]:
+        base.model.get_submodule(name).register_forward_pre_hook(hook(name))
+    with torch.no_grad():
+        base.model(ids)
+    for name, mask in masks["dense"].items():
+        weight = base.model.get_submodule(name).weight
+        scores = weight.abs() * squares[name].sqrt()
+        kept = mask.sum(1)
+        order = scores.argsort(dim=1, descending=True)
+        ours = torch.zeros_like(mask)
+        for row in range(mask.shape[0]):
+            ours[row, order[row, : kept[row]]] = True
+        assert torch.equal(mask, ours), name
+    assert any(not torch.equal(masks["dense"][name], masks["pruned"][name]) for name in masks["dense"])
