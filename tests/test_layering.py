@@ -23,6 +23,7 @@ ALLOWED = {
     "allocation_file": {"allocation", "errors", "files"},
     "allocation_plot": {"allocation_file", "errors"},
     "soft_mask": {"torch", "errors"},
+    "metric_refresh": {"torch", "errors"},
     "mixer": {"torch", "errors"},
     "sparsegpt": {"torch", "errors", "importance"},
     "structured_order": {"torch", "errors"},
