@@ -5,7 +5,9 @@
 Anew = one pass of the whole model over the calibration samples with the inputs' norms taken, then |weight| times norm
 for every linear. Refreshed = cached norms times scales, then the same products; "norms only" leaves these out of both.
 The paper's figure (22.65) is of one sample of 2,048 tokens at a time, as here by default: more samples cost a pass more
-each, and a refresh nothing. Medians of several rounds; every linear of the model is refreshed.
+each, and a refresh nothing. Medians of several rounds; every linear of the model is refreshed. Seconds are those of the
+process on all its threads (CPU time), so that other work on the machine does not count; OMP_NUM_THREADS=1 makes them the
+wall clock's of an idle core.
 """
 
 import argparse
@@ -111,15 +113,15 @@ def measured(model: Any, ids_ST: torch.Tensor, rounds: int) -> dict[str, Any]:
 
 
 def seconds(work: Callable[[], Any]) -> float:
-    started = time.perf_counter()
+    started = time.process_time()
     work()
-    return time.perf_counter() - started
+    return time.process_time() - started
 
 
 def show(result: dict[str, Any]) -> None:
     samples, length = result["protocol"]["samples"]
     table = Table(title=f"Wanda's metric of {result['linears']} linears, {samples} x {length} tokens, medians")
-    for column in ("", "anew, s", "refreshed, s", "times"):
+    for column in ("", "anew, CPU s", "refreshed, CPU s", "times"):
         table.add_column(column, justify="right" if column else "left")
     for name, row in result["rows"].items():
         slow, quick = (statistics.median(row[key]) for key in ("anew_seconds", "refreshed_seconds"))
