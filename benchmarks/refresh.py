@@ -5,9 +5,9 @@
 Anew = one pass of the whole model over the calibration samples with the inputs' norms taken, then |weight| times norm
 for every linear. Refreshed = cached norms times scales, then the same products; "norms only" leaves these out of both.
 The paper's figure (22.65) is of one sample of 2,048 tokens at a time, as here by default: more samples cost a pass more
-each, and a refresh nothing. Medians of several rounds; every linear of the model is refreshed. Seconds are those of the
-process on all its threads (CPU time), so that other work on the machine does not count; OMP_NUM_THREADS=1 makes them the
-wall clock's of an idle core.
+each, and a refresh nothing. Medians of several rounds; every linear of the model is refreshed. Seconds are those of
+the process on all its threads (CPU time), so that other work on the machine does not count; OMP_NUM_THREADS=1 makes
+them the wall clock's of an idle core.
 """
 
 import argparse

@@ -37,7 +37,9 @@ def scaled_square_sum(
     total_I = square_sum_I
     if shift_I is not None:
         if sum_I is None or num_tokens < 1:
-            raise ShapeError("shift: found no sums of the inputs; expected sum_I and num_tokens (InputStatistics means).")
+            raise ShapeError(
+                "shift: found no sums of the inputs; expected sum_I and num_tokens (InputStatistics means)."
+            )
         total_I = (square_sum_I - 2 * shift_I * sum_I + num_tokens * shift_I.square()).clamp_min(0)
     return total_I * factors_I.square()
 
@@ -52,7 +54,9 @@ def mixed_square_sum(gram_II: Tensor, matrix_JI: Tensor) -> Tensor:
     Raises: ShapeError.
     """
     if gram_II.shape[-1] != matrix_JI.shape[-1] or gram_II.shape[-1] != gram_II.shape[-2]:
-        raise ShapeError(f"gram {tuple(gram_II.shape)} against matrix {tuple(matrix_JI.shape)}: expected A of its width.")
+        raise ShapeError(
+            f"gram {tuple(gram_II.shape)} against matrix {tuple(matrix_JI.shape)}: expected A of its width."
+        )
     dtype = torch.promote_types(gram_II.dtype, matrix_JI.dtype)
     matrix_JI = matrix_JI.to(dtype)
     return ((matrix_JI @ gram_II.to(dtype)) * matrix_JI).sum(-1).clamp_min(0)

@@ -24,6 +24,9 @@ ALLOWED = {
     "allocation_plot": {"allocation_file", "errors"},
     "soft_mask": {"torch", "errors"},
     "metric_refresh": {"torch", "errors"},
+    "channel_order": {"torch", "errors"},
+    "head_basis": {"torch", "errors", "metric_refresh"},
+    "spectral_loss": {"torch"},
     "mixer": {"torch", "errors"},
     "sparsegpt": {"torch", "errors", "importance"},
     "structured_order": {"torch", "errors"},
@@ -66,6 +69,7 @@ ALLOWED = {
     "absorption": {"torch", "errors", "folding", "wiring"},
     "rotation": {"torch", "arch", "errors", "folding", "wiring"},
     "residual": {"torch", "arch", "errors", "folding", "wiring"},
+    "functional_fold": {"torch", "absorption", "arch"},
     "structured_parts": {
         "torch", "transformers", "accelerate", "arch", "errors", "structured_sizes", "wiring",
     },
@@ -99,6 +103,12 @@ ALLOWED = {
     "induction": {
         "torch", "adapters", "arch", "blocks", "distill", "end_to_end", "errors", "importance", "ladder", "soft_mask",
     },
+    "feature_stage": {"torch", "errors", "functional_fold", "ladder", "soft_mask", "spectral_loss"},
+    "absorbed_stage": {
+        "torch", "absorption", "arch", "blocks", "calibrate", "end_to_end", "errors", "feature_stage",
+        "functional_fold", "importance", "ladder", "metric_refresh", "soft_mask", "spectral_loss",
+    },
+    "gains": {"torch", "arch", "blocks", "feature_stage", "functional_fold", "ladder"},
     "inducing": {
         "torch", "absorption", "arch", "attention", "calibration_text", "config", "distill", "errors", "files",
         "folding", "fused_layers", "induction", "induction_file", "models", "precision", "workers",
