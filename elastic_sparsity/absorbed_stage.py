@@ -58,7 +58,7 @@ def absorb_learned_(
     """
     if method not in METHODS:
         raise ConfigError(f"reading 'absorbed': found scores {method!r}; expected one of {', '.join(METHODS)}.")
-    check_samples(len(token_ids_ST), settings)
+    check_samples(len(token_ids_ST), settings.held_out)
     blocks, row = decoder_blocks(model), architecture_of(model.config.model_type)
     runner = BlockRunner(model.base_model, list(blocks), token_ids_ST, 1)
     trained = len(token_ids_ST) - settings.held_out

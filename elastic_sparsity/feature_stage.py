@@ -62,11 +62,11 @@ def choice_of(level: Level, width: int) -> Choice:
     return Choice(*(level.pattern or (keep_count(width, level.sparsity), width)))
 
 
-def check_samples(count: int, settings: StageSettings) -> None:
+def check_samples(count: int, held_out: int) -> None:
     """Raises: ConfigError: if none are left to learn from."""
-    if settings.held_out >= count:
+    if held_out >= count:
         raise ConfigError(
-            f"held_out: {settings.held_out} of {count} calibration samples leave none to learn from; lower it."
+            f"held_out: {held_out} of {count} calibration samples leave none to learn from; lower it."
         )
 
 

@@ -43,7 +43,7 @@ def tune_gains_(
     Returns: one result a block; a block that gained nothing is as it was.
     Raises: ConfigError: too few samples. NumericsError.
     """
-    check_samples(len(token_ids_ST), settings)
+    check_samples(len(token_ids_ST), settings.held_out)
     row, trained = architecture_of(pruned.config.model_type), len(token_ids_ST) - settings.held_out
     runners = [BlockRunner(m.base_model, list(decoder_blocks(m)), token_ids_ST, 1) for m in (dense, pruned)]
     target, hidden = (runner.first_hidden() for runner in runners)
