@@ -23,7 +23,7 @@ def kept_share(scores_OI: Tensor, kept: int, group_size: int) -> float:
 
 
 @torch.no_grad()
-def improved_order(scores_OI: Tensor, kept: int, group_size: int, rounds: int = 4) -> Tensor:
+def improved_order(scores_OI: Tensor, kept: int, group_size: int, rounds: int = 2) -> Tensor:
     """An order that keeps at least as much as the one given.
 
     Args:

@@ -43,6 +43,7 @@ def register(app: typer.Typer, progress: Callable[[bool], AbstractContextManager
         folds: Annotated[
             str, typer.Option(help="Beyond the paper: values, query_key, value_order, mlp_order, commas between.")
         ] = "",
+        start: Annotated[str, typer.Option(help="Where absorbed scales begin: medians (eq. 5) or ones.")] = "medians",
         scores: Annotated[str, typer.Option(help="Whose masks: wanda, or magnitude (absorbed only).")] = "wanda",
         levels: Annotated[str, typer.Option(help="Levels it will be pruned to.")] = "0.5,0.6,0.7,2:4",
         steps: Annotated[int, typer.Option(help="Optimiser steps, one level each.")] = 120,
@@ -69,6 +70,7 @@ def register(app: typer.Typer, progress: Callable[[bool], AbstractContextManager
                 "scores": {"method": scores},
                 "induction": {
                     "reading": reading,
+                    "start": start,
                     "folds": [name.strip() for name in folds.split(",") if name.strip()],
                     "steps": steps,
                     "samples": min(64, samples),

@@ -92,6 +92,8 @@ class InductionSection(_Section):
     an angle per RoPE pair, orders of channels for N:M. The function stays; nothing is added."""
     spectral: Rate = 0.01
     """Weight of the spectral penalty (lambda of eq. 6) of `reading = "absorbed"`."""
+    start: Literal["medians", "ones"] = "medians"
+    """Where absorbed scales begin: the paper's eq. 5, or 1."""
     steps: NonNegative = 0
     """Optimiser steps, one level each; 0 = none. Needs the whole model in memory. "absorbed": of every block."""
     batch_size: Batch = 2

@@ -61,7 +61,7 @@ def learn(
         recipe.build_ladder(),
         token_ids_ST,
         "magnitude" if recipe.scores.method == "magnitude" else "wanda",
-        InductionSettings(**wanted.model_dump(exclude={"reading", "folds", "spectral"})),
+        InductionSettings(**wanted.model_dump(exclude={"reading", "folds", "spectral", "start"})),
         torch.Generator().manual_seed(recipe.seed + SEED),
         autocast,
         share,
@@ -181,7 +181,11 @@ def absorb(
         recipe.build_ladder(),
         recipe.scores.method,
         StageSettings(
-            steps=wanted.steps, held_out=wanted.held_out, spectral=wanted.spectral, temperature=wanted.temperature
+            steps=wanted.steps,
+            held_out=wanted.held_out,
+            spectral=wanted.spectral,
+            temperature=wanted.temperature,
+            paper_start=wanted.start == "medians",
         ),
         torch.Generator().manual_seed(recipe.seed + SEED),
         autocast_factory(precision, base.model.device.type),
