@@ -11,8 +11,8 @@ only `scores` and `all` learn from further ones, which the JSON tells.
 
     python benchmarks/induction_parts.py ... --generate 20 --plot
 
-also compares 200 greedy tokens of 20 prompts (windows of the evaluation text) between the model with all folds and scales
-absorbed and the original, in float32, and draws singular values and importance before and after.
+also compares 200 greedy tokens of 20 prompts (windows of the evaluation text) between the model with all folds and
+scales absorbed and the original, in float32, and draws singular values and importance before and after.
 """
 
 import argparse
@@ -168,9 +168,7 @@ class Bench:
             note["folds"] = [[x.kind, x.chosen, x.before, x.after] for x in results]  # type: ignore[attr-defined]
         if row.startswith("absorbed"):
             start = "ones" if row.endswith("ones") else "medians"
-            wanted = recipe_of(
-                self.args, reading="absorbed", steps=self.args.block_steps, start=start, method=scored
-            )
+            wanted = recipe_of(self.args, reading="absorbed", steps=self.args.block_steps, start=start, method=scored)
             results = absorb(wanted, base, self.ids_ST, PRECISION)
             note["blocks"] = [[x.used, x.before, x.after] for x in results]
         if row in ("scores", "all", "scales"):
@@ -206,8 +204,8 @@ class Bench:
             self.result["greedy"] = {"prompts": prompts, "tokens": 200, "identical": sum(same)}
             self.result["induced_dense"] = self.perplexity(base.model)
             write_json(self.file, self.result)
-            log(f"greedy text identical for {sum(same)} of {prompts}; dense perplexity {self.result['induced_dense']:.4f}"
-                f" against {self.result['dense']:.4f}")  # fmt: skip
+            log(f"greedy text identical for {sum(same)} of {prompts}")
+            log(f"dense perplexity {self.result['induced_dense']:.4f} against {self.result['dense']:.4f}")
         if plot:
             draw(self.base.model, base.model, self.file.with_suffix(".png"))
 

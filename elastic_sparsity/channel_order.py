@@ -2,8 +2,8 @@
 
 Channels of equal weight compete within their group of M; another order lets them compete with weaker ones. Source: the
 idea and the assignment per place of "Plug-and-Play" (RIA, ICLR 2024, section 4.2). What we changed: an assignment is
-improved by exchanging pairs instead of solved by the Hungarian method, so every round gains or stops, and the order that
-was there is never lost against.
+improved by exchanging pairs instead of solved by the Hungarian method, so every round gains or stops, and the order
+that was there is never lost against.
 Letters: O rows, I channels, G groups.
 """
 
@@ -33,7 +33,7 @@ def improved_order(scores_OI: Tensor, kept: int, group_size: int, rounds: int = 
     Returns: (I,) int64; new channel i is the old one order[i].
     Raises: ShapeError: if the groups do not divide the width, or keep all or nothing.
     """
-    rows, width = scores_OI.shape
+    width = scores_OI.shape[1]
     if not 0 < kept < group_size:
         raise ShapeError(f"order: keeping {kept} of {group_size} leaves nothing to choose; expected fewer, and some.")
     order_I, best = torch.arange(width, device=scores_OI.device), kept_share(scores_OI, kept, group_size)

@@ -1,6 +1,6 @@
 """The stage of arXiv 2602.21652 block by block: a few free vectors trained on features, the backbone frozen.
 
-Shared by its readings A (`absorbed_stage`) and C (`gains`). Where the paper is silent we take OmniQuant (arXiv 2308.13137),
+Shared by its readings A (`absorbed_stage`) and C (`gains`). Where the paper is silent we take OmniQuant (2308.13137),
 whose equations it uses: AdamW at 5e-3 without decay, one sample a step, a block at a time. The loss is eq. 6: features
 against the dense block's, and the spectral penalty of eq. 8. Nothing is kept that does not lower the error of samples
 that were held out.
@@ -65,9 +65,7 @@ def choice_of(level: Level, width: int) -> Choice:
 def check_samples(count: int, held_out: int) -> None:
     """Raises: ConfigError: if none are left to learn from."""
     if held_out >= count:
-        raise ConfigError(
-            f"held_out: {held_out} of {count} calibration samples leave none to learn from; lower it."
-        )
+        raise ConfigError(f"held_out: {held_out} of {count} calibration samples leave none to learn from; lower it.")
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Folds of a block chosen for pruning: each candidate masked, judged on held-out samples, the block as it is among them.
+"""Folds of a block chosen for pruning: each candidate masked and judged on held-out samples, no fold among them.
 
 What scales cannot do for Wanda (`absorption`), these can: a matrix per value head, an angle per RoPE pair, an order of
 channels for N:M. The function stays, so blocks are judged one by one on the dense stream, and norms behind a fold come
@@ -259,10 +259,7 @@ class _Chooser:
         out, columns_KRC = self.row.out, self.heads.out_KRC
         scores_OI = wanda_scores(self._weight(out), self.square_sums[out].cpu()).square()
         order_KC = torch.stack(
-            [
-                improved_order(torch.cat([scores_OI[:, c] for c in columns_RC]), *pattern)
-                for columns_RC in columns_KRC
-            ]
+            [improved_order(torch.cat([scores_OI[:, c] for c in columns_RC]), *pattern) for columns_RC in columns_KRC]
         )
         square_sum_I = self.square_sums[out].clone()
         for order_C, columns_RC in zip(order_KC, columns_KRC, strict=True):

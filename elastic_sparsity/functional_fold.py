@@ -20,7 +20,7 @@ def folded_parameters(
         shifts: the same for pairs of `shift_pairs`.
     Returns: tensors for `torch.func.functional_call`, in the layout in which the block stores them.
     """
-    found = dict(block.named_parameters())
+    found: dict[str, Tensor] = dict(block.named_parameters())
     before = dict(found)
     for pair in pairs:
         if pair.name in shifts:

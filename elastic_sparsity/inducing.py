@@ -87,8 +87,8 @@ def check_leaves_model(recipe: Recipe) -> None:
 def induce(recipe: Recipe, output: str | Path, progress: Progress = silent) -> Induced:
     """Writes a plain Hugging Face model that computes what the base model computes but is easier to prune.
 
-    First the recipe's `induction.folds`, then its reading. "scores": norms and linears absorb scales (`absorption`) such
-    that the magnitude of a weight is its scaled importance: any pruner that goes by magnitude profits. Scores with
+    First the recipe's `induction.folds`, then its reading. "scores": norms and linears absorb scales (`absorption`)
+    such that the magnitude of a weight is its scaled importance: any pruner that goes by magnitude profits. Scores with
     activations undo such scales, so what was learned is written beside the model too (`induction_file`): elastic runs
     take it from there, `prune_one_shot_` takes it when given. "absorbed": scales and shifts learned on features stay
     in the weights alone.

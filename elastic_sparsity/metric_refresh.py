@@ -4,8 +4,8 @@ Source: arXiv 2602.21652, eq. 9 to 11: with X' = D X, diag(X' X'^T) = s^2 diag(X
 product a channel. What we changed: shifts (eq. 10 leaves them out), and any matrix between values and output, from the
 whole X X^T. Eq. 3 of the paper divides the input by s, its eq. 10 multiplies; here a factor is what X is multiplied by.
 
-Exact where the inputs really become D (X - shift) or A X: behind every exact fold, for everything before the mask. Where
-something upstream changes the function (masks, factors of q and k that RoPE does not pass), X' = D (X + E), and a
+Exact where the inputs really become D (X - shift) or A X: behind every exact fold, for everything before the mask.
+Where something upstream changes the function (masks, factors of q and k that RoPE does not pass), X' = D (X + E), and a
 channel's norm is off by at most `relative_bound`.
 """
 
@@ -28,8 +28,8 @@ def scaled_square_sum(
     Args:
         square_sum_I: of x over the calibration tokens.
         factors_I: s, of either sign.
-        shift_I: needs `sum_I`, the sums of x, and `num_tokens`, best all float64: the three terms cancel where the shift
-            is near the mean.
+        shift_I: needs `sum_I`, the sums of x, and `num_tokens`, best all float64: the three terms cancel where the
+            shift is near the mean.
     Returns: (I,) in the widest of the dtypes given.
     Raises: ShapeError.
     """

@@ -1,9 +1,9 @@
 """Start and loss of the paper's sparsity induction: eq. 5 and eq. 6 to 8 of arXiv 2602.21652. torch only.
 
 What the paper leaves out, and what we read into it: g is the identity; p = 2, the spectral norm its name promises;
-alpha is one over the sum of the norms at the start, or exp() would be zero for any real model; the mean squared error is
-taken relative to the dense outputs' energy, so that lambda means the same for every block. Eq. 8 falls as norms grow: it
-pushes the largest singular value up against the error, and says nothing about the others.
+alpha is one over the sum of the norms at the start, or exp() would be zero for any real model; the mean squared error
+is taken relative to the dense outputs' energy, so that lambda means the same for every block. Eq. 8 falls as norms
+grow: it pushes the largest singular value up against the error, and says nothing about the others.
 """
 
 from collections.abc import Iterable, Mapping
@@ -29,7 +29,7 @@ def initial_scales(outputs_TO: Tensor) -> Tensor:
 
 
 class SpectralNorms:
-    """Largest singular values of matrices that change little from call to call: power iterations from the last vectors."""
+    """Largest singular values of matrices that change little from call to call: power iterations, warm."""
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -65,7 +65,7 @@ def feature_loss(output: Tensor, target: Tensor) -> Tensor:
 
 
 def stable_rank(weight_OI: Tensor) -> float:
-    """Squared Frobenius norm over the squared spectral norm: how many directions a matrix fills; 0 for a zero matrix."""
+    """Squared Frobenius norm over the squared spectral norm: directions that a matrix fills; 0 for zeros."""
     spectrum = torch.linalg.svdvals(weight_OI.detach().float())
     return float(spectrum.square().sum() / spectrum[0].square()) if spectrum[0] else 0.0
 

@@ -1,5 +1,7 @@
 """Folds chosen on held-out errors: the function stays, the errors are those of blocks pruned by hand, none loses."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -40,7 +42,7 @@ def test_the_function_stays_and_no_error_grows(family):
     for x in found:
         assert x.used == (x.chosen != "none")
         assert (x.after == x.before) == (not x.used)
-    for earlier, later in zip(found, found[1:], strict=False):  # norms from the cache say what a new pass would
+    for earlier, later in itertools.pairwise(found):  # norms from the cache say what a new pass would
         if later.kind != kinds[0]:
             assert later.before["2:4"] == pytest.approx(earlier.after["2:4"], rel=1e-3)
 
@@ -48,7 +50,7 @@ def test_the_function_stays_and_no_error_grows(family):
 def test_errors_are_those_of_the_block_pruned_by_hand():
     """Statistics behind all folds from the cache, against `prune_one_shot_`, which makes a pass on the folded model."""
     model, dense = (tiny_model("llama").requires_grad_(False) for _ in range(2))
-    last = [x for x in choose(model, FOLDS) if x.kind == "mlp_order"][0]
+    last = next(x for x in choose(model, FOLDS) if x.kind == "mlp_order")
     prune_one_shot_(model, IDS[:6], LADDER.levels[1], "wanda", autocast=PLAIN)
     with torch.no_grad():
         wanted, given = (m(IDS[-4:], output_hidden_states=True).hidden_states[1] for m in (dense, model))

@@ -210,7 +210,10 @@ FOLDED = {"steps": 0, "samples": 6, "held_out": 4, "folds": ["values", "query_ke
     [
         {"induction": FOLDED},
         {"induction": {**FOLDED, "folds": ["mlp_order"], "steps": 4, "batch_size": 2}},
-        {"induction": {**STAGE, "reading": "absorbed", "start": "ones", "steps": 30}, "scores": {"method": "magnitude"}},
+        {
+            "induction": {**STAGE, "reading": "absorbed", "start": "ones", "steps": 30},
+            "scores": {"method": "magnitude"},
+        },
     ],
     ids=["folds", "folds and scores", "absorbed"],
 )

@@ -101,8 +101,8 @@ ALLOWED = {
     "distill": {"torch", "activations", "adapters", "blocks", "errors", "ladder", "mixer"},
     "end_to_end": {"torch", "adapters", "arch", "distill", "errors", "fused", "ladder"},
     "induction": {
-        "torch", "adapters", "arch", "blocks", "distill", "end_to_end", "errors", "feature_stage", "importance", "ladder",
-        "soft_mask",
+        "torch", "adapters", "arch", "blocks", "distill", "end_to_end", "errors", "feature_stage", "importance",
+        "ladder", "soft_mask",
     },
     "feature_stage": {"torch", "errors", "functional_fold", "ladder", "soft_mask", "spectral_loss"},
     "absorbed_stage": {
@@ -116,7 +116,8 @@ ALLOWED = {
     "gains": {"torch", "arch", "blocks", "feature_stage", "functional_fold", "ladder"},
     "inducing": {
         "torch", "absorbed_stage", "absorption", "arch", "attention", "calibration_text", "config", "distill",
-        "errors", "feature_stage", "files", "fold_choice", "folding", "fused_layers", "induction", "induction_file", "models", "precision", "workers",
+        "errors", "feature_stage", "files", "fold_choice", "folding", "fused_layers", "induction",
+        "induction_file", "models", "precision", "workers",
     },
     "block_phase": {
         "torch", "activations", "adapters", "arch", "block_state", "blocks", "calibrate", "config", "distill", "errors",

@@ -116,7 +116,7 @@ def test_the_bound_holds_for_any_change(seed, size):
 
 
 def test_behind_a_mask_it_is_off_by_at_most_the_bound():
-    """Half of the weights of the first block gone: the second block's inputs are others, and the cache does not know."""
+    """Half of the first block's weights gone: the second's inputs are others, and the cache does not know."""
     model = tiny_model("llama").double()
     before = inputs_of(model)
     with torch.no_grad():
