@@ -21,6 +21,7 @@ import datetime
 import math
 import resource
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -159,8 +160,7 @@ class Bench:
 
     def induced(self, row: str, scored: str) -> tuple[BaseModel, dict[str, torch.Tensor] | None]:
         """A copy of the model with the row's induction, and scales for scores that know the inputs."""
-        base = copy.copy(self.base)
-        object.__setattr__(base, "model", copy.deepcopy(self.base.model))
+        base = replace(self.base, model=copy.deepcopy(self.base.model))
         started, note, scales = time.process_time(), {}, None
         kinds = FOLDS if row in ("folds", "all") else (row,) if row in FOLDS else ()
         if kinds:
