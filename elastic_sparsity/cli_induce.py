@@ -1,6 +1,7 @@
 """The command `induce`: a model that computes the same and is easier to prune."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +14,23 @@ from elastic_sparsity.config import make_recipe, number_or_text
 from elastic_sparsity.terminal import plain, say
 
 
+def show_blocks(results: Sequence[Any]) -> None:
+    """How far the masked blocks' held-out errors fell, by level: geometric means over the blocks."""
+    if not results:
+        return
+    table = Table(title="Held-out error of the masked blocks (Wanda's or magnitude's masks), change")
+    for column in ("part", "level", "change", "blocks changed"):
+        table.add_column(column, justify="left" if column in ("part", "level") else "right")
+    for kind in dict.fromkeys(getattr(x, "kind", "absorbed") for x in results):
+        of_kind = [x for x in results if getattr(x, "kind", "absorbed") == kind]
+        for level in of_kind[0].before:
+            logs = [math.log(x.after[level] / x.before[level]) if x.used else 0.0 for x in of_kind]
+            change = 100 * (math.exp(sum(logs) / len(logs)) - 1)
+            used = sum(x.used for x in of_kind)
+            table.add_row(kind, plain(level), f"{change:+.1f} %", f"{used} of {len(of_kind)}")
+    Console(emoji=False).print(table)
+
+
 def register(app: typer.Typer, progress: Callable[[bool], AbstractContextManager[Any]]) -> None:
     """Adds the command to an app. `progress` shows bars while a command works, unless it shall be quiet."""
 
@@ -21,6 +39,12 @@ def register(app: typer.Typer, progress: Callable[[bool], AbstractContextManager
         model: Annotated[str, typer.Argument(help="Model folder, hub id or .gguf file.")],
         output: Annotated[Path, typer.Option(help="Folder for the induced model.")],
         calibration: Annotated[str, typer.Option(help='Text file, hub data set or "self".')] = "self",
+        reading: Annotated[str, typer.Option(help="The paper's scales: scores or absorbed.")] = "scores",
+        folds: Annotated[
+            str, typer.Option(help="Beyond the paper: values, query_key, value_order, mlp_order, commas between.")
+        ] = "",
+        start: Annotated[str, typer.Option(help="Where absorbed scales begin: medians (eq. 5) or ones.")] = "medians",
+        scores: Annotated[str, typer.Option(help="Whose masks: wanda, or magnitude (absorbed only).")] = "wanda",
         levels: Annotated[str, typer.Option(help="Levels it will be pruned to.")] = "0.5,0.6,0.7,2:4",
         steps: Annotated[int, typer.Option(help="Optimiser steps, one level each.")] = 120,
         samples: Annotated[int, typer.Option(help="Calibration samples.")] = 256,
@@ -43,7 +67,15 @@ def register(app: typer.Typer, progress: Callable[[bool], AbstractContextManager
                     "sparsities": [number_or_text(name) for name in names if ":" not in name],
                     "patterns": [name for name in names if ":" in name],
                 },
-                "induction": {"steps": steps, "samples": min(64, samples), "held_out": max(1, min(8, samples // 4))},
+                "scores": {"method": scores},
+                "induction": {
+                    "reading": reading,
+                    "start": start,
+                    "folds": [name.strip() for name in folds.split(",") if name.strip()],
+                    "steps": steps,
+                    "samples": min(64, samples),
+                    "held_out": max(1, min(8, samples // 4)),
+                },
                 "block": {"samples": min(128, samples)},
             },
             "induce",
@@ -52,6 +84,10 @@ def register(app: typer.Typer, progress: Callable[[bool], AbstractContextManager
 
         with progress(quiet) as report:
             found = write_induced(recipe, output, report)
+        show_blocks(found.blocks)
+        if not found.kl_before:
+            say(f"{output}: induced model")
+            return
         table = Table(title="KL to the dense model on held-out samples, nats a token (Wanda's masks)")
         for column in ("level", "before", "after"):
             table.add_column(column, justify="left" if column == "level" else "right")

@@ -86,10 +86,21 @@ class ScoresSection(_Section):
 
 
 class InductionSection(_Section):
-    """Scales of the input channels' importance, learned before anything is pruned; the model itself is not changed."""
+    """What is done before anything is pruned. `induce` takes all of it; a run takes `reading = "scores"` alone, which
+    leaves the model as it is."""
 
+    reading: Literal["scores", "absorbed", "gains"] = "scores"
+    """What the scales of arXiv 2602.21652 are: factors of the scores (eq. 11), folded into the weights exactly (eq. 3),
+    or gains tuned after masking, which is for one level and so for the library and the benchmark alone."""
+    folds: tuple[Literal["values", "query_key", "value_order", "mlp_order"], ...] = ()
+    """Beyond the paper, chosen block by block where held-out error falls, before the reading: a matrix per value head,
+    an angle per RoPE pair, orders of channels for N:M. The function stays; nothing is added."""
+    spectral: Rate = 0.01
+    """Weight of the spectral penalty (lambda of eq. 6) of `reading = "absorbed"`."""
+    start: Literal["medians", "ones"] = "medians"
+    """Where absorbed scales begin: the paper's eq. 5, or 1."""
     steps: NonNegative = 0
-    """Optimiser steps, one level each; 0 = none. Needs the whole model in memory."""
+    """Optimiser steps, one level each; 0 = none. Needs the whole model in memory. "absorbed": of every block."""
     batch_size: Batch = 2
     lr: Rate = 3e-2
     temperature: Above = 0.5

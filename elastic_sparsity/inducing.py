@@ -1,14 +1,19 @@
-"""The induction stage of a recipe, within a run and on its own (`elastic-sparsity induce`)."""
+"""The induction stage of a recipe, within a run and on its own (`elastic-sparsity induce`).
+
+On its own it writes a model: first the folds beyond the paper, then one of the paper's three readings.
+"""
 
 import logging
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from elastic_sparsity.absorbed_stage import absorb_learned_
 from elastic_sparsity.absorption import Pair, scale_pair_, scale_pairs
 from elastic_sparsity.arch import architecture_of, decoder_blocks, head_function
 from elastic_sparsity.attention import training_attention
@@ -16,7 +21,9 @@ from elastic_sparsity.calibration_text import Progress, calibration_tokens, sile
 from elastic_sparsity.config import Recipe
 from elastic_sparsity.distill import Share
 from elastic_sparsity.errors import ConfigError
+from elastic_sparsity.feature_stage import BlockResult, StageSettings
 from elastic_sparsity.files import atomic_folder, check_output_folder
+from elastic_sparsity.fold_choice import FoldSettings, check_kinds, choose_folds_
 from elastic_sparsity.folding import check_function_kept
 from elastic_sparsity.fused_layers import fused_layers
 from elastic_sparsity.induction import Induced, InductionSettings, learn_channel_scales
@@ -54,7 +61,7 @@ def learn(
         recipe.build_ladder(),
         token_ids_ST,
         "magnitude" if recipe.scores.method == "magnitude" else "wanda",
-        InductionSettings(**wanted.model_dump()),
+        InductionSettings(**wanted.model_dump(exclude={"reading", "folds", "spectral", "start"})),
         torch.Generator().manual_seed(recipe.seed + SEED),
         autocast,
         share,
@@ -63,40 +70,133 @@ def learn(
     )
 
 
+def check_leaves_model(recipe: Recipe) -> None:
+    """That a run's induction changes scores alone.
+
+    Raises: ConfigError: naming what `induce` has to do first.
+    """
+    wanted = recipe.induction
+    for field, changed in (("reading", wanted.reading != "scores"), ("folds", bool(wanted.folds))):
+        if changed:
+            raise ConfigError(
+                f"induction.{field}: {getattr(wanted, field)!r} changes the weights, a run only scores; give the run a "
+                "model that `elastic-sparsity induce` wrote with it, and leave it out here."
+            )
+
+
 def induce(recipe: Recipe, output: str | Path, progress: Progress = silent) -> Induced:
     """Writes a plain Hugging Face model that computes what the base model computes but is easier to prune.
 
-    Norms and linears absorb scales (`absorption`) such that the magnitude of a weight is its scaled importance: any
-    pruner that goes by magnitude profits. Scores with activations undo such scales, so what was learned is written
-    beside the model too (`induction_file`): elastic runs take it from there, `prune_one_shot_` takes it when given.
+    First the recipe's `induction.folds`, then its reading. "scores": norms and linears absorb scales (`absorption`)
+    such that the magnitude of a weight is its scaled importance: any pruner that goes by magnitude profits. Scores with
+    activations undo such scales, so what was learned is written beside the model too (`induction_file`): elastic runs
+    take it from there, `prune_one_shot_` takes it when given. "absorbed": scales and shifts learned on features stay
+    in the weights alone.
 
-    Raises: ConfigError: steps = 0, or anything the base model or text is refused for. AbsorptionError: if the logits
-        moved. OutputError.
+    Returns: what was learned; without scales unless the reading is "scores" and has steps.
+    Raises: ConfigError: nothing to do, a reading that is no stage before pruning, or anything the base model or text is
+        refused for. AbsorptionError: if a fold is not exact here, or the logits moved. OutputError.
     """
-    if not recipe.induction.steps:
-        raise ConfigError("induction.steps: 0 steps learn nothing; expected 1 or more.")
-    if recipe.scores.method == "magnitude":
-        raise ConfigError("scores.method: 'magnitude' would learn scales that know no input; use 'wanda'.")
+    wanted = recipe.induction
+    _check_can_induce(recipe)
     output = Path(output)
     check_output_folder(output)
     base = load_base(recipe.model.id, recipe.model.dtype)
     token_ids_ST, _ = calibration_tokens(recipe, base, progress)
     token_ids_ST, model = token_ids_ST.to(base.model.device), base.model
-    dtype = model.dtype
-    with training_attention(model), fused_layers(model):
-        found = learn(
-            recipe, base, token_ids_ST, resolve_precision(recipe.precision, model.device.type), Workers(), progress
-        )
-    model.float()
-    before = _logits(model, token_ids_ST)
-    absorb_importance_(model, {name: found.input_norms[name] * found.scales[name] for name in found.scales})
+    precision, dtype = resolve_precision(recipe.precision, model.device.type), model.dtype
+    if wanted.folds or wanted.reading == "absorbed":
+        model.float()
+    before = _logits(model.float(), token_ids_ST) if model.dtype == torch.float32 else None
+    blocks = fold(recipe, base, token_ids_ST, precision, progress) if wanted.folds else []
+    found = Induced(scales={}, input_norms={}, kl_before={}, kl_after={}, used=any(x.used for x in blocks))
+    if wanted.reading == "absorbed":
+        blocks += absorb(recipe, base, token_ids_ST, precision, progress)
+        found = replace(found, used=any(x.used for x in blocks))
+    elif wanted.steps:
+        with training_attention(model), fused_layers(model):
+            found = learn(recipe, base, token_ids_ST, precision, Workers(), progress)
+        if before is None:
+            before = _logits(model.float(), token_ids_ST)
+        absorb_importance_(model, {name: found.input_norms[name] * found.scales[name] for name in found.scales})
+    assert before is not None
     error = check_function_kept(before, _logits(model, token_ids_ST), torch.float32)
     log.info("induction: absorbed; the logits moved by %.1e of their largest, which is rounding", error)
     with atomic_folder(output) as scratch:
         model.to(dtype).save_pretrained(scratch)
         base.tokenizer.save_pretrained(scratch)
-        save_scales(scratch, found.scales)
-    return found
+        if found.scales:
+            save_scales(scratch, found.scales)
+    return replace(found, blocks=tuple(blocks))
+
+
+def _check_can_induce(recipe: Recipe) -> None:
+    wanted = recipe.induction
+    if wanted.reading == "gains":
+        raise ConfigError(
+            "induction.reading: 'gains' are tuned after masking, one level at a time, and change what the dense model "
+            "computes; expected 'scores' or 'absorbed'. Call gains.tune_gains_ behind prune_one_shot_."
+        )
+    if not wanted.steps and not wanted.folds:
+        raise ConfigError("induction.steps: 0 steps learn nothing; expected 1 or more, or some induction.folds.")
+    if wanted.reading == "absorbed" and not wanted.steps:
+        raise ConfigError("induction.steps: 0 steps absorb nothing; expected 1 or more, or reading = 'scores'.")
+    if wanted.reading == "scores" and recipe.scores.method == "magnitude":
+        raise ConfigError("scores.method: 'magnitude' would learn scales that know no input; use 'wanda'.")
+    check_kinds(wanted.folds, recipe.build_ladder())
+
+
+def fold(
+    recipe: Recipe, base: BaseModel, token_ids_ST: Tensor, precision: str, progress: Progress = silent
+) -> list[BlockResult]:
+    """The recipe's `induction.folds`, chosen on its first `samples` and its last `held_out` calibration samples.
+
+    Raises: ConfigError, AbsorptionError.
+    """
+    wanted = recipe.induction
+    return list(
+        choose_folds_(
+            base.model,
+            _few(token_ids_ST, wanted.samples, wanted.held_out),
+            recipe.build_ladder(),
+            wanted.folds,
+            FoldSettings(held_out=wanted.held_out),
+            autocast_factory(precision, base.model.device.type),
+            lambda done, total: progress("folds", done, total),
+        )
+    )
+
+
+def absorb(
+    recipe: Recipe, base: BaseModel, token_ids_ST: Tensor, precision: str, progress: Progress = silent
+) -> list[BlockResult]:
+    """Reading "absorbed", on as many samples as `fold`; the learning rate is OmniQuant's, not `induction.lr`.
+
+    Raises: ConfigError, NumericsError.
+    """
+    wanted = recipe.induction
+    return absorb_learned_(
+        base.model,
+        _few(token_ids_ST, wanted.samples, wanted.held_out),
+        recipe.build_ladder(),
+        recipe.scores.method,
+        StageSettings(
+            steps=wanted.steps,
+            held_out=wanted.held_out,
+            spectral=wanted.spectral,
+            temperature=wanted.temperature,
+            paper_start=wanted.start == "medians",
+        ),
+        torch.Generator().manual_seed(recipe.seed + SEED),
+        autocast_factory(precision, base.model.device.type),
+        lambda done, total: progress("induction", done, total),
+    )
+
+
+def _few(token_ids_ST: Tensor, samples: int, held_out: int) -> Tensor:
+    """The first samples and, without overlap, the last ones."""
+    given = min(samples, len(token_ids_ST) - held_out)
+    return torch.cat([token_ids_ST[:given], token_ids_ST[len(token_ids_ST) - held_out :]])
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from elastic_sparsity.blocks import input_hooks
 from elastic_sparsity.distill import Share, cosine, own_samples
 from elastic_sparsity.end_to_end import HeadFn, balanced_order, kl_to_dense
 from elastic_sparsity.errors import ConfigError, NumericsError
+from elastic_sparsity.feature_stage import BlockResult
 from elastic_sparsity.importance import InputStatistics, importance_scores
 from elastic_sparsity.ladder import Ladder, Level, keep_count
 from elastic_sparsity.soft_mask import Choice, channel_gradient, hard_mask, thresholds
@@ -54,6 +55,7 @@ class Induced:
         kl_before, kl_after: mean KL to the dense model (nats a token) by level on held-out samples, with scores as
             they were and scaled.
         used: whether the scales lowered it (the mean of its logarithm over the levels).
+        blocks: what folds and absorbed scales gave, block by block; see `fold_choice` and `absorbed_stage`.
     """
 
     scales: dict[str, Tensor]
@@ -61,6 +63,7 @@ class Induced:
     kl_before: dict[str, float]
     kl_after: dict[str, float]
     used: bool
+    blocks: tuple[BlockResult, ...] = ()
 
 
 class _MaskedProduct(torch.autograd.Function):

@@ -36,7 +36,7 @@ from elastic_sparsity.end_to_end import EndToEndSettings, Snapshots, train_end_t
 from elastic_sparsity.errors import ConfigError, OutputError
 from elastic_sparsity.files import check_output_folder, is_file, write_json
 from elastic_sparsity.fused_layers import fused_layers
-from elastic_sparsity.inducing import learn
+from elastic_sparsity.inducing import check_leaves_model, learn
 from elastic_sparsity.manifest import CONFIG_NAME, RUN_NAME
 from elastic_sparsity.model_shapes import read_shapes
 from elastic_sparsity.models import BaseModel, load_base, stream_base
@@ -177,6 +177,7 @@ def run_induction(job: Job) -> tuple[Job, dict[str, Any]]:
     Returns: the job with the scales, and KL by level before and after; empty if the recipe asks for none, in which case
     scales that came with the base model are used.
     """
+    check_leaves_model(job.recipe)
     if not job.recipe.induction.steps:
         # Magnitudes of a model that `induce` wrote have its scales in them already.
         kept = {} if job.recipe.scores.method == "magnitude" else job.base.channel_scales

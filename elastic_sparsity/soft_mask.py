@@ -77,3 +77,19 @@ def channel_gradient(
     mean = (saliency * nearness).sum(dim=2, keepdim=True) / total
     found = ((saliency - mean) * nearness).reshape(saliency_OI.shape).sum(dim=0)
     return found / (temperature * (2 * torch.pi) ** 0.5)
+
+
+def straight_through(scores_OI: Tensor, choice: Choice, temperature: float) -> Tensor:
+    """The hard mask as 0.0 and 1.0 whose gradient is that of the relaxed one; each group's threshold counts as fixed.
+
+    Args:
+        scores_OI: non-negative, with a graph behind them.
+    Returns: (O, I) in the scores' dtype.
+    """
+    with torch.no_grad():
+        found = thresholds(scores_OI, choice).clamp_min(torch.finfo(torch.float32).tiny)
+        hard = hard_mask(scores_OI, found, choice).to(scores_OI.dtype)
+    tiny = torch.finfo(scores_OI.dtype).tiny
+    margins = (choice.groups(scores_OI) / found).clamp_min(tiny).log() / temperature
+    soft = torch.special.ndtr(margins).reshape(scores_OI.shape)
+    return hard + (soft - soft.detach())

@@ -181,7 +181,7 @@ PIECES = (
     "@file", "--version", "extra", "--restart", "--restart=x",
 )  # fmt: skip
 EVAL_OPTIONS = ("--window", "--max-windows", "--precision", "--reference", "--level")
-INDUCE_OPTIONS = ("--levels", "--length", "--seed", "--calibration")
+INDUCE_OPTIONS = ("--levels", "--length", "--seed", "--calibration", "--reading", "--folds")
 SEARCH_OPTIONS = ("--levels", "--length", "--seed", "--method", "--preset", "--held-out")
 ONE_SEARCH = ("--samples", "2", "--length", "8", "--held-out", "8", "--generations", "1", "-q")
 ONE_STEP = ("--steps", "1", "--samples", "6", "--length", "8", "-q")

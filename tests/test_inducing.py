@@ -200,3 +200,50 @@ def test_what_induce_refuses(tmp_path):
         induce(recipe(), full)
     assert [p.name for p in tmp_path.iterdir()] == ["full"]
     assert make_recipe(recipe().model_dump()).induction.steps == 6
+
+
+FOLDED = {"steps": 0, "samples": 6, "held_out": 4, "folds": ["values", "query_key", "value_order", "mlp_order"]}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"induction": FOLDED},
+        {"induction": {**FOLDED, "folds": ["mlp_order"], "steps": 4, "batch_size": 2}},
+        {
+            "induction": {**STAGE, "reading": "absorbed", "start": "ones", "steps": 30},
+            "scores": {"method": "magnitude"},
+        },
+    ],
+    ids=["folds", "folds and scores", "absorbed"],
+)
+def test_every_way_to_induce_writes_a_plain_model_that_says_the_same(tmp_path, changes):
+    found = induce(recipe(**changes), tmp_path / "model")
+    assert found.blocks
+    stock, original = AutoModelForCausalLM.from_pretrained(tmp_path / "model"), tiny_model("llama")
+    assert stock.num_parameters() == original.num_parameters()
+    assert (tmp_path / "model" / FILE_NAME).is_file() == bool(found.scales)
+    assert any(not torch.equal(a, b) for a, b in zip(stock.parameters(), original.parameters(), strict=True))
+    ids = torch.arange(60).reshape(3, 20)
+    with torch.no_grad():
+        assert torch.allclose(stock(ids).logits, original(ids).logits, atol=1e-5)
+    # Greedy text, which rounding could turn at a tie: 200 tokens from each of 20 prompts.
+    prompts = torch.randint(4, 260, (20, 5), generator=torch.Generator().manual_seed(1))
+    texts = [m.generate(prompts, max_new_tokens=200, do_sample=False, eos_token_id=None) for m in (stock, original)]
+    assert texts[0].shape == (20, 205)
+    assert torch.equal(*texts)
+
+
+def test_a_run_and_induce_refuse_what_they_cannot_do_by_name(tmp_path):
+    with pytest.raises(ConfigError, match=r"induction\.reading: 'absorbed' changes the weights"):
+        optimize(recipe(induction={**STAGE, "reading": "absorbed"}), tmp_path / "x")
+    with pytest.raises(ConfigError, match=r"induction\.folds.*elastic-sparsity induce"):
+        optimize(recipe(induction=FOLDED), tmp_path / "x")
+    with pytest.raises(ConfigError, match="'gains' are tuned after masking"):
+        induce(recipe(induction={**STAGE, "reading": "gains"}), tmp_path / "x")
+    with pytest.raises(ConfigError, match="0 steps absorb nothing"):
+        induce(recipe(induction={**FOLDED, "reading": "absorbed"}), tmp_path / "x")
+    with pytest.raises(ConfigError, match="N:M masks alone"):
+        induce(recipe(induction=FOLDED, ladder={"patterns": []}), tmp_path / "x")
+    with pytest.raises(ConfigError, match="'ria'"):
+        induce(recipe(induction={**STAGE, "reading": "absorbed"}, scores={"method": "ria"}), tmp_path / "x")

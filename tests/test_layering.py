@@ -24,6 +24,10 @@ ALLOWED = {
     "allocation_file": {"allocation", "errors", "files"},
     "allocation_plot": {"allocation_file", "errors"},
     "soft_mask": {"torch", "errors"},
+    "metric_refresh": {"torch", "errors"},
+    "channel_order": {"torch", "errors"},
+    "head_basis": {"torch", "errors", "metric_refresh"},
+    "spectral_loss": {"torch"},
     "mixer": {"torch", "errors"},
     "sparsegpt": {"torch", "errors", "importance"},
     "structured_order": {"torch", "errors"},
@@ -67,6 +71,7 @@ ALLOWED = {
     "absorption": {"torch", "errors", "folding", "wiring"},
     "rotation": {"torch", "arch", "errors", "folding", "wiring"},
     "residual": {"torch", "arch", "errors", "folding", "wiring"},
+    "functional_fold": {"torch", "absorption", "arch"},
     "structured_parts": {
         "torch", "transformers", "accelerate", "arch", "errors", "structured_sizes", "wiring",
     },
@@ -99,11 +104,23 @@ ALLOWED = {
     "distill": {"torch", "activations", "adapters", "blocks", "errors", "ladder", "mixer"},
     "end_to_end": {"torch", "adapters", "arch", "distill", "errors", "fused", "ladder"},
     "induction": {
-        "torch", "adapters", "arch", "blocks", "distill", "end_to_end", "errors", "importance", "ladder", "soft_mask",
+        "torch", "adapters", "arch", "blocks", "distill", "end_to_end", "errors", "feature_stage", "importance",
+        "ladder", "soft_mask",
     },
+    "feature_stage": {"torch", "errors", "functional_fold", "ladder", "soft_mask", "spectral_loss"},
+    "absorbed_stage": {
+        "torch", "absorption", "arch", "blocks", "calibrate", "end_to_end", "errors", "feature_stage",
+        "functional_fold", "importance", "ladder", "metric_refresh", "soft_mask", "spectral_loss",
+    },
+    "fold_choice": {
+        "torch", "arch", "blocks", "calibrate", "channel_order", "errors", "feature_stage", "functional_fold",
+        "head_basis", "importance", "ladder", "metric_refresh", "rotation", "soft_mask", "wiring",
+    },
+    "gains": {"torch", "arch", "blocks", "feature_stage", "functional_fold", "ladder"},
     "inducing": {
-        "torch", "absorption", "arch", "attention", "calibration_text", "config", "distill", "errors", "files",
-        "folding", "fused_layers", "induction", "induction_file", "models", "precision", "workers",
+        "torch", "absorbed_stage", "absorption", "arch", "attention", "calibration_text", "config", "distill",
+        "errors", "feature_stage", "files", "fold_choice", "folding", "fused_layers", "induction",
+        "induction_file", "models", "precision", "workers",
     },
     "block_phase": {
         "torch", "activations", "adapters", "arch", "block_state", "blocks", "calibrate", "config", "distill", "errors",

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from elastic_sparsity.errors import ShapeError
 from elastic_sparsity.masks import drop_levels, mask_at, pattern_mask
-from elastic_sparsity.soft_mask import Choice, channel_gradient, hard_mask, thresholds
+from elastic_sparsity.soft_mask import Choice, channel_gradient, hard_mask, straight_through, thresholds
 
 
 def random_scores(rows, width, seed):
@@ -97,3 +97,21 @@ def test_zero_scores_give_finite_gradients():
     choice = Choice(8, 16)
     found = channel_gradient(torch.randn(3, 16), scores, thresholds(scores, choice), choice, 0.5)
     assert torch.isfinite(found).all()
+
+
+@given(st.integers(0, 2**31), st.sampled_from([Choice(8, 16), Choice(2, 4), Choice(4, 8), Choice(5, 16)]))
+@settings(deadline=None, max_examples=30)
+def test_straight_through_is_the_hard_mask_with_the_relaxed_ones_gradient(seed, choice):
+    scores = torch.rand(3, 16, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.1
+    scores.requires_grad_(True)
+    found = straight_through(scores, choice, 0.5)
+    with torch.no_grad():
+        threshold = thresholds(scores, choice)
+        assert torch.allclose(found, hard_mask(scores, threshold, choice).double(), atol=1e-12)
+    weights = torch.rand(3, 16, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
+    (found * weights).sum().backward()
+    again = scores.detach().clone().requires_grad_(True)
+    relaxed = torch.special.ndtr((choice.groups(again) / threshold).log() / 0.5).reshape(3, 16)
+    (relaxed * weights).sum().backward()
+    assert torch.allclose(scores.grad, again.grad)
+    assert float(scores.grad.abs().max()) > 0
