@@ -38,7 +38,9 @@ def elastic(recipe: Recipe, seed: int) -> Recipe:
     if recipe.ladder.group_ends is not None:
         raise ConfigError("ladder.group_ends: groups of several levels draw one at random; give every level its own.")
     if recipe.allocation.plan is not None:
-        raise ConfigError("allocation.plan: is for the whole ladder, no run for one level can use it; leave it out.")
+        raise ConfigError(
+            "allocation.plan: is for the whole ladder, no run for one level can use it; use search = true."
+        )
     trainable = {"auto": "base"}.get(recipe.end_to_end.trainable, recipe.end_to_end.trainable)
     return changed(recipe, {"end_to_end": {"trainable": trainable if recipe.end_to_end.steps else "off"}}, seed)
 
@@ -73,7 +75,10 @@ def independent(recipe: Recipe, level: Level, *, trainable: str = "as elastic", 
         "adapters": {"ranks": sum(ranks[group] for group in active)},
         "mixer": {"weights": None},
         "scores": {"patterns": "free"},  # the only level there is
-        "allocation": {"slope": 0.0 if level.pattern else slopes[level.index]},
+        "allocation": {
+            "slope": 0.0 if level.pattern else slopes[level.index],
+            "search": recipe.allocation.search and not level.pattern,
+        },
     }
     if not same_steps:
         changes["end_to_end"] = {"steps": level_steps(recipe)[1]}

@@ -101,6 +101,7 @@ def prepare(
 ) -> tuple[Job, torch.dtype, dict[str, Any]]:
     """Model, text and choices of a run. Returns: the job, the base model's stored dtype, and what the run is."""
     with workers.main_first():  # the others find downloads, conversions and sampled text in the cache
+        check_leaves_model(recipe)
         if recipe.allocation.search and workers.count > 1:
             raise ConfigError(
                 f"allocation.search: runs in one process, found {workers.count}; make the plan first with "
@@ -177,7 +178,6 @@ def run_induction(job: Job) -> tuple[Job, dict[str, Any]]:
     Returns: the job with the scales, and KL by level before and after; empty if the recipe asks for none, in which case
     scales that came with the base model are used.
     """
-    check_leaves_model(job.recipe)
     if not job.recipe.induction.steps:
         # Magnitudes of a model that `induce` wrote have its scales in them already.
         kept = {} if job.recipe.scores.method == "magnitude" else job.base.channel_scales

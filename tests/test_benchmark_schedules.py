@@ -97,6 +97,10 @@ def test_what_each_run_trains(recipe):
     assert (same.end_to_end.steps, same.block.steps) == (recipe.end_to_end.steps, recipe.block.steps)
     sloped = schedules.changed(recipe, {"allocation": {"slope": [0.1, 0.2, 0.3]}})
     assert schedules.independent(sloped, level).allocation.slope == 0.2
+    searched = schedules.changed(recipe, {"allocation": {"search": True, "held_out": 2}})
+    assert [schedules.independent(searched, x).allocation.search for x in recipe.build_ladder().levels] == [
+        x.pattern is None for x in recipe.build_ladder().levels
+    ]
 
 
 def test_epts_gets_the_elastic_runs_passes(recipe, counted):
