@@ -49,13 +49,17 @@ batch_size = 2
 
 def start(script, *arguments):
     """(what a script prints, why it stopped or None), run in this process as from a command line."""
-    out = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+    out, errors = io.StringIO(), io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(errors),
+    ):
         patch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
         try:
-            cells.run(script.main)
+            cells.exit_on_error(script.main)
         except SystemExit as stopped:
-            return out.getvalue(), str(stopped.code)
+            return out.getvalue(), errors.getvalue() if stopped.code == 2 else str(stopped.code)
     return out.getvalue(), None
 
 

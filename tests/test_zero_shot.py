@@ -412,9 +412,8 @@ def test_the_benchmark_goes_on_where_it_was_stopped(capsys, monkeypatch, tiny_ch
         "2:4",
         "--dense",
     ]
-    arguments += ["--baselines", "magnitude", "--precision", "float32"]
+    arguments += ["--baselines", "magnitude", "--precision", "float32", "--results", tmp_path / "results"]
     monkeypatch.setattr(sys, "argv", ["zero_shot.py", *map(str, [tiny_checkpoint, *arguments])])
-    monkeypatch.setattr(benchmark, "RESULTS", tmp_path / "results")
     scored = []
 
     def stops_after_three(*args, **options):
