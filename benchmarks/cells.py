@@ -64,6 +64,14 @@ def check_texts(*sources: str | None) -> None:
             read_text(source, max_chars=1)  # of a data set the first row
 
 
+def ladder_section(levels: list[str]) -> dict[str, Any]:
+    """A recipe's ladder from a command line's levels, e.g. 0.5 2:4."""
+    return {
+        "sparsities": [float(level) for level in levels if ":" not in level],
+        "patterns": [level for level in levels if ":" in level],
+    }
+
+
 def add_place(parser: argparse.ArgumentParser, name: str) -> None:
     """Where a result goes."""
     parser.add_argument("--name", default=name)

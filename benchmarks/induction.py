@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cells import RESULTS, begin, check_texts, device, exit_on_error, log, question_of
+from cells import RESULTS, begin, check_texts, device, exit_on_error, ladder_section, log, question_of
 from rich.console import Console
 from rich.table import Table
 
@@ -73,10 +73,7 @@ def recipe_of(args: argparse.Namespace, seed: int) -> Recipe:
             "seed": seed,
             "model": {"id": args.model},
             "calibration": {"source": args.calibration, "samples": samples, "length": args.length},
-            "ladder": {
-                "sparsities": [float(x) for x in args.levels if ":" not in x],
-                "patterns": [x for x in args.levels if ":" in x],
-            },
+            "ladder": ladder_section(args.levels),
             "block": {"samples": args.samples},  # of no use here, but checked
             "induction": {"steps": args.steps, "batch_size": 2, "held_out": 8, "samples": 64},
         }

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cells import RESULTS, begin, commit, device, log, question_of
+from cells import RESULTS, begin, check_texts, commit, device, exit_on_error, ladder_section, log, question_of
 from induction_plot import draw
 from rich.console import Console
 from rich.table import Table
@@ -72,6 +72,7 @@ def main() -> None:
     parser.add_argument("--name", default="induction_parts")
     parser.add_argument("--restart", action="store_true")
     args = parser.parse_args()
+    check_texts(args.calibration, args.evaluation)
     file = RESULTS / f"{args.name}.json"
     result = begin(
         args, file, question_of(args, ("rows", "methods", "generate", "plot")),
@@ -95,10 +96,7 @@ def recipe_of(args: argparse.Namespace, **induction: Any) -> Recipe:
             "seed": args.seed,
             "model": {"id": args.model},
             "calibration": {"source": args.calibration, "samples": samples, "length": args.length},
-            "ladder": {
-                "sparsities": [float(x) for x in args.levels if ":" not in x],
-                "patterns": [x for x in args.levels if ":" in x],
-            },
+            "ladder": ladder_section(args.levels),
             "block": {"samples": args.samples},  # of no use here, but checked
             "induction": {**learned, **induction},
             "scores": {"method": scored},
@@ -230,4 +228,4 @@ def show(result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_on_error(main)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cells import RESULTS, commit, device
+from cells import RESULTS, check_texts, commit, device, exit_on_error
 from rich.console import Console
 from rich.table import Table
 
@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="passes; refreshes are measured ten times as often")
     parser.add_argument("--name", default="refresh")
     args = parser.parse_args()
+    check_texts(args.calibration)
     base = load_base(args.model)
     model = base.model.float()
     ids_ST = windows(tokenize(base.tokenizer, read_text(args.calibration)), args.length, args.samples)
@@ -130,4 +131,4 @@ def show(result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_on_error(main)

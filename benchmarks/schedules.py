@@ -154,7 +154,7 @@ def planned_work(recipe: Recipe, shapes: ModelShapes) -> list[Work]:
 
 def block_passes(recipe: Recipe, shapes: ModelShapes) -> int:
     """Planned token-passes through blocks, forward ones and those with a backward pass alike, the head's left out."""
-    return sum(work.passes for work in planned_work(recipe, shapes) if work.name != "head")
+    return sum(work.passes for work in planned_work(recipe, shapes) if not work.is_head)
 
 
 def changed(recipe: Recipe, changes: dict[str, dict[str, Any]], seed: int | None = None) -> Recipe:

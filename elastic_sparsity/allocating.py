@@ -6,7 +6,7 @@ What `elastic-sparsity search` does, and the first stage of a recipe that asks f
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -229,12 +229,16 @@ def _levels(
                 log.info("search %s: generation %d, KL %.4f", name, len(now.losses), now.losses[-1])
                 progress(f"search {name}", len(now.losses), generations)
 
-            found = evolve(
-                Generation(plan.level(level), plan.losses[name]), judge, wanted.held_out,
-                partial(_moves, net, generations), low, high, replace(wanted.search, generations=generations),
-                f"{seed} {name}", on_generation,
-            )  # fmt: skip
-            loss = judge(found.kept, range(wanted.held_out))
+            start = Generation(plan.level(level), plan.losses[name])
+            if generations:
+                found = evolve(
+                    start, judge, wanted.held_out, partial(_moves, net, generations), low, high, wanted.search,
+                    f"{seed} {name}", on_generation,
+                )  # fmt: skip
+                loss = judge(found.kept, range(wanted.held_out))
+            else:  # judged on all of it already
+                descended = plan.descents.get(name)
+                found, loss = start, min(descended.losses if descended else plan.held_out_kl[name])
             keep({"losses": found.losses, "held_out_kl": [*plan.held_out_kl[name], loss]}, found.kept)
         done[level] = plan.level(level)
     plan = plan.model_copy(update={"finished": True})

@@ -16,6 +16,7 @@ from elastic_sparsity.errors import ConfigError
 from elastic_sparsity.ladder import keep_count
 
 Kept = list[int]
+TOP = 512  # of the dense model's tokens, by which allocations are judged: EvoPress finds more of them no better
 SLOPES = (0.05, 0.1, 0.15, 0.2, 0.25)  # that a search tries of the arithmetic progression
 COARSEST = 1 / 8  # of a row: where a common quantum would take more of some linear, only linears of equal rows trade
 

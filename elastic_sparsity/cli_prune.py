@@ -3,12 +3,35 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import typer
 
 from elastic_sparsity.errors import ConfigError
 from elastic_sparsity.terminal import say
+
+# Options of both commands that prune structures.
+Calibration = Annotated[str, typer.Option(help='Text file, hub data set or "self".')]
+ScoresName = Annotated[str, typer.Option(help="obs (refits what stays), flap or magnitude.")]
+Multiple = Annotated[
+    int | None, typer.Option(help="MLP channels stay in multiples of this; default: 32, or what divides.")
+]
+Samples = Annotated[int, typer.Option(help="Calibration samples.")]
+Length = Annotated[int, typer.Option(help="Tokens of a sample.")]
+BatchSize = Annotated[int, typer.Option(help="Samples at a time.")]
+Damping = Annotated[float, typer.Option(help="Of the input covariance, relative to its mean diagonal.")]
+Seed = Annotated[int, typer.Option(help="Of the choice of samples.")]
+Precision = Annotated[str, typer.Option(help="Of products: auto, float32 or bfloat16.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No bars and no log, only the result.")]
+
+
+def checked_scores(name: str) -> Any:
+    """The scores an option names. Raises: ConfigError: unknown."""
+    from elastic_sparsity.structured import SCORES
+
+    if name not in SCORES:
+        raise ConfigError(f"--scores: {name!r} is not one of {', '.join(SCORES)}.")
+    return name
 
 
 def register(app: typer.Typer, progress: Callable[[bool], AbstractContextManager[Any]]) -> None:
@@ -19,33 +42,29 @@ def register(app: typer.Typer, progress: Callable[[bool], AbstractContextManager
         model: Annotated[str, typer.Argument(help="Model folder, hub id or .gguf file.")],
         structured: Annotated[float, typer.Option(help="Share of the blocks' linears to remove, e.g. 0.5.")],
         output: Annotated[Path, typer.Option(help="Folder for the smaller model.")],
-        calibration: Annotated[str, typer.Option(help='Text file, hub data set or "self".')] = "self",
-        scores: Annotated[str, typer.Option(help="obs (refits what stays), flap or magnitude.")] = "obs",
-        multiple: Annotated[
-            int | None, typer.Option(help="MLP channels stay in multiples of this; default: 32, or what divides.")
-        ] = None,
-        samples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,
-        length: Annotated[int, typer.Option(help="Tokens of a sample.")] = 512,
-        batch_size: Annotated[int, typer.Option(help="Samples at a time.")] = 4,
-        damping: Annotated[float, typer.Option(help="Of the input covariance, relative to its mean diagonal.")] = 0.01,
-        seed: Annotated[int, typer.Option(help="Of the choice of samples.")] = 0,
+        calibration: Calibration = "self",
+        scores: ScoresName = "obs",
+        multiple: Multiple = None,
+        samples: Samples = 128,
+        length: Length = 512,
+        batch_size: BatchSize = 4,
+        damping: Damping = 0.01,
+        seed: Seed = 0,
         dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
-        precision: Annotated[str, typer.Option(help="Of products: auto, float32 or bfloat16.")] = "auto",
-        quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No bars and no log, only the result.")] = False,
+        precision: Precision = "auto",
+        quiet: Quiet = False,
     ) -> None:
         """Remove whole heads and MLP channels, and refit what stays: an ordinary, smaller Hugging Face model."""
         from elastic_sparsity.pruning import prune as write_pruned
-        from elastic_sparsity.structured import SCORES, Scores
 
-        if scores not in SCORES:
-            raise ConfigError(f"--scores: {scores!r} is not one of {', '.join(SCORES)}.")
+        chosen = checked_scores(scores)
         with progress(quiet) as report:
             found = write_pruned(
                 model,
                 output,
                 sparsity=structured,
                 calibration=calibration,
-                scores=cast(Scores, scores),
+                scores=chosen,
                 multiple=multiple,
                 samples=samples,
                 length=length,

@@ -10,6 +10,7 @@ p bytes a number in products, B samples a batch, T tokens, D width, S samples, K
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from elastic_sparsity.allocation import TOP
 from elastic_sparsity.config import Recipe
 from elastic_sparsity.files import is_file
 from elastic_sparsity.masks import SORTED_AT_ONCE
@@ -164,7 +165,7 @@ def _allocation(z: Sizes) -> Iterator[Term]:
         name="prices of the largest linear", bytes=28 * s.largest_linear, place="device", stages=stage,
         why=f"L {s.largest_linear:,} x 28: products in float32 and float64, places of 8 bytes",
     )  # fmt: skip
-    top = min(512, s.vocabulary - 1)
+    top = min(TOP, s.vocabulary - 1)
     yield Term(
         name="the dense model's likeliest tokens", bytes=wanted.held_out * length * top * 8, place="device",
         stages=stage, why=f"{wanted.held_out} samples x T x {top} tokens x 8",

@@ -72,6 +72,11 @@ class Work:
     passes: int
     flops: float
 
+    @property
+    def is_head(self) -> bool:
+        """Whether its passes are through the head, not through blocks."""
+        return self.name.startswith("head")
+
 
 @dataclass(frozen=True, slots=True)
 class Sizes:

@@ -71,7 +71,7 @@ def evolve(
         on_generation: called with every finished generation, to keep it.
     Raises: ConfigError: fewer windows than a stage needs. NumericsError: a loss is NaN.
     """
-    if len(start.losses) < settings.generations and num_windows < max(settings.windows):
+    if num_windows < max(settings.windows):
         raise ConfigError(f"search: {num_windows} windows of held-out text, but a stage takes {max(settings.windows)}.")
     now = start
     for number in range(len(now.losses), settings.generations):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elastic_sparsity.allocation import Size
+from elastic_sparsity.allocation import TOP, Size
 from elastic_sparsity.arch import (
     architecture_of,
     decoder_blocks,
@@ -26,7 +26,6 @@ from elastic_sparsity.errors import NumericsError, ShapeError
 from elastic_sparsity.importance import importance_scores
 from elastic_sparsity.ladder import keep_count
 
-TOP = 512  # of the dense model's tokens: EvoPress finds more of them no better
 ROWS = 128  # positions whose logits exist at once
 OUTLIER = 5.0  # times the mean score of a block (OWL's M)
 

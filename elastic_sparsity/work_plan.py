@@ -106,7 +106,7 @@ def seconds_of(z: Sizes, works: Sequence[Work], timing: Timing) -> float:
     block, depth, groups = z.recipe.block, z.shapes.depth, z.recipe.build_ladder().num_groups
     per_token = timing.forward / timing.tokens
     step = timing.step * timing.scale
-    forwards = sum(w.passes for w in works if w.direction == "forward" and not w.name.startswith("head")) * per_token
+    forwards = sum(w.passes for w in works if w.direction == "forward" and not w.is_head) * per_token
     total = forwards + depth * (block.steps * step + timing.masks)
     total += sum(3 * w.passes for w in works if w.name == "prices") * per_token
     induction = z.recipe.induction
@@ -117,7 +117,7 @@ def seconds_of(z: Sizes, works: Sequence[Work], timing: Timing) -> float:
         wanted = z.recipe.end_to_end
         one_level = step / groups * wanted.batch_size / block.batch_size
         total += depth * wanted.steps * one_level
-    head = sum(w.flops for w in works if w.name.startswith("head"))
+    head = sum(w.flops for w in works if w.is_head)
     orders = sum(w.flops for w in works if not w.passes)  # in float64: at half of float32's rate
     total += (head + 2 * orders) / (2 * z.shapes.block_linears / per_token)  # at the rate of a block's products
     return total

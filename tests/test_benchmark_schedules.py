@@ -41,7 +41,7 @@ def counted(monkeypatch, tmp_path):
 def planned(recipe):
     passes = {}
     for work in schedules.planned_work(recipe, read_shapes(recipe.model.id)):
-        if work.name != "head":
+        if not work.is_head:
             passes[work.direction] = passes.get(work.direction, 0) + work.passes
     return passes
 

@@ -181,7 +181,7 @@ ALLOWED = {
     "zero_shot": {"numpy", "lm_eval", "errors", "report", "task_files"},
     "plan_sizes": {"config", "ladder", "model_shapes", "shells"},
     "structured_plan": {"model_shapes", "plan_sizes", "wiring"},
-    "memory_plan": {"config", "files", "masks", "model_shapes", "plan_sizes", "structured_plan"},
+    "memory_plan": {"allocation", "config", "files", "masks", "model_shapes", "plan_sizes", "structured_plan"},
     "work_plan": {"allocation", "descent", "plan_sizes", "structured_plan"},
     "probe": {
         "torch", "transformers", "activations", "arch", "attention", "block_phase", "blocks", "calibrate", "config",
@@ -226,7 +226,7 @@ ALLOWED = {
     "cli_search": {"allocating", "allocation_plot", "config", "descent", "errors", "search", "terminal"},
     "cli_plan": {"config", "errors", "plan_sizes", "planning", "report"},
     "cli_prune": {"errors", "pruning", "structured", "terminal"},
-    "cli_structured": {"adding", "checkpoint", "errors", "report", "structured", "terminal"},
+    "cli_structured": {"adding", "checkpoint", "cli_prune", "errors", "report", "terminal"},
     "cli_report": {"reporting", "terminal"},
     "cli": {
         "transformers", "checkpoint", "choosing", "cli_device", "cli_eval", "cli_export", "cli_induce", "cli_plan",
