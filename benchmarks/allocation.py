@@ -83,9 +83,6 @@ def measure_cells(
     precision = resolve_precision("auto", model.device.type)
     autocast, sizes = autocast_factory(precision, model.device.type), linear_sizes(model)
     result["windows"], result["precision"] = list(windows_ST.shape), precision
-    if result["dense"] is None:
-        result["dense"] = evaluate({"it": model}, windows_ST, autocast=autocast)["it"].perplexity
-        log(f"dense {result['dense']:.2f}")
     for cell in (f"{m}/{level}/{name}" for level in args.levels for m in args.methods for name in (UNIFORM, *plans)):
         if cell in result["cells"]:
             continue
@@ -109,6 +106,10 @@ def measure_cells(
             "versions": versions(),
         }
         log(f"{cell} {quality.perplexity:.2f}")
+        write_json(file, result)
+    if result["dense"] is None:
+        result["dense"] = evaluate({"it": model}, windows_ST, autocast=autocast)["it"].perplexity
+        log(f"dense {result['dense']:.2f}")
         write_json(file, result)
 
 

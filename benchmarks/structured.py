@@ -2,10 +2,12 @@
 
     python benchmarks/structured.py --calibration abc-news.txt --evaluation wikitext2-test.raw.txt
 
-All methods remove the same numbers of heads and MLP channels from every block and see the same calibration samples.
-"obs, dense inputs" is what the published Tyr-the-Pruner code does: blocks calibrated on the dense stream. Speeds depend
-on the shapes alone: dense and cut models take turns in one process, a ratio is the median of ratios within rounds. A
-cell goes into the JSON as soon as it is measured and is not measured again; `--restart` begins anew.
+All methods see the same calibration samples; all but the searched ones remove the same numbers of heads and MLP
+channels from every block, and "obs, searched" never leaves more parameters than the equal counts it starts from.
+"obs, dense inputs" is what the published Tyr-the-Pruner code does: blocks calibrated on the dense stream. The searched
+ones hold 16 of the samples out. Speeds are those of equal counts and depend on the shapes alone: dense and cut models
+take turns in one process, a ratio is the median of ratios within rounds. A cell goes into the JSON as soon as it is
+measured and is not measured again; `--restart` begins anew.
 """
 
 import argparse
@@ -32,9 +34,11 @@ from elastic_sparsity.pipeline import versions
 from elastic_sparsity.precision import autocast_factory, resolve_precision
 from elastic_sparsity.structured import prune_structured_
 from elastic_sparsity.structured_parts import sizes_for, sliced_model, usual_multiple
-from elastic_sparsity.structured_sizes import Sizes
+from elastic_sparsity.structured_search import search_sizes
 
 METHODS: dict[str, dict[str, Any]] = {
+    "obs, searched": {"scores": "obs", "search": "blocks"},
+    "obs, equal searched": {"scores": "obs", "search": "equal"},
     "obs": {"scores": "obs"},
     "obs, dense inputs": {"scores": "obs", "accumulate": False},
     "flap": {"scores": "flap"},
@@ -55,7 +59,9 @@ def main() -> None:
     parser.add_argument("--damping", type=float, default=0.01)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--window", type=int, default=2048)
-    parser.add_argument("--max-windows", type=int)
+    parser.add_argument(
+        "--every", type=int, default=1, help="only every n-th window: a quick figure, not the protocol's"
+    )
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
@@ -79,11 +85,6 @@ def begin_of(args: argparse.Namespace, file: Path) -> dict[str, Any]:
     return begin(args, file, question, {**new, "seed": args.seed, "cells": {}, "speed": {}})
 
 
-def sizes_of(args: argparse.Namespace, model: Any, sparsity: float) -> tuple[Sizes, int]:
-    multiple = args.multiple or usual_multiple(model)
-    return sizes_for(model, sparsity, multiple), multiple
-
-
 def samples_of(args: argparse.Namespace, base: BaseModel) -> torch.Tensor:
     wanted = {"source": args.calibration, "samples": args.samples, "length": args.length}
     recipe = make_recipe(
@@ -104,32 +105,43 @@ def measure_quality(args: argparse.Namespace, base: BaseModel, result: dict[str,
         return
     model = base.model
     ids = samples_of(args, base)
-    windows_ST = windows(tokenize(base.tokenizer, read_text(args.evaluation)), args.window, args.max_windows)
+    windows_ST = windows(tokenize(base.tokenizer, read_text(args.evaluation)), args.window, None)[:: args.every]
     precision = resolve_precision("auto", model.device.type)
     result |= {"windows": list(windows_ST.shape), "precision": precision}
     autocast = autocast_factory(precision, model.device.type)
-    dense_bytes = num_bytes(model)
     for cell in wanted:
         if cell in result["cells"]:
             continue
-        found, started = {"sparsity": 0.0, "groups": None, "channels": None}, time.monotonic()
-        pruned = model
-        if cell != "dense":
-            share, _, method = cell.partition("/")
-            sizes, multiple = sizes_of(args, model, float(share))
-            masked = copy.deepcopy(model)
-            kept = prune_structured_(masked, ids, sizes, at_once=multiple, damping=args.damping, autocast=autocast,
-                                     **METHODS[method])  # fmt: skip
-            pruned = sliced_model(masked, kept)
-            found = {"sparsity": sizes.sparsity, "groups": sizes.groups, "channels": sizes.channels}
-        seconds = time.monotonic() - started
-        quality = evaluate({cell: pruned}, windows_ST, autocast=autocast)[cell]
-        found |= {"perplexity": quality.perplexity, "seconds": round(seconds, 1)}
-        size = num_bytes(pruned)
-        found |= {"parameters": pruned.num_parameters(), "bytes": size, "of_dense": size / dense_bytes}
-        result["cells"][cell] = found
-        log(f"{cell} {found}")
+        result["cells"][cell] = measured(args, cell, model, ids, windows_ST, autocast)
+        log(f"{cell} {result['cells'][cell]}")
         write_json(file, result)
+
+
+def measured(
+    args: argparse.Namespace, cell: str, model: Any, ids: torch.Tensor, windows_ST: torch.Tensor, autocast: Any
+) -> dict[str, Any]:
+    found: dict[str, Any] = {"sparsity": 0.0}
+    started, pruned = time.monotonic(), model
+    if cell != "dense":
+        share, _, method = cell.partition("/")
+        options = dict(METHODS[method])
+        search, multiple = options.pop("search", "none"), args.multiple or usual_multiple(model)
+        masked = copy.deepcopy(model)
+        if search == "none":
+            sizes = sizes_for(model, float(share), multiple)
+        else:
+            searched = search_sizes(masked, ids, float(share), multiple, search=search, damping=args.damping,
+                                    batch_size=4, autocast=autocast)  # fmt: skip
+            sizes = searched.sizes
+            found |= {"equal": searched.equal, "losses": searched.losses}
+        kept = prune_structured_(masked, ids, sizes, at_once=multiple, damping=args.damping, autocast=autocast,
+                                 **options)  # fmt: skip
+        pruned = sliced_model(masked, kept)
+        found |= {"sparsity": sizes.sparsity, "groups": sizes.groups, "channels": sizes.channels}
+    found["seconds"] = round(time.monotonic() - started, 1)
+    found["perplexity"] = evaluate({cell: pruned}, windows_ST, autocast=autocast)[cell].perplexity
+    size = num_bytes(pruned)
+    return found | {"parameters": pruned.num_parameters(), "bytes": size, "of_dense": size / num_bytes(model)}
 
 
 def num_bytes(model: Any) -> int:
@@ -158,7 +170,7 @@ def measure_speed(args: argparse.Namespace, model: Any, result: dict[str, Any], 
         return
     models = {"dense": model}
     for name in names:
-        masked, (sizes, _) = copy.deepcopy(model), sizes_of(args, model, float(name))
+        masked, sizes = copy.deepcopy(model), sizes_for(model, float(name), args.multiple)
         kept = prune_structured_(masked, torch.zeros(0, 0), sizes, scores="magnitude", autocast=torch.no_grad)
         models[name] = sliced_model(masked, kept)
     generator = torch.Generator().manual_seed(args.seed)
@@ -203,7 +215,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for number, method in enumerate(METHODS):
         found = [result["cells"].get(f"{share}/{method}", {}).get("perplexity", float("nan")) for share in shares]
-        bars = left.bar([x + 0.2 * number - 0.3 for x in range(len(shares))], found, 0.2, label=method)
+        width = 0.9 / len(METHODS)
+        bars = left.bar([x + width * number - 0.4 for x in range(len(shares))], found, width, label=method)
         left.bar_label(bars, [f"{x:.0f}" for x in found], fontsize=8)
     left.axhline(result["cells"]["dense"]["perplexity"], color="black", linestyle="--", label="dense")
     left.set_yscale("log")

@@ -12,6 +12,7 @@ from elastic_sparsity.packed_files import load_packed
 from elastic_sparsity.peft_export import export_peft, reapply_masks_
 from elastic_sparsity.pipeline import optimize
 from elastic_sparsity.planning import Plan, plan
+from elastic_sparsity.pruning import load_pruned, prune
 from elastic_sparsity.reporting import write_report
 from elastic_sparsity.slicing import ElasticModel, save_sliced, set_level
 from elastic_sparsity.transfer import copy_level, upgrade
@@ -33,8 +34,10 @@ __all__ = [
     "export_peft",
     "levels",
     "load_packed",
+    "load_pruned",
     "optimize",
     "plan",
+    "prune",
     "read_recipe",
     "reapply_masks_",
     "restore_overlay",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elastic_sparsity.arch import linears_of, weight_OI
+from elastic_sparsity.arch import decoder_blocks, linears_of, weight_OI
 from elastic_sparsity.calibration_text import Progress, silent
 from elastic_sparsity.checkpoint import ElasticCheckpoint
 from elastic_sparsity.checkpoint_writer import add_section
@@ -20,15 +20,16 @@ from elastic_sparsity.config import Recipe
 from elastic_sparsity.data import token_hash
 from elastic_sparsity.errors import CheckpointError, ConfigError
 from elastic_sparsity.hub import is_hub_id
-from elastic_sparsity.ladder import StructuredLevel
+from elastic_sparsity.ladder import StructuredLevel, per_block
 from elastic_sparsity.models import BaseModel, load_base
 from elastic_sparsity.precision import resolve_precision
 from elastic_sparsity.pruning import pruning_recipe, pruning_tokens, smaller_model
 from elastic_sparsity.skeleton import model_config
 from elastic_sparsity.structured import Scores, check_scores
 from elastic_sparsity.structured_parts import sizes_for, usual_multiple
+from elastic_sparsity.structured_search import Search, check_search
 from elastic_sparsity.structured_section import section_tensors, structured_level
-from elastic_sparsity.structured_sizes import Sizes, check_sparsity
+from elastic_sparsity.structured_sizes import Sizes, check_sparsity, counts_text
 
 
 def add_structured(
@@ -38,6 +39,7 @@ def add_structured(
     calibration: str = "self",
     model: str | None = None,
     scores: Scores = "obs",
+    search: Search = "none",
     accumulate: bool = True,
     multiple: int | None = None,
     samples: int = 128,
@@ -57,7 +59,8 @@ def add_structured(
         path: folder of an elastic checkpoint; of its tensors only `shared` is read.
         fractions: of the parameters of the blocks' linears that go; a level each, "structured-0.5".
         model: the base model; None = the one that the checkpoint records.
-        calibration, scores, accumulate, multiple, samples, length, batch_size, damping, seed, precision: as in `prune`.
+        calibration, scores, search, accumulate, multiple, samples, length, batch_size, damping, seed, precision: as in
+            `prune`.
     Returns: the new levels.
     Raises: ConfigError: fractions that are no fractions, that no counts meet, or that come out alike.
         CheckpointError: another base model, or a level that is there already. UnsupportedModelError, DataError,
@@ -65,6 +68,7 @@ def add_structured(
     """
     check_fractions(fractions)
     check_scores(scores)
+    check_search(search, scores, samples)
     if is_hub_id(path):
         raise ConfigError(f"{path}: is no folder; download the checkpoint and name its folder.")
     checkpoint = ElasticCheckpoint(path)
@@ -85,8 +89,19 @@ def add_structured(
     tokens_ST = pruning_tokens(recipe, base, scores, progress)
     return write_levels(
         checkpoint, recipe, base, tokens_ST, fractions,
-        scores=scores, accumulate=accumulate, multiple=multiple, progress=progress,
+        scores=scores, search=search, accumulate=accumulate, multiple=multiple, progress=progress,
     )  # fmt: skip
+
+
+def check_structured(recipe: Recipe, model: Any) -> None:
+    """That a recipe's structured levels can be made of its model.
+
+    Raises: ConfigError, UnsupportedModelError: see `check_sizes`, `check_search`.
+    """
+    wanted = recipe.structured
+    check_sizes(model, wanted.fractions, wanted.multiple)
+    if wanted.fractions:
+        check_search(wanted.search, wanted.scores, recipe.block.samples)
 
 
 def add_levels(recipe: Recipe, folder: Path, token_ids_ST: Tensor, progress: Progress) -> bool:
@@ -106,7 +121,7 @@ def add_levels(recipe: Recipe, folder: Path, token_ids_ST: Tensor, progress: Pro
     base = load_base(recipe.model.id, recipe.model.dtype)
     write_levels(
         checkpoint, recipe, base, tokens_ST, fractions,
-        scores=wanted.scores, accumulate=True, multiple=wanted.multiple, progress=progress,
+        scores=wanted.scores, search=wanted.search, accumulate=True, multiple=wanted.multiple, progress=progress,
     )  # fmt: skip
     return True
 
@@ -119,6 +134,7 @@ def write_levels(
     fractions: Sequence[float],
     *,
     scores: Scores,
+    search: Search,
     accumulate: bool,
     multiple: int | None,
     progress: Progress,
@@ -135,32 +151,33 @@ def write_levels(
         if levels:
             model = load_base(recipe.model.id, recipe.model.dtype).model
         at_once = usual_multiple(model) if multiple is None else multiple
-        sizes = sizes_for(model, fraction, at_once)
-        stage = f"pruning blocks, structured {100 * fraction:g} %"
-        small, kept = smaller_model(
+        made = smaller_model(
             recipe,
             model,
             token_ids_ST,
-            sizes,
+            fraction,
             scores=scores,
+            search=search,
             accumulate=accumulate,
             multiple=at_once,
             dtype=checkpoint.dtype,
-            on_block=lambda done, total, stage=stage: progress(stage, done, total),  # type: ignore[misc]
+            what=f"blocks, structured {100 * fraction:g} %",
+            progress=progress,
         )
-        level = structured_level(fraction, small, sizes, biases=scores == "flap")
+        level = structured_level(fraction, made.model, made.sizes, biases=scores == "flap")
         record = {
             "scores": scores,
+            "search": search,
             "accumulate": accumulate,
             "multiple": at_once,
             "damping": recipe.scores.damping,
             "precision": resolve_precision(recipe.precision, model.device.type),
             "seed": recipe.seed,
-            "sparsity": sizes.sparsity,
+            "sparsity": made.sizes.sparsity,
             "calibration_tokens": token_ids_ST.numel(),
             "calibration_sha256": token_hash(token_ids_ST),
         }
-        add_section(checkpoint.folder, level, section_tensors(small, kept, sizes), record)
+        add_section(checkpoint.folder, level, section_tensors(made.model, made.kept, made.sizes), record)
         levels.append(level)
     return levels
 
@@ -184,15 +201,18 @@ def check_sizes(
         others: levels that are there.
     Raises: ConfigError: no counts meet a fraction, or two fractions come to the same. UnsupportedModelError.
     """
-    seen = {(level.key_value_heads, level.channels): level.fraction for level in others}
+    depth = len(decoder_blocks(model))
+    seen = {
+        (per_block(level.key_value_heads, depth), per_block(level.channels, depth)): level.fraction for level in others
+    }
     found = []
     for fraction in fractions:
         sizes = sizes_for(model, fraction, multiple)
         counts = sizes.groups, sizes.channels
         if counts in seen:
             raise ConfigError(
-                f"fractions: {fraction:g} and {seen[counts]:g} both keep {counts[0]} key/value heads and {counts[1]} "
-                "MLP channels; leave one out."
+                f"fractions: {fraction:g} and {seen[counts]:g} both keep {counts_text(counts[0])} key/value heads and "
+                f"{counts_text(counts[1])} MLP channels; leave one out."
             )
         seen[counts] = fraction
         found.append(sizes)

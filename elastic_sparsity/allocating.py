@@ -37,7 +37,7 @@ from elastic_sparsity.attention import training_attention
 from elastic_sparsity.calibration_text import Progress, calibration_tokens, silent
 from elastic_sparsity.config import Recipe
 from elastic_sparsity.data import token_hash
-from elastic_sparsity.descent import Descended, DescentSettings, Prices, descend
+from elastic_sparsity.descent import Descended, DescentSettings, Prices, descend, moved_by
 from elastic_sparsity.errors import ConfigError, OutputError
 from elastic_sparsity.files import check_output_file
 from elastic_sparsity.fused_layers import fused_layers
@@ -267,9 +267,14 @@ def _descend(
         log.info("descent %s: step %d, KL %.4f", name, len(now.losses) - 1, now.losses[-1])
         progress(f"descent {name}", len(now.losses) - 1, steps)
 
+    rules = trade(net.sizes)
+
+    def move(kept: Kept, found: Prices, curvature: float) -> Kept:
+        return moved_by(kept, found, rules, low, high, wanted.descent.radius, curvature)
+
     descend(
         Descended(plan.level(level), *state), lambda kept: judge(kept, range(wanted.held_out)), prices,
-        trade(net.sizes), low, high, wanted.descent, on_step,
+        move, rules.steps, wanted.descent, on_step,
     )  # fmt: skip
 
 

@@ -179,6 +179,7 @@ def slice_command(
     from elastic_sparsity.choosing import choose_level
     from elastic_sparsity.precision import DTYPES
     from elastic_sparsity.report import human_bytes
+    from elastic_sparsity.sized import opened_by
     from elastic_sparsity.slicing import save_sliced
     from elastic_sparsity.transfer import copy_level
 
@@ -207,7 +208,7 @@ def slice_command(
             say(choice.explanation)
         if chosen == "transformers":
             save_sliced(checkpoint, wanted, output, DTYPES[dtype] if dtype else None)
-            how = "open it with AutoModelForCausalLM.from_pretrained"
+            how = opened_by(output)
         else:
             made = copy_level(checkpoint, wanted, output)
             size = human_bytes(made.bytes_of(made.find(wanted)))

@@ -13,6 +13,10 @@ from elastic_sparsity.terminal import say
 # Options of both commands that prune structures.
 Calibration = Annotated[str, typer.Option(help='Text file, hub data set or "self".')]
 ScoresName = Annotated[str, typer.Option(help="obs (refits what stays), flap or magnitude.")]
+SearchName = Annotated[
+    str,
+    typer.Option(help="Counts: none (by rule), equal (searched, the same in every block) or blocks (each its own)."),
+]
 Multiple = Annotated[
     int | None, typer.Option(help="MLP channels stay in multiples of this; default: 32, or what divides.")
 ]
@@ -34,6 +38,15 @@ def checked_scores(name: str) -> Any:
     return name
 
 
+def checked_search(name: str) -> Any:
+    """The search an option names. Raises: ConfigError: unknown."""
+    from elastic_sparsity.structured_search import SEARCHES
+
+    if name not in SEARCHES:
+        raise ConfigError(f"--search: {name!r} is not one of {', '.join(SEARCHES)}.")
+    return name
+
+
 def register(app: typer.Typer, progress: Callable[[bool], AbstractContextManager[Any]]) -> None:
     """Adds the command to an app. `progress` shows bars while a command works, unless it shall be quiet."""
 
@@ -44,6 +57,7 @@ def register(app: typer.Typer, progress: Callable[[bool], AbstractContextManager
         output: Annotated[Path, typer.Option(help="Folder for the smaller model.")],
         calibration: Calibration = "self",
         scores: ScoresName = "obs",
+        search: SearchName = "none",
         multiple: Multiple = None,
         samples: Samples = 128,
         length: Length = 512,
@@ -54,10 +68,12 @@ def register(app: typer.Typer, progress: Callable[[bool], AbstractContextManager
         precision: Precision = "auto",
         quiet: Quiet = False,
     ) -> None:
-        """Remove whole heads and MLP channels, and refit what stays: an ordinary, smaller Hugging Face model."""
+        """Remove whole heads and MLP channels, and refit what stays: a smaller Hugging Face model."""
         from elastic_sparsity.pruning import prune as write_pruned
+        from elastic_sparsity.sized import opened_by
+        from elastic_sparsity.structured_sizes import counts_text
 
-        chosen = checked_scores(scores)
+        chosen, counts = checked_scores(scores), checked_search(search)
         with progress(quiet) as report:
             found = write_pruned(
                 model,
@@ -65,6 +81,7 @@ def register(app: typer.Typer, progress: Callable[[bool], AbstractContextManager
                 sparsity=structured,
                 calibration=calibration,
                 scores=chosen,
+                search=counts,
                 multiple=multiple,
                 samples=samples,
                 length=length,
@@ -77,8 +94,9 @@ def register(app: typer.Typer, progress: Callable[[bool], AbstractContextManager
             )
         sizes, share = found.sizes, 100 * found.sizes.sparsity
         say(
-            f"In each of {found.num_blocks} blocks {sizes.groups} of {sizes.num_groups} key/value heads stay, with "
-            f"their query heads, and {sizes.channels:,} of {sizes.num_channels:,} MLP channels: {share:.2f} % of the "
-            f"blocks' linears removed, {found.parameters_before:,} parameters became {found.parameters_after:,}."
+            f"In each of {len(sizes.groups)} blocks {counts_text(sizes.groups)} of {sizes.num_groups} key/value heads "
+            f"stay, with their query heads, and {counts_text(sizes.channels)} of {sizes.num_channels:,} MLP channels: "
+            f"{share:.2f} % of the blocks' linears removed, {found.parameters_before:,} parameters became "
+            f"{found.parameters_after:,}."
         )
-        say(f"{output}: a plain model, open it with AutoModelForCausalLM.from_pretrained.")
+        say(f"{output}: {opened_by(output)}.")

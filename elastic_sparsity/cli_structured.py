@@ -17,8 +17,10 @@ from elastic_sparsity.cli_prune import (
     Quiet,
     Samples,
     ScoresName,
+    SearchName,
     Seed,
     checked_scores,
+    checked_search,
 )
 from elastic_sparsity.errors import ConfigError
 from elastic_sparsity.terminal import say
@@ -34,6 +36,7 @@ def register(app: typer.Typer, progress: Callable[[bool], AbstractContextManager
         calibration: Calibration = "self",
         model: Annotated[str | None, typer.Option(help="The base model; default: the recorded one.")] = None,
         scores: ScoresName = "obs",
+        search: SearchName = "none",
         multiple: Multiple = None,
         samples: Samples = 128,
         length: Length = 512,
@@ -47,8 +50,9 @@ def register(app: typer.Typer, progress: Callable[[bool], AbstractContextManager
         from elastic_sparsity.adding import add_structured
         from elastic_sparsity.checkpoint import ElasticCheckpoint
         from elastic_sparsity.report import human_bytes
+        from elastic_sparsity.structured_sizes import counts_text
 
-        chosen = checked_scores(scores)
+        chosen, counts = checked_scores(scores), checked_search(search)
         with progress(quiet) as report:
             levels = add_structured(
                 checkpoint,
@@ -56,6 +60,7 @@ def register(app: typer.Typer, progress: Callable[[bool], AbstractContextManager
                 calibration=calibration,
                 model=model,
                 scores=chosen,
+                search=counts,
                 multiple=multiple,
                 samples=samples,
                 length=length,
@@ -68,8 +73,9 @@ def register(app: typer.Typer, progress: Callable[[bool], AbstractContextManager
         whole = ElasticCheckpoint(checkpoint)
         for level in levels:
             say(
-                f"{checkpoint}: holds level {level.name} ({level.key_value_heads} key/value heads and "
-                f"{level.channels:,} MLP channels a block; {human_bytes(whole.bytes_of(level))} with what is shared)."
+                f"{checkpoint}: holds level {level.name} ({counts_text(level.key_value_heads)} key/value heads "
+                f"and {counts_text(level.channels)} MLP channels a block; {human_bytes(whole.bytes_of(level))} with "
+                "what is shared)."
             )
 
 

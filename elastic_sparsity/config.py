@@ -190,6 +190,8 @@ class StructuredSection(_Section):
     fractions: tuple[Fraction, ...] = ()
     """Of the parameters of the blocks' linears that go; a level each."""
     scores: Literal["obs", "flap", "magnitude"] = "obs"
+    search: Literal["none", "equal", "blocks"] = "none"
+    """Of the counts by the loss on held-out samples: the same in every block, or blocks that differ."""
     multiple: Positive | None = None
     """MLP channels stay in multiples of it; None = 32, or the power of two below that divides."""
 

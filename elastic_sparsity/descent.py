@@ -68,9 +68,8 @@ def descend(
     start: Descended,
     judge: Callable[[Sequence[int]], float],
     prices: Callable[[Sequence[int]], Prices],
-    rules: Trade,
-    low: Sequence[int],
-    high: Sequence[int],
+    move: Callable[[Kept, Prices, float], Kept],
+    quanta: Sequence[float],
     settings: DescentSettings,
     on_step: Callable[[Descended], None] = lambda now: None,
 ) -> Descended:
@@ -79,20 +78,22 @@ def descend(
     Args:
         judge: loss of an allocation; lower is better.
         prices: of an allocation, see `Prices`; asked for anew only after a step that was kept.
+        move: the best allocation by (what is kept, prices, curvature), see `moved_by`; the same one if nothing pays.
+        quanta: what counts as one quantum for the curvature, by linear.
     Raises: NumericsError: a loss is NaN.
     """
     now, found = start, None
     while len(now.losses) <= settings.steps and now.stalled < settings.patience:
         if found is None:
             found = prices(now.kept)
-        kept = moved_by(now.kept, found, rules, low, high, settings.radius, now.curvature)
+        kept = move(now.kept, found, now.curvature)
         if kept == now.kept:
             break
         loss = judge(kept)
         if math.isnan(loss):
             raise NumericsError("descent: an allocation's loss is NaN; check the model and the calibration text.")
         is_better, losses = loss < now.loss, [*now.losses, loss]
-        curvature = _measured_curvature(now, kept, loss, found, rules)
+        curvature = _measured_curvature(now, kept, loss, found, quanta)
         stalled = 0 if loss < (1 - settings.least_gain) * now.loss else now.stalled + 1
         if is_better:
             now, found = Descended(kept, losses, curvature, stalled), None
@@ -102,10 +103,10 @@ def descend(
     return now
 
 
-def _measured_curvature(now: Descended, kept: Kept, loss: float, prices: Prices, rules: Trade) -> float:
+def _measured_curvature(now: Descended, kept: Kept, loss: float, prices: Prices, quanta: Sequence[float]) -> float:
     """What a quantum's square cost beyond its price in this step."""
     predicted = sum(curve[k] - curve[before] for curve, k, before in zip(prices, kept, now.kept, strict=True))
-    squares = sum(((k - before) / step) ** 2 for k, before, step in zip(kept, now.kept, rules.steps, strict=True))
+    squares = sum(((k - before) / step) ** 2 for k, before, step in zip(kept, now.kept, quanta, strict=True))
     return max(0.0, (loss - now.loss - predicted) / squares)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from elastic_sparsity.arch import is_transposed
 from elastic_sparsity.errors import ConfigError, UnsupportedModelError
 from elastic_sparsity.gguf_vocab import add_vocabulary, byte_level_vocabulary
+from elastic_sparsity.sized import check_equal_blocks
 
 GGUF_FILE = "model.gguf"
 # Our model types: llama.cpp's name of the same computation, and the activation it computes whatever config.json says.
@@ -94,6 +95,7 @@ def check_supported(config: Any) -> str:
         raise UnsupportedModelError(
             f"format gguf: model type {kind!r} is not one of {', '.join(ARCHITECTURES)}; {_OTHER_WAY}."
         )
+    check_equal_blocks(config, "format gguf")
     arch, activation = ARCHITECTURES[kind]
     expected: dict[str, tuple[Any, Any]] = {
         "hidden_act": (getattr(config, "hidden_act", None) or config.activation_function, activation),

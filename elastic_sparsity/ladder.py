@@ -43,18 +43,19 @@ class Level:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StructuredLevel:
-    """A physically smaller model: whole heads and MLP channels are gone, equally many in every block.
+    """A physically smaller model: whole heads and MLP channels are gone.
 
     Attributes:
         fraction: of the parameters of the blocks' linears that was asked to go; what went differs by whole units.
-        key_value_heads, channels: what every block keeps; a key/value head stays with all its query heads.
+        key_value_heads, channels: what every block keeps, or what each does if they differ; a key/value head stays with
+            all its query heads.
         biases: whether the branches' linears were given biases that the base model does not have (FLAP).
         weights: of all linears together, without biases, that stay.
     """
 
     fraction: float
-    key_value_heads: int
-    channels: int
+    key_value_heads: int | tuple[int, ...]
+    channels: int | tuple[int, ...]
     biases: bool
     weights: int
 
@@ -68,6 +69,17 @@ class StructuredLevel:
 
 
 AnyLevel = Level | StructuredLevel
+
+
+def per_block(counts: int | tuple[int, ...], num_blocks: int) -> tuple[int, ...]:
+    """Of every block, from one count for all or one for each.
+
+    Raises: LevelError: another number of counts than of blocks.
+    """
+    found = (counts,) * num_blocks if isinstance(counts, int) else counts
+    if len(found) != num_blocks:
+        raise LevelError(f"found counts of {len(found)} blocks, but the model has {num_blocks}.")
+    return found
 
 
 def find_structured(wanted: str, levels: Sequence[StructuredLevel]) -> StructuredLevel | None:

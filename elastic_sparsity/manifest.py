@@ -51,10 +51,14 @@ class FileEntry(_Strict):
         return self
 
 
+_Count = Annotated[int, Field(ge=1, lt=2**31)]
+_Counts = _Count | Annotated[tuple[_Count, ...], Field(strict=False, min_length=1, max_length=2**16)]
+
+
 class StructuredEntry(_Strict):
     fraction: float = Field(gt=0.0, lt=1.0)
-    key_value_heads: int = Field(ge=1, lt=2**31)
-    channels: int = Field(ge=1, lt=2**31)
+    key_value_heads: _Counts
+    channels: _Counts
     biases: bool
     weights: int = Field(ge=1)
 

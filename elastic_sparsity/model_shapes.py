@@ -13,6 +13,7 @@ from elastic_sparsity.errors import ConfigError, ElasticSparsityError
 from elastic_sparsity.files import is_file, is_folder
 from elastic_sparsity.models import PACKAGED_MODELS, checked_config, config_of, packaged_model_folder
 from elastic_sparsity.precision import DTYPES
+from elastic_sparsity.sized import check_equal_blocks
 from elastic_sparsity.tiny import tiny_model
 
 _SAME_INPUT = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
@@ -109,6 +110,7 @@ def read_shapes(model_id: str, dtype: str = "auto", config_file: Path | None = N
     try:
         config = model_config(model_id, config_file)
         architecture_of(config.model_type)
+        check_equal_blocks(config, source)
         stored = DTYPES[dtype] if dtype != "auto" else config.dtype or torch.float32
         if not isinstance(stored, torch.dtype):
             stored = DTYPES[str(stored)]

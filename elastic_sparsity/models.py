@@ -26,6 +26,7 @@ from elastic_sparsity.errors import ConfigError, ElasticSparsityError, Unsupport
 from elastic_sparsity.files import file_sha256, is_file, is_folder, strange_file
 from elastic_sparsity.induction_file import FILE_NAME, load_scales
 from elastic_sparsity.precision import DTYPES, default_device
+from elastic_sparsity.sized import causal_lm, model_class
 from elastic_sparsity.tiny import byte_tokenizer, tiny_model
 from elastic_sparsity.weight_stream import WeightStream, empty_model
 
@@ -167,15 +168,13 @@ def _torch_dtype(dtype: str) -> Any:
 
 
 def _from_pretrained(source: str | Path, dtype: str) -> tuple[Any, Any]:
-    model: Any
-    info: Any
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # slow import, only here
+    from transformers import AutoTokenizer  # slow import, only here
 
     if not is_folder(source) and (str(source).startswith((".", "/")) or str(source).count("/") > 1):
         raise ConfigError(f"model.id: {str(source)!r} is no folder.")
     try:
         config = checked_config(source)  # before gigabytes are loaded
-        model, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
+        model, info = model_class(config).from_pretrained(
             source,
             config=config,
             dtype=_torch_dtype(dtype),
@@ -214,8 +213,6 @@ def config_of(raw: dict[str, Any], where: str) -> Any:
     Args:
         where: the file, for messages.
     """
-    from transformers import AutoModelForCausalLM  # slow import, only here
-
     architecture_of(raw.get("model_type"))
     for key in ("num_hidden_layers", "n_layer", "num_labels"):  # transformers makes lists of them
         if isinstance(raw.get(key), int | float) and not 0 <= raw[key] <= MAX_LAYERS:
@@ -226,7 +223,7 @@ def config_of(raw: dict[str, Any], where: str) -> Any:
         )
     config = config_object(raw)
     with torch.device("meta"):  # takes no memory, whatever sizes config.json claims
-        model = AutoModelForCausalLM.from_config(config)
+        model = causal_lm(config)
     empty = next((name for name, weight in model.named_parameters() if not weight.numel()), None)
     if empty is not None:
         raise ConfigError(f"{where}: gives {empty} no values; every size must be above 0.")

@@ -19,6 +19,7 @@ from elastic_sparsity.bitmask import PARTS, compress, restore
 from elastic_sparsity.errors import CheckpointError, ShapeError, UnsupportedModelError
 from elastic_sparsity.files import is_file
 from elastic_sparsity.semi_structured import fits_kernel, pack_2of4, unpack_2of4
+from elastic_sparsity.sized import causal_lm
 
 BITMASK_FILE = "bitmask.safetensors"
 PACKED_FILE = "packed-2of4.safetensors"
@@ -73,8 +74,7 @@ def load_packed(folder: str | Path) -> Any:
 
     Raises: CheckpointError: no such folder, or it is damaged.
     """
-    from accelerate import init_empty_weights  # slow imports, only here
-    from transformers import AutoModelForCausalLM
+    from accelerate import init_empty_weights  # slow import, only here
 
     folder = Path(folder)
     path = next((folder / name for name in (BITMASK_FILE, PACKED_FILE) if is_file(folder / name)), None)
@@ -88,7 +88,7 @@ def load_packed(folder: str | Path) -> Any:
     try:
         config = _read_config(folder)
         with init_empty_weights():
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = causal_lm(config, dtype)
     except UnsupportedModelError as error:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
     except Exception as error:  # transformers raises many types for one cause

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from elastic_sparsity.adapters import elastic_linears
-from elastic_sparsity.adding import add_levels, check_sizes
+from elastic_sparsity.adding import add_levels, check_structured
 from elastic_sparsity.allocating import plan_in_run
 from elastic_sparsity.allocation import progressions
 from elastic_sparsity.allocation_file import allocation_of, load_plan
@@ -110,7 +110,7 @@ def prepare(
         planned = settle(recipe, workers.count)
         base = open_base(recipe, planned.weights)
         allocation = _allocation(recipe, base.model)
-        check_sizes(base.model, recipe.structured.fractions, recipe.structured.multiple)
+        check_structured(recipe, base.model)
         if recipe.evaluation.source is not None:
             evaluation_windows(recipe, base, None)  # a text that cannot be used should not cost a run
         token_ids, _ = calibration_tokens(recipe, base, progress)

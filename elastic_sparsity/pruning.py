@@ -1,6 +1,5 @@
 """Structured pruning from a model's name to a folder: the flow behind `elastic-sparsity prune`."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,15 +14,16 @@ from elastic_sparsity.models import BaseModel, load_base
 from elastic_sparsity.precision import autocast_factory, resolve_precision
 from elastic_sparsity.structured import Scores, check_scores, prune_structured_
 from elastic_sparsity.structured_parts import Kept, sizes_for, sliced_model, usual_multiple
+from elastic_sparsity.structured_search import Search, Searched, check_search, search_sizes
 from elastic_sparsity.structured_sizes import Sizes, check_sparsity
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pruned:
-    """What `prune` did: the counts in each of `num_blocks` blocks, and the parameters of the whole model."""
+    """What `prune` did: the counts by block, how they were found, and the parameters of the whole model."""
 
     sizes: Sizes
-    num_blocks: int
+    searched: Searched | None
     parameters_before: int
     parameters_after: int
 
@@ -35,6 +35,7 @@ def prune(
     sparsity: float,
     calibration: str = "self",
     scores: Scores = "obs",
+    search: Search = "none",
     accumulate: bool = True,
     multiple: int | None = None,
     samples: int = 128,
@@ -46,7 +47,10 @@ def prune(
     precision: str = "auto",
     progress: Progress = silent,
 ) -> Pruned:
-    """Writes an ordinary, physically smaller Hugging Face model: fewer heads and MLP channels, the same in every block.
+    """Writes a physically smaller Hugging Face model: fewer heads and MLP channels.
+
+    An ordinary one, with the same counts in every block; or, with search "blocks", one of counts by block that
+    `load_pruned` opens.
 
     Args:
         model_id: as in `load_base`.
@@ -54,6 +58,8 @@ def prune(
             multiple allow.
         calibration: text file, hub data set or "self"; "magnitude" reads none.
         scores, accumulate, damping, batch_size: as in `prune_structured_`.
+        search: "none"; "equal" also tries other divisions between heads and channels; "blocks" lets blocks differ. Both
+            hold the last 16 samples out to judge by, and need scores "obs".
         multiple: the MLP channels that stay are a multiple of it, and so many go before the costs of the rest are
             computed again; None = 32, or the power of two below that divides.
         samples, length: calibration samples and tokens of one.
@@ -62,6 +68,7 @@ def prune(
     """
     check_sparsity(sparsity)
     check_scores(scores)
+    check_search(search, scores, samples)
     recipe = pruning_recipe(
         "prune",
         model={"id": model_id, "dtype": dtype},
@@ -75,22 +82,40 @@ def prune(
     check_output_folder(output)
     base = load_base(model_id, dtype)
     model, multiple = base.model, usual_multiple(base.model) if multiple is None else multiple
-    sizes, before = sizes_for(model, sparsity, multiple), model.num_parameters()
-    small, kept = smaller_model(
+    sizes_for(model, sparsity, multiple)  # a budget that cannot be met costs no work
+    before = model.num_parameters()
+    made = smaller_model(
         recipe,
         model,
         pruning_tokens(recipe, base, scores, progress),
-        sizes,
+        sparsity,
         scores=scores,
+        search=search,
         accumulate=accumulate,
         multiple=multiple,
         dtype=model.dtype,
-        on_block=lambda done, total: progress("pruning blocks", done, total),
+        progress=progress,
     )
     with atomic_folder(output) as scratch:
-        small.save_pretrained(scratch)
+        made.model.save_pretrained(scratch)
         base.tokenizer.save_pretrained(scratch)
-    return Pruned(sizes=sizes, num_blocks=len(kept), parameters_before=before, parameters_after=small.num_parameters())
+    return Pruned(
+        sizes=made.sizes,
+        searched=made.searched,
+        parameters_before=before,
+        parameters_after=made.model.num_parameters(),
+    )
+
+
+def load_pruned(folder: str | Path, dtype: str = "auto") -> tuple[Any, Any]:
+    """The model and the tokenizer of a folder that `prune` or `slice` wrote, also where its blocks differ in size.
+
+    Args:
+        dtype: "auto" = as stored.
+    Raises: ConfigError: no such folder, or it is damaged. UnsupportedModelError, NumericsError.
+    """
+    base = load_base(str(folder), dtype)
+    return base.model, base.tokenizer
 
 
 def pruning_recipe(
@@ -126,36 +151,59 @@ def pruning_tokens(recipe: Recipe, base: BaseModel, scores: Scores, progress: Pr
     return calibration_tokens(recipe, base, progress)[0][: recipe.block.samples]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Smaller:
+    """A smaller model, the units that stay, a block each, and how their numbers were found."""
+
+    model: Any
+    kept: list[Kept]
+    sizes: Sizes
+    searched: Searched | None
+
+
 def smaller_model(
     recipe: Recipe,
     model: Any,
     token_ids_ST: Tensor,
-    sizes: Sizes,
+    sparsity: float,
     *,
     scores: Scores,
+    search: Search,
     accumulate: bool,
     multiple: int,
     dtype: torch.dtype,
-    on_block: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[Any, list[Kept]]:
+    what: str = "blocks",
+    progress: Progress = silent,
+) -> Smaller:
     """Prunes and cuts a model, which is spent then. Products, damping and batches are the recipe's.
 
     Args:
+        sparsity: checked already, as the multiple is.
         multiple: MLP channels that go before the costs of the rest are computed again.
         dtype: of the smaller model; the work is done in float32.
-    Returns: the smaller model, and the units that stay, a block each.
+        what: is pruned, for the progress.
     """
-    device = model.device.type
+    device, searched, model = model.device.type, None, model.float()
+    autocast = autocast_factory(resolve_precision(recipe.precision, device), device)
+    damping, batch_size = recipe.scores.damping, recipe.block.batch_size
+    if search == "none":
+        sizes = sizes_for(model, sparsity, multiple)
+    else:
+        searched = search_sizes(
+            model, token_ids_ST, sparsity, multiple, search=search, damping=damping, batch_size=batch_size,
+            autocast=autocast, progress=progress,
+        )  # fmt: skip
+        sizes = searched.sizes
     kept = prune_structured_(
-        model.float(),
+        model,
         token_ids_ST,
         sizes,
         scores=scores,
         accumulate=accumulate,
         at_once=multiple,
-        damping=recipe.scores.damping,
-        batch_size=recipe.block.batch_size,
-        autocast=autocast_factory(resolve_precision(recipe.precision, device), device),
-        on_block=on_block,
+        damping=damping,
+        batch_size=batch_size,
+        autocast=autocast,
+        on_block=lambda done, total: progress(f"pruning {what}", done, total),
     )
-    return sliced_model(model.to(dtype), kept), kept
+    return Smaller(model=sliced_model(model.to(dtype), kept), kept=kept, sizes=sizes, searched=searched)

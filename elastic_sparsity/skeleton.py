@@ -11,6 +11,7 @@ from elastic_sparsity.arch import architecture_of, config_object, is_transposed
 from elastic_sparsity.checkpoint import ElasticCheckpoint, OpenLevel
 from elastic_sparsity.errors import CheckpointError, ElasticSparsityError, UnsupportedModelError
 from elastic_sparsity.ladder import StructuredLevel
+from elastic_sparsity.sized import causal_lm
 from elastic_sparsity.structured_section import check_section, level_config
 
 
@@ -35,7 +36,7 @@ def skeleton(checkpoint: ElasticCheckpoint, files: OpenLevel, dtype: torch.dtype
     Raises: CheckpointError.
     """
     from accelerate import init_empty_weights  # slow imports, only here
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import GenerationConfig
 
     folder = checkpoint.folder
     try:
@@ -45,9 +46,9 @@ def skeleton(checkpoint: ElasticCheckpoint, files: OpenLevel, dtype: torch.dtype
         has_generation = (folder / "generation_config.json").is_file()
         generation = GenerationConfig.from_pretrained(folder) if has_generation else None
         with torch.device("meta"):  # takes no memory, whatever sizes config.json claims
-            _check_fit(AutoModelForCausalLM.from_config(config, dtype=dtype), whole, checkpoint, files)
+            _check_fit(causal_lm(config, dtype), whole, checkpoint, files)
         with init_empty_weights():  # computes the buffers, e.g. rotary frequencies
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = causal_lm(config, dtype)
         model.tie_weights()
     except ElasticSparsityError:
         raise

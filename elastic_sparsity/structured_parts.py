@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from elastic_sparsity.arch import architecture_of, config_object, decoder_blocks, is_transposed, weight_OI
 from elastic_sparsity.errors import ShapeError
+from elastic_sparsity.sized import causal_lm, check_equal_blocks, with_sizes
 from elastic_sparsity.structured_sizes import Sizes, choose_sizes
 from elastic_sparsity.wiring import heads_of, linear_at, mlp_rows, wiring_of
 
@@ -45,8 +46,9 @@ class Part:
 def parts_of(block: nn.Module, config: Any) -> list[Part]:
     """The branches that can lose units, in the order in which data flows.
 
-    Raises: UnsupportedModelError: if the block is not what its architecture's row says.
+    Raises: UnsupportedModelError: if the block is not what its architecture's row says, or blocks differ in size.
     """
+    check_equal_blocks(config, "structured pruning")
     row, heads = wiring_of(config), heads_of(block, config)
     parts = []
     if row.free_heads:
@@ -86,9 +88,11 @@ def _mlp_of(model: Any) -> Part:
     return parts_of(decoder_blocks(model)[0], model.config)[-1]
 
 
-def sizes_for(model: Any, sparsity: float, multiple: int | None = None) -> Sizes:
+def sizes_for(model: Any, sparsity: float, multiple: int | None = None, groups: int | None = None) -> Sizes:
     """The counts of heads and channels that every block of a model keeps; see `choose_sizes`.
 
+    Args:
+        groups: key/value heads that must stay; None = as many as the budget asks for.
     Raises: ConfigError: if they cannot meet the budget. UnsupportedModelError.
     """
     row, config = architecture_of(model.config.model_type), model.config
@@ -99,20 +103,24 @@ def sizes_for(model: Any, sparsity: float, multiple: int | None = None) -> Sizes
     mlp, attention = parts["mlp"], parts.get("attention")
     numbers = [tensor.numel() for path in row.linears for tensor in linear_at(blocks[0], path).parameters()]
     num_groups = len(heads_of(blocks[0], config).key_KC)
+    allowed = expressible_groups(model)
     return choose_sizes(
         sparsity,
+        num_blocks=len(blocks),
         total=sum(numbers),
         group_cost=unit_cost(blocks[0], attention) if attention else 0,
         num_groups=num_groups,
         channel_cost=unit_cost(blocks[0], mlp),
         num_channels=len(mlp.units_UC),
         multiple=usual_multiple(model) if multiple is None else multiple,
-        allowed_groups=_expressible(model, num_groups) if attention else [num_groups],
+        allowed_groups=allowed if groups is None else [count for count in allowed if count == groups],
     )
 
 
-def sliced_config(config: Any, *, groups: int, channels: int, width: int, biases: bool = False) -> Any:
-    """The config of a model that keeps so many key/value heads and MLP channels in every block.
+def sliced_config(
+    config: Any, *, groups: Sequence[int], channels: Sequence[int], width: int, biases: bool = False
+) -> Any:
+    """The config of a model that keeps so many key/value heads and MLP channels, by block.
 
     Args:
         width: inputs of the attention's last linear before anything goes.
@@ -123,14 +131,14 @@ def sliced_config(config: Any, *, groups: int, channels: int, width: int, biases
         heads = int(config.num_attention_heads)
         num_groups = int(getattr(config, "num_key_value_heads", None) or heads)
         fields = {
-            "num_attention_heads": groups * (heads // num_groups),
-            "num_key_value_heads": groups,
+            "num_attention_heads": max(groups) * (heads // num_groups),
+            "num_key_value_heads": max(groups),
             "head_dim": width // heads,
         }
-    fields[row.width_field] = channels
+    fields[row.width_field] = max(channels)
     if biases:
         fields |= {field: True for field in (row.attention_bias, row.mlp_bias) if field}
-    return config_object({**config.to_dict(), **fields})
+    return with_sizes(config_object({**config.to_dict(), **fields}), groups, channels)
 
 
 def _width(model: Any) -> int:
@@ -138,12 +146,13 @@ def _width(model: Any) -> int:
     return weight_OI(linear_at(decoder_blocks(model)[0], wiring_of(model.config).out)).shape[1]
 
 
-def _expressible(model: Any, num_groups: int) -> list[int]:
+def expressible_groups(model: Any) -> list[int]:
     """Counts of key/value heads with which transformers still takes the config: Llama wants width / heads whole."""
+    num_groups = len(heads_of(decoder_blocks(model)[0], model.config).key_KC)
     found, width, channels = [num_groups], _width(model), len(_mlp_of(model).units_UC)
-    for groups in range(1, num_groups):
+    for groups in range(1, num_groups) if wiring_of(model.config).free_heads else ():
         try:
-            sliced_config(model.config, groups=groups, channels=channels, width=width)
+            sliced_config(model.config, groups=[groups], channels=[channels], width=width)
         except Exception:  # each config class has checks and error types of its own
             continue
         found.append(groups)
@@ -157,26 +166,25 @@ def sliced_model(model: Any, kept: Sequence[Kept]) -> Any:
     It computes what `model` computes if the columns of what goes are zero in the linears that read it.
 
     Args:
-        kept: a block each; the same counts in all of them.
-    Raises: ShapeError: if the counts differ between blocks.
+        kept: a block each. If the counts differ between blocks, the config says so in a field of ours; see `sized`.
+    Raises: ShapeError: not as many as there are blocks.
     """
-    from accelerate import init_empty_weights  # slow imports, only here
-    from transformers import AutoModelForCausalLM
+    from accelerate import init_empty_weights  # slow import, only here
 
-    counts = [{name: len(units) for name, units in block.items()} for block in kept]
     blocks = decoder_blocks(model)
-    if len(counts) != len(blocks) or any(count != counts[0] for count in counts):
-        raise ShapeError(f"units that stay: found {counts} for {len(blocks)} blocks; expected one count for all.")
+    if len(kept) != len(blocks):
+        raise ShapeError(f"units that stay: found {len(kept)} for {len(blocks)} blocks.")
     state, prefix = model.state_dict(), architecture_of(model.config.model_type).blocks
     for index, (block, units) in enumerate(zip(blocks, kept, strict=True)):
         for part in parts_of(block, model.config):
             cut = _cut(block, part, units[part.name])
             state.update({f"{prefix}.{index}.{name}": tensor for name, tensor in cut.items()})
-    config = sliced_config(
-        model.config, groups=counts[0].get("attention", 0), channels=counts[0]["mlp"], width=_width(model)
-    )
+    num_groups = len(heads_of(blocks[0], model.config).key_KC)
+    groups = [len(units["attention"]) if "attention" in units else num_groups for units in kept]
+    channels = [len(units["mlp"]) for units in kept]
+    config = sliced_config(model.config, groups=groups, channels=channels, width=_width(model))
     with init_empty_weights():  # computes the buffers, e.g. rotary frequencies
-        small = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+        small = causal_lm(config, model.dtype)
     small.load_state_dict(state, assign=True)
     small.tie_weights()
     small.generation_config = model.generation_config

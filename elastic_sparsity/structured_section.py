@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from elastic_sparsity.arch import architecture_of, decoder_blocks, linears_of, weight_OI
 from elastic_sparsity.checkpoint import SAFETENSORS_NAMES, ElasticCheckpoint, OpenLevel
-from elastic_sparsity.errors import CheckpointError, ShapeError
-from elastic_sparsity.ladder import StructuredLevel
+from elastic_sparsity.errors import CheckpointError, LevelError, ShapeError
+from elastic_sparsity.ladder import StructuredLevel, per_block
 from elastic_sparsity.packing import pack_bits, unpack_bits
 from elastic_sparsity.structured_parts import Kept, sliced_config
 from elastic_sparsity.structured_sizes import Sizes
@@ -55,30 +55,43 @@ def structured_level(fraction: float, small: Any, sizes: Sizes, biases: bool) ->
     """What elastic_config.json says of a smaller model."""
     return StructuredLevel(
         fraction=fraction,
-        key_value_heads=sizes.groups,
-        channels=sizes.channels,
+        key_value_heads=_one_if_equal(sizes.groups),
+        channels=_one_if_equal(sizes.channels),
         biases=biases,
         weights=sum(weight_OI(linear).numel() for linear in linears_of(small).values()),
     )
 
 
+def _one_if_equal(counts: tuple[int, ...]) -> int | tuple[int, ...]:
+    return counts[0] if len(set(counts)) == 1 else counts
+
+
 def level_config(config: Any, checkpoint: ElasticCheckpoint, level: StructuredLevel) -> Any:
     """The smaller model's config, from the whole one's.
 
-    Raises: CheckpointError: if the level keeps more than there is.
+    Raises: CheckpointError: if the level keeps more than there is, or says so of another number of blocks.
     """
-    totals = _totals(config, checkpoint)
-    counts = {"attention": level.key_value_heads, "mlp": level.channels}
-    for branch, total in totals.items():
-        if counts[branch] > total:
+    counts = _counts(config, checkpoint, level)
+    for branch, total in _totals(config, checkpoint).items():
+        if max(counts[branch]) > total:
             raise CheckpointError(
-                f"{checkpoint.folder}: level {level.name} keeps {counts[branch]} of {total} units of {branch}."
+                f"{checkpoint.folder}: level {level.name} keeps {max(counts[branch])} of {total} units of {branch}."
             )
     row = wiring_of(config)
     width = checkpoint.linears[f"{architecture_of(config.model_type).blocks}.0.{row.out}"].shape[1]
-    return sliced_config(
-        config, groups=level.key_value_heads, channels=level.channels, width=width, biases=level.biases
-    )
+    return sliced_config(config, groups=counts["attention"], channels=counts["mlp"], width=width, biases=level.biases)
+
+
+def _counts(config: Any, checkpoint: ElasticCheckpoint, level: StructuredLevel) -> dict[str, tuple[int, ...]]:
+    """What every block keeps, by branch.
+
+    Raises: CheckpointError: of another number of blocks than there are.
+    """
+    depth = len(checkpoint.linears) // len(architecture_of(config.model_type).linears)
+    try:
+        return {"attention": per_block(level.key_value_heads, depth), "mlp": per_block(level.channels, depth)}
+    except LevelError as error:
+        raise CheckpointError(f"{checkpoint.folder}: level {level.name}: {error}") from None
 
 
 def check_section(
@@ -143,20 +156,22 @@ def kept_units(config: Any, checkpoint: ElasticCheckpoint, files: OpenLevel) -> 
     Raises: CheckpointError: if they are not as many as promised, or more than there are.
     """
     level, found = _structured(files), {}
-    counts, totals = {"attention": level.key_value_heads, "mlp": level.channels}, _totals(config, checkpoint)
+    counts, totals = _counts(config, checkpoint, level), _totals(config, checkpoint)
     branches = {path: branch for branch, path in _branch_ends(config).items()}
+    prefix = f"{architecture_of(config.model_type).blocks}."
     for name, file in files.files(level.name).items():
         linear, _, part = name.rpartition(".")
         if part != "units":
             continue
-        branch = branches[linear.removeprefix(f"{architecture_of(config.model_type).blocks}.").partition(".")[2]]
+        index, _, end = linear.removeprefix(prefix).partition(".")
+        branch, promised = branches[end], counts[branches[end]][int(index)]
         try:
             stays = unpack_bits(file.read(name), totals[branch])
         except ShapeError as error:
             raise CheckpointError(f"{file.path}: {name}: {error}") from None
-        if int(stays.sum()) != counts[branch]:
+        if int(stays.sum()) != promised:
             raise CheckpointError(
-                f"{file.path}: {name}: {int(stays.sum())} of {totals[branch]} units stay, expected {counts[branch]}; "
+                f"{file.path}: {name}: {int(stays.sum())} of {totals[branch]} units stay, expected {promised}; "
                 "the file is damaged."
             )
         found[linear] = stays

@@ -1,6 +1,6 @@
 """How many heads and MLP channels stay, so that a budget of parameters is met. Whole numbers only, no model.
 
-The counts are the same in every block, so that an ordinary config.json expresses them.
+Equal counts in every block, which an ordinary config.json expresses; or counts by block, as prices of units say.
 """
 
 from collections.abc import Sequence
@@ -13,17 +13,18 @@ from elastic_sparsity.errors import ConfigError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """What stays of every block.
+    """What stays, block by block.
 
     Attributes:
     groups: key/value heads that stay, each with all its query heads.
-    channels: intermediate channels of the MLP that stay, a multiple of what was asked.
-    removed, total: parameters of one block's linears, weights and biases.
+    channels: intermediate channels of the MLP that stay, multiples of what was asked.
+    num_groups, num_channels: what every block of the whole model has.
+    removed, total: parameters of all blocks' linears, weights and biases.
     """
 
-    groups: int
+    groups: tuple[int, ...]
     num_groups: int
-    channels: int
+    channels: tuple[int, ...]
     num_channels: int
     removed: int
     total: int
@@ -34,9 +35,16 @@ class Sizes:
         return self.removed / self.total
 
 
+def counts_text(counts: int | Sequence[int]) -> str:
+    """For people: "672", or "160 to 1,536" if blocks differ."""
+    found = [counts] if isinstance(counts, int) else counts
+    return f"{min(found):,}" if len(set(found)) == 1 else f"{min(found):,} to {max(found):,}"
+
+
 def choose_sizes(
     sparsity: float,
     *,
+    num_blocks: int,
     total: int,
     group_cost: int,
     num_groups: int,
@@ -45,14 +53,14 @@ def choose_sizes(
     multiple: int,
     allowed_groups: Sequence[int],
 ) -> Sizes:
-    """Attention keeps the count nearest to its share, the MLP makes up for what that misses.
+    """The same counts in every block: attention keeps about its share, the MLP makes up for what that misses.
 
     The nearest allowed count of groups (of two equally near ones the larger) for which a count of channels exists that
     meets the budget to within half a multiple.
 
     Args:
-        sparsity: of all parameters of the block's linears; above 0, below 1.
-        total: these parameters.
+        sparsity: of all parameters of the blocks' linears; above 0, below 1.
+        total: these parameters of one block.
         group_cost, channel_cost: parameters that go with one key/value head, or with one channel.
         multiple: the channels that stay are a multiple of it.
         allowed_groups: counts that the architecture's config can express; all of them if heads must stay.
@@ -75,12 +83,12 @@ def choose_sizes(
                 "lower the multiple."
             )
         return Sizes(
-            groups=groups,
+            groups=(groups,) * num_blocks,
             num_groups=num_groups,
-            channels=num_channels - gone * multiple,
+            channels=(num_channels - gone * multiple,) * num_blocks,
             num_channels=num_channels,
-            removed=removed,
-            total=total,
+            removed=removed * num_blocks,
+            total=total * num_blocks,
         )
     least = min(allowed_groups, default=num_groups)
     most = (num_groups - least) * group_cost + (num_channels - multiple) * channel_cost

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from elastic_sparsity.arch import weight_OI
+from elastic_sparsity.arch import architecture_of, decoder_blocks, weight_OI
 from elastic_sparsity.checkpoint import ElasticCheckpoint
 from elastic_sparsity.errors import CheckpointError, ElasticSparsityError
 from elastic_sparsity.hub import checkpoint_folder
-from elastic_sparsity.ladder import AnyLevel, Level, StructuredLevel
+from elastic_sparsity.ladder import AnyLevel, Level, StructuredLevel, per_block
 from elastic_sparsity.shells import listed_mask, num_shells, shell_names, shell_of
 from elastic_sparsity.slicing import load_level
 from elastic_sparsity.wiring import wiring_of
@@ -109,9 +109,11 @@ def _check_structured(checkpoint: ElasticCheckpoint, level: StructuredLevel) -> 
     for name in expected.keys() | found.keys():
         if name not in found or name not in expected or not torch.equal(found[name].detach(), expected[name]):
             raise CheckpointError(f"{name}: level {level.name}: the loaded parameter is not the promised one.")
+    prefix, depth = f"{architecture_of(model.config.model_type).blocks}.", len(decoder_blocks(model))
     for name, bits in units.items():
         stays, down = sum(byte.bit_count() for byte in bits.tolist()), f".{wiring_of(model.config).down}.units"
-        if stays != (level.channels if name.endswith(down) else level.key_value_heads):
+        counts = per_block(level.channels if name.endswith(down) else level.key_value_heads, depth)
+        if stays != counts[int(name.removeprefix(prefix).partition(".")[0])]:
             raise CheckpointError(f"{name}: level {level.name} keeps {stays} units, another number than promised.")
     return f"{weights:,} of {total:,} weights, {len(units)} choices of units"
 

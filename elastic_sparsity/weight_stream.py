@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from elastic_sparsity.arch import architecture_of, decoder_blocks
 from elastic_sparsity.errors import CheckpointError, ConfigError, NumericsError, UnsupportedModelError
+from elastic_sparsity.sized import causal_lm
 from elastic_sparsity.tensor_file import TensorFile, TensorSpec
 
 FLOATS = ("F32", "BF16", "F16")
@@ -186,11 +187,11 @@ def empty_model(config: Any, folder: Path, dtype: torch.dtype | None) -> Any:
     Raises: ConfigError: if it does not make one.
     """
     from accelerate import init_empty_weights  # slow imports, only here
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import GenerationConfig
 
     try:
         with init_empty_weights():
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.float32)
+            model = causal_lm(config, dtype or config.dtype or torch.float32)
         model.tie_weights()
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)

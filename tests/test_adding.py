@@ -33,6 +33,7 @@ from elastic_sparsity import (
     export_peft,
     levels,
     optimize,
+    pruning,
     reapply_masks_,
     restore_overlay,
     save_sliced,
@@ -41,17 +42,26 @@ from elastic_sparsity import (
     verify,
     write_overlay,
 )
-from elastic_sparsity.arch import decoder_blocks, linears_of
+from elastic_sparsity.arch import decoder_blocks, linears_of, weight_OI
 from elastic_sparsity.bench import bench
-from elastic_sparsity.errors import CheckpointError, ConfigError, ElasticSparsityError, LevelError, OutputError
+from elastic_sparsity.errors import (
+    CheckpointError,
+    ConfigError,
+    ElasticSparsityError,
+    LevelError,
+    OutputError,
+    UnsupportedModelError,
+)
 from elastic_sparsity.manifest import CONFIG_NAME, digest
 from elastic_sparsity.measure import evaluate_path
 from elastic_sparsity.models import load_base
 from elastic_sparsity.packing import unpack_bits
 from elastic_sparsity.precision import autocast_factory
-from elastic_sparsity.pruning import prune
+from elastic_sparsity.pruning import load_pruned, prune
 from elastic_sparsity.structured import prune_structured_
 from elastic_sparsity.structured_parts import parts_of, sizes_for
+from elastic_sparsity.structured_search import Searched
+from elastic_sparsity.structured_sizes import Sizes
 from elastic_sparsity.tiny import byte_tokenizer, tiny_model
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 40
@@ -163,6 +173,58 @@ def test_a_level_equals_the_masked_refitted_model_at_the_units_it_lists(variant,
         for part in parts_of(block, masked.config):
             stays = unpack_bits(section[f"{prefix}.{index}.{part.path}.units"], len(part.units_UC))
             assert torch.equal(stays.nonzero().flatten(), units[part.name])
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])
+def test_blocks_of_a_searched_level_differ(family, text_file, tmp_path, monkeypatch):
+    """By recipe; then everything that a level of equal counts can do. What is found differs for sure."""
+
+    def found(model, *args, **options):
+        even = sizes_for(model, 0.4, 8)
+        groups = (1, 2) if family == "llama" else even.groups
+        sizes = Sizes(
+            groups=groups, num_groups=even.num_groups, channels=(8, 40), num_channels=even.num_channels,
+            removed=even.removed, total=even.total,
+        )  # fmt: skip
+        return Searched(sizes=sizes, equal={}, losses=[])
+
+    monkeypatch.setattr(pruning, "search_sizes", found)
+    searched = {"fractions": [0.4], "search": "blocks", "multiple": 8}
+    recipe = tiny_recipe(
+        model={"id": f"random:{family}"}, structured=searched, end_to_end={"trainable": "off"},
+        block={"steps": 0, "samples": 20}, calibration={"source": str(text_file), "samples": 20, "length": 16},
+    )  # fmt: skip
+    folder = tmp_path / "elastic"
+    optimize(recipe, folder)
+    (level,) = ElasticCheckpoint(folder).structured
+    assert level.channels == (8, 40)
+    assert level.key_value_heads == {"llama": (1, 2), "phi3": 1, "gpt2": 4}[family]
+    assert [check for check in verify(folder) if not check.passed] == []
+    model = ElasticModel.from_pretrained(folder, level.name)
+    down = {"llama": "mlp.down_proj", "phi3": "mlp.down_proj", "gpt2": "mlp.c_proj"}[family]
+    widths = [weight_OI(block.get_submodule(down)).shape[1] for block in decoder_blocks(model)]
+    assert widths == list(level.channels)
+    save_sliced(folder, level.name, tmp_path / "plain")
+    plain, _ = load_pruned(tmp_path / "plain")
+    assert torch.equal(logits(plain), logits(model))
+    with pytest.raises(UnsupportedModelError, match="format gguf: this model's blocks differ"):
+        export_level(folder, level.name, tmp_path / "gguf", format="gguf")
+    copy_level(folder, level.name, tmp_path / "one")
+    assert torch.equal(logits(ElasticModel.from_pretrained(tmp_path / "one")), logits(model))
+
+    path = folder / CONFIG_NAME
+    for changed, match in (
+        ([*level.channels, 8], "found counts of 3 blocks, but the model has 2"),
+        (level.channels[::-1], "units stay, expected|do not fit|not the promised"),
+    ):
+        raw = json.loads(path.read_text())
+        raw["ladder"]["structured"][0]["channels"] = changed
+        raw["digest"] = digest(raw)
+        bad = tmp_path / f"bad{len(changed)}"
+        shutil.copytree(folder, bad)
+        (bad / CONFIG_NAME).write_text(json.dumps(raw))
+        with pytest.raises(CheckpointError, match=match):
+            ElasticModel.from_pretrained(bad, level.name)
 
 
 def test_what_a_section_holds(whole):

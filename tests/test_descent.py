@@ -29,9 +29,12 @@ def exact_slopes(kept):
 
 def run(start=None, judge=toy, prices=exact_slopes, rules=RULES, low=LOW, high=HIGH, **changes):
     begun = start or Descended(START, [judge(START)])
-    return descend(
-        begun, judge, prices, rules, low, high, DescentSettings(**{"steps": 40, "least_gain": 0.0, **changes})
-    )
+    wanted = DescentSettings(**{"steps": 40, "least_gain": 0.0, **changes})
+    return descend(begun, judge, prices, mover(rules, low, high, wanted), rules.steps, wanted)
+
+
+def mover(rules, low, high, wanted):
+    return lambda kept, found, curvature: moved_by(kept, found, rules, low, high, wanted.radius, curvature)
 
 
 def test_reaches_the_best_of_all_allocations_nearly():
@@ -83,7 +86,8 @@ def test_what_a_step_cost_beyond_its_prices_is_charged_to_the_next():
 def test_goes_on_from_any_step_as_if_it_had_not_stopped():
     kept: list[Descended] = []
     begun = Descended(START, [toy(START)])
-    whole = descend(begun, toy, exact_slopes, RULES, LOW, HIGH, DescentSettings(steps=40, least_gain=0.0), kept.append)
+    wanted = DescentSettings(steps=40, least_gain=0.0)
+    whole = descend(begun, toy, exact_slopes, mover(RULES, LOW, HIGH, wanted), RULES.steps, wanted, kept.append)
     assert len(kept) == len(whole.losses) - 1 > 3
     for state in kept:
         assert run(start=state) == whole
@@ -94,9 +98,9 @@ def test_ends_on_the_smallest_models(count):
     sizes = SIZES[:count]
     rules = trade(sizes) if count else Trade(steps=(), market=())
     start = uniform(sizes, 0.5)
-    found = descend(
-        Descended(start, [toy(start)]), toy, exact_slopes, rules, LOW[:count], HIGH[:count], DescentSettings(steps=20)
-    )
+    wanted = DescentSettings(steps=20)
+    move = mover(rules, LOW[:count], HIGH[:count], wanted)
+    found = descend(Descended(start, [toy(start)]), toy, exact_slopes, move, rules.steps, wanted)
     assert sum(found.kept) == sum(start)
     assert (found.kept == start) == (count < 2)
 

@@ -32,6 +32,7 @@ ALLOWED = {
     "sparsegpt": {"torch", "errors", "importance"},
     "structured_order": {"torch", "errors"},
     "structured_sizes": {"errors"},
+    "unit_budget": {"descent", "errors"},
     "packing": {"torch", "numpy", "errors"},
     "packed_weight": {"torch", "packing", "precision"},
     "native": {"torch", "errors", "packed_weight"},
@@ -72,15 +73,14 @@ ALLOWED = {
     "rotation": {"torch", "arch", "errors", "folding", "wiring"},
     "residual": {"torch", "arch", "errors", "folding", "wiring"},
     "functional_fold": {"torch", "absorption", "arch"},
-    "structured_parts": {
-        "torch", "transformers", "accelerate", "arch", "errors", "structured_sizes", "wiring",
-    },
-    "weight_stream": {"torch", "transformers", "accelerate", "arch", "errors", "tensor_file"},
+    "sized": {"torch", "transformers", "arch", "errors", "wiring"},
+    "structured_parts": {"torch", "accelerate", "arch", "errors", "sized", "structured_sizes", "wiring"},
+    "weight_stream": {"torch", "transformers", "accelerate", "arch", "errors", "sized", "tensor_file"},
     "models": {
         "torch", "safetensors", "transformers", "gguf", "arch", "errors", "files", "induction_file", "precision",
-        "tiny", "weight_stream",
+        "sized", "tiny", "weight_stream",
     },
-    "model_shapes": {"torch", "transformers", "arch", "errors", "files", "models", "precision", "tiny"},
+    "model_shapes": {"torch", "transformers", "arch", "errors", "files", "models", "precision", "sized", "tiny"},
     "induction_file": {"torch", "arch", "errors", "files", "tensor_file", "tensor_file_writer"},
     "generating": {"torch", "transformers"},
     "data": {"torch", "datasets", "errors", "files", "generating"},
@@ -92,11 +92,10 @@ ALLOWED = {
     "block_state": {"torch", "adapters", "arch", "ladder", "shells"},
     "semi_structured": {"torch", "arch", "errors"},
     "gguf_vocab": {"gguf", "errors"},
-    "export_gguf": {"torch", "gguf", "arch", "errors", "gguf_vocab"},
+    "export_gguf": {"torch", "gguf", "arch", "errors", "gguf_vocab", "sized"},
     "export_onnx": {"torch", "onnx", "openvino", "errors"},
     "packed_files": {
-        "torch", "safetensors", "transformers", "accelerate", "arch", "bitmask", "errors", "files",
-        "semi_structured",
+        "torch", "safetensors", "accelerate", "arch", "bitmask", "errors", "files", "semi_structured", "sized",
     },
     # layer 3: stages
     "calibrate": {"torch", "activations", "arch", "blocks", "importance"},
@@ -138,9 +137,17 @@ ALLOWED = {
         "torch", "arch", "blocks", "calibrate", "errors", "importance", "structured_order", "structured_parts",
         "structured_sizes", "wiring",
     },
+    "unit_net": {
+        "torch", "arch", "blocks", "calibrate", "errors", "structured", "structured_order", "structured_parts",
+        "structured_sizes", "wiring",
+    },
+    "structured_search": {
+        "torch", "allocation", "attention", "descent", "errors", "fused_layers", "sized", "structured_parts",
+        "structured_sizes", "supernet", "unit_budget", "unit_net", "wiring",
+    },
     "pruning": {
         "torch", "calibration_text", "config", "files", "models", "precision", "structured", "structured_parts",
-        "structured_sizes",
+        "structured_search", "structured_sizes",
     },
     "structured_section": {
         "torch", "arch", "checkpoint", "errors", "ladder", "packing", "structured_parts", "structured_sizes",
@@ -149,7 +156,7 @@ ALLOWED = {
     "adding": {
         "torch", "arch", "calibration_text", "checkpoint", "checkpoint_writer", "config", "data", "errors", "hub",
         "ladder", "models", "precision", "pruning", "skeleton", "structured", "structured_parts",
-        "structured_section", "structured_sizes",
+        "structured_search", "structured_section", "structured_sizes",
     },
     "placement": {"torch", "accelerate", "errors", "precision", "semi_structured", "ways"},
     "packed": {"torch", "adapters", "errors", "native", "packed_weight"},
@@ -157,7 +164,7 @@ ALLOWED = {
         "torch", "numpy", "adapters", "errors", "ladder", "native", "packed_weight", "packing", "precision", "shells",
     },
     "skeleton": {
-        "torch", "transformers", "accelerate", "arch", "checkpoint", "errors", "ladder", "structured_section",
+        "torch", "transformers", "accelerate", "arch", "checkpoint", "errors", "ladder", "sized", "structured_section",
     },
     "slicing": {
         "torch", "transformers", "accelerate", "checkpoint", "choosing", "decoding", "errors", "files", "hub", "ladder",
@@ -225,13 +232,13 @@ ALLOWED = {
     "cli_induce": {"config", "inducing", "terminal"},
     "cli_search": {"allocating", "allocation_plot", "config", "descent", "errors", "search", "terminal"},
     "cli_plan": {"config", "errors", "plan_sizes", "planning", "report"},
-    "cli_prune": {"errors", "pruning", "structured", "terminal"},
-    "cli_structured": {"adding", "checkpoint", "cli_prune", "errors", "report", "terminal"},
+    "cli_prune": {"errors", "pruning", "sized", "structured", "structured_search", "structured_sizes", "terminal"},
+    "cli_structured": {"adding", "checkpoint", "cli_prune", "errors", "report", "structured_sizes", "terminal"},
     "cli_report": {"reporting", "terminal"},
     "cli": {
         "transformers", "checkpoint", "choosing", "cli_device", "cli_eval", "cli_export", "cli_induce", "cli_plan",
         "cli_prune", "cli_report", "cli_search", "cli_structured", "config", "errors", "files",
-        "hub", "inspection", "measure", "overlay", "peft_export", "pipeline", "precision", "report", "slicing",
+        "hub", "inspection", "measure", "overlay", "peft_export", "pipeline", "precision", "report", "sized", "slicing",
         "terminal", "transfer", "verify", "workers",
     },
 }  # fmt: skip

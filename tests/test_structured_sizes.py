@@ -15,24 +15,24 @@ SMOLLM2 = {"total": 3_538_944, "group_cost": 294_912, "num_groups": 3, "channel_
 def choose(sparsity, multiple=32, allowed=None, **shape):
     shape = {**SMOLLM2, **shape}
     return choose_sizes(
-        sparsity, **shape, multiple=multiple, allowed_groups=allowed or range(1, shape["num_groups"] + 1)
+        sparsity, num_blocks=2, **shape, multiple=multiple, allowed_groups=allowed or range(1, shape["num_groups"] + 1)
     )
 
 
 def test_smollm2_by_hand():
     """3 key/value heads cannot be halved: 2 stay, and the MLP loses 1,474,560 / 1,728 = 853.3 channels."""
     found = choose(0.5, multiple=1)
-    assert (found.groups, found.channels) == (2, 1536 - 853)
+    assert (found.groups, found.channels) == ((2, 2), (1536 - 853,) * 2)
     found = choose(0.5)
-    assert (found.groups, found.channels, found.removed) == (2, 672, 294_912 + 864 * 1_728)
+    assert (found.groups, found.channels, found.removed) == ((2, 2), (672, 672), 2 * (294_912 + 864 * 1_728))
     assert found.sparsity == pytest.approx(0.5052, abs=1e-4)
     found = choose(0.25)
-    assert (found.groups, found.channels) == (2, 1536 - 11 * 32), "2.25 heads; the MLP loses 341 channels"
+    assert (found.groups, found.channels) == ((2, 2), (1536 - 11 * 32,) * 2), "2.25 heads; the MLP loses 341 channels"
 
 
 def test_heads_that_must_stay():
     found = choose(0.5, allowed=[3])
-    assert (found.groups, found.channels) == (3, 1536 - 1024)
+    assert (found.groups, found.channels) == ((3, 3), (1536 - 1024,) * 2)
     with pytest.raises(ConfigError, match="0.8 of the blocks' linears cannot be removed; .* at most 0.734 can"):
         choose(0.8, allowed=[3])
 
@@ -43,10 +43,12 @@ def test_any_number_of_heads_meets_the_budget_to_half_a_multiple(heads, sparsity
     shape = {"num_groups": heads, "group_cost": 4 * 64 * 512, "num_channels": 2048, "channel_cost": 3 * 512}
     total = heads * shape["group_cost"] + 2048 * shape["channel_cost"]
     found = choose(sparsity, multiple=16, total=total, **shape)
-    assert 1 <= found.groups <= heads
-    assert abs(found.groups - (1 - sparsity) * heads) <= 0.5 or found.groups == 1
-    assert found.channels % 16 == 0
-    assert abs(found.removed - sparsity * total) <= 8 * shape["channel_cost"]
+    groups, channels = found.groups[0], found.channels[0]
+    assert (found.groups, found.channels) == ((groups, groups), (channels, channels))
+    assert 1 <= groups <= heads
+    assert abs(groups - (1 - sparsity) * heads) <= 0.5 or groups == 1
+    assert channels % 16 == 0
+    assert abs(found.removed / 2 - sparsity * total) <= 8 * shape["channel_cost"]
 
 
 @given(
@@ -69,11 +71,12 @@ def test_the_choice_is_the_best_one_there_is(sparsity, groups, group_cost, steps
         if "cannot be removed" in str(refused):
             assert all(error(kept) >= Fraction(multiple * channel_cost, 2) for kept in allowed)
         return
-    assert found.groups in allowed and 0 < found.removed < found.total
-    assert found.channels % multiple == 0 and 0 < found.channels <= found.num_channels
-    assert abs(found.removed - target) == error(found.groups) <= Fraction(multiple * channel_cost, 2)
+    kept_groups, channels = found.groups[0], found.channels[0]
+    assert kept_groups in allowed and 0 < found.removed < found.total == 2 * shape["total"]
+    assert channels % multiple == 0 and 0 < channels <= found.num_channels
+    assert abs(Fraction(found.removed, 2) - target) == error(kept_groups) <= Fraction(multiple * channel_cost, 2)
     wanted = (1 - Fraction(sparsity)) * groups
-    nearer = [kept for kept in allowed if abs(kept - wanted) < abs(found.groups - wanted)]
+    nearer = [kept for kept in allowed if abs(kept - wanted) < abs(kept_groups - wanted)]
     half = Fraction(multiple * channel_cost, 2)
     assert all(error(kept) >= half for kept in nearer), "a nearer count of heads would have met the budget too"
 

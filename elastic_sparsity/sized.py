@@ -1,0 +1,137 @@
+"""Models whose blocks differ in heads and MLP channels, which no config.json of transformers can say.
+
+The config gets one more field, `elastic_sizes`: what every block keeps. Its other fields hold the largest counts, for
+which transformers makes the model; then the blocks' linears are cut to their own. Opened without this module such a
+folder is refused by transformers, because the shapes differ. Attention takes its number of heads from the shapes of its
+linears, so nothing but these changes.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from elastic_sparsity.arch import decoder_blocks, is_transposed
+from elastic_sparsity.errors import ConfigError, UnsupportedModelError, brief
+from elastic_sparsity.wiring import Wiring, wiring_of
+
+FIELD = "elastic_sizes"
+GROUPS, CHANNELS = "key_value_heads", "channels"
+
+
+def with_sizes(config: Any, groups: Sequence[int], channels: Sequence[int]) -> Any:
+    """Notes in a config of the largest counts what every block keeps; nothing, if they are all alike."""
+    if len({*groups}) > 1 or len({*channels}) > 1:
+        setattr(config, FIELD, {GROUPS: list(groups), CHANNELS: list(channels)})
+    return config
+
+
+def sizes_field(config: Any) -> tuple[list[int], list[int]] | None:
+    """Key/value heads and MLP channels by block; None = all blocks are alike.
+
+    Raises: ConfigError: the field holds something else.
+    """
+    found = getattr(config, FIELD, None)
+    if found is None:
+        return None
+    row, depth = wiring_of(config), int(config.num_hidden_layers)
+    most = {GROUPS: _num_groups(config), CHANNELS: getattr(config, row.width_field, None)}
+    if not isinstance(found, dict) or set(found) != set(most):
+        raise ConfigError(f"config.json: {FIELD}: found {brief(found)}; expected lists {GROUPS} and {CHANNELS}.")
+    for name, counts in found.items():
+        plain = isinstance(counts, list) and all(type(count) is int for count in counts)
+        if not plain or len(counts) != depth or min(counts) < 1 or max(counts) != most[name]:
+            raise ConfigError(
+                f"config.json: {FIELD}.{name}: found {brief(counts)}; expected {depth} numbers from 1 to {most[name]}, "
+                "the largest of them among them."
+            )
+    if len({*found[GROUPS]}) > 1 and not heads_may_differ(row):
+        raise ConfigError(f"config.json: {FIELD}.{GROUPS}: {config.model_type} needs equal counts in every block.")
+    return found[GROUPS], found[CHANNELS]
+
+
+def _num_groups(config: Any) -> int:
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+
+
+def heads_may_differ(row: Wiring) -> bool:
+    """Whether blocks may keep different numbers of heads: a fused linear is split where the config says."""
+    return row.free_heads and not row.fused
+
+
+def check_equal_blocks(config: Any, what: str) -> None:
+    """Raises: UnsupportedModelError: a model whose blocks differ, of which `what` cannot be done."""
+    if getattr(config, FIELD, None) is not None:
+        raise UnsupportedModelError(
+            f"{what}: this model's blocks differ in heads and channels ({FIELD} in its config.json); take the model it "
+            "was made of."
+        )
+
+
+def opened_by(folder: Path) -> str:
+    """What to tell a user of a model that was just written."""
+    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if raw.get(FIELD) is None:
+        return "open it with AutoModelForCausalLM.from_pretrained"
+    return "its blocks differ in size, which transformers alone cannot read; open it with elastic_sparsity.load_pruned"
+
+
+def causal_lm(config: Any, dtype: torch.dtype | None = None) -> Any:
+    """A new model of a config, as `AutoModelForCausalLM.from_config` makes it, with every block's own sizes."""
+    from transformers import AutoModelForCausalLM  # slow import, only here
+
+    if sizes_field(config) is None:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model_class(config)._from_config(config, dtype=dtype)
+
+
+def model_class(config: Any) -> Any:
+    """What to call `from_pretrained` of: transformers' Auto class, or for unequal blocks one that cuts its linears.
+
+    The latter goes by its parent's name, which a saved config.json then holds.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM  # slow imports, only here
+
+    if sizes_field(config) is None:
+        return AutoModelForCausalLM
+    parent: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        parent.__init__(self, config, *args, **kwargs)
+        cut_(self)
+
+    return type(parent.__name__, (parent,), {"__init__": __init__, "__module__": parent.__module__})
+
+
+@torch.no_grad()
+def cut_(model: Any) -> None:
+    """Cuts the linears of a model of the largest counts to what every block keeps."""
+    found = sizes_field(model.config)
+    assert found is not None
+    row = wiring_of(model.config)
+    ends = [(row.down, row.mlp_inputs, found[1])]
+    if heads_may_differ(row):
+        ends.append((row.out, row.attention_inputs, found[0]))
+    for end, inputs, counts in ends:
+        for block, count in zip(decoder_blocks(model), counts, strict=True):
+            for path in inputs:
+                _cut_linear_(block.get_submodule(path), 0, count, max(counts))
+            _cut_linear_(block.get_submodule(end), 1, count, max(counts))
+
+
+def _cut_linear_(linear: nn.Module, dim: int, count: int, of: int) -> None:
+    """Leaves `count` of every `of` outputs (dim 0) or inputs (dim 1)."""
+    weight = linear.get_parameter("weight")
+    axis = 1 - dim if is_transposed(linear) else dim
+    size = weight.shape[axis] * count // of
+    linear.weight = nn.Parameter(weight.narrow(axis, 0, size).clone(), requires_grad=weight.requires_grad)
+    if dim == 0 and linear.bias is not None:
+        assert isinstance(linear.bias, nn.Parameter)
+        linear.bias = nn.Parameter(linear.bias[:size].clone(), requires_grad=linear.bias.requires_grad)
+    if hasattr(linear, "nf"):  # transformers' Conv1D
+        setattr(linear, "nx" if dim else "nf", size)
+    else:
+        setattr(linear, "in_features" if dim else "out_features", size)

@@ -1,0 +1,78 @@
+"""Counts by prices within a budget: against brute force, and what always holds."""
+
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from elastic_sparsity.errors import ConfigError
+from elastic_sparsity.unit_budget import UnitBudget, moved_within
+
+
+def cost(kept, start, prices, budget, curvature):
+    return sum(
+        curve[k] - curve[s] + curvature * ((k - s) / quantum) ** 2
+        for k, s, curve, quantum in zip(kept, start, prices, budget.quanta, strict=True)
+    )
+
+
+@st.composite
+def problems(draw):
+    count = draw(st.integers(1, 4))
+    steps = tuple(draw(st.integers(1, 3)) for _ in range(count))
+    totals = [step * draw(st.integers(1, 4)) for step in steps]
+    costs = tuple(draw(st.integers(1, 20)) for _ in range(count))
+    kept = [step * draw(st.integers(1, total // step)) for step, total in zip(steps, totals, strict=True)]
+    prices = [[draw(st.floats(-1, 1)) for _ in range(total + 1)] for total in totals]
+    most = sum(c * k for c, k in zip(costs, kept, strict=True)) + draw(st.integers(0, 30))
+    budget = UnitBudget(costs=costs, steps=steps, low=steps, high=tuple(totals), most=most)
+    return kept, prices, budget, draw(st.floats(0.1, 1)), draw(st.floats(0, 0.2))
+
+
+@settings(max_examples=200, deadline=None)
+@given(problems())
+def test_always_within_budget_reach_and_grid_and_never_dearer(problem):
+    kept, prices, budget, radius, curvature = problem
+    found = moved_within(kept, prices, budget, radius, curvature)
+    assert budget.spent(found) <= budget.most
+    for k, before, step, low, high, curve in zip(
+        found, kept, budget.steps, budget.low, budget.high, prices, strict=True
+    ):
+        assert low <= k <= high and (k - before) % step == 0
+        assert abs(k - before) <= max(step, radius * (len(curve) - 1))
+    assert cost(found, kept, prices, budget, curvature) <= 1e-12
+
+
+@settings(max_examples=100, deadline=None)
+@given(problems())
+def test_near_the_best_of_all(problem):
+    """Lagrange's relaxation is exact at its own price: nothing of as many parameters is cheaper."""
+    kept, prices, budget, _, curvature = problem
+    found = moved_within(kept, prices, budget, 1.0, curvature)
+    choices = [range(step, high + 1, step) for step, high in zip(budget.steps, budget.high, strict=True)]
+    best = min(
+        cost(other, kept, prices, budget, curvature)
+        for other in itertools.product(*choices)
+        if budget.spent(other) <= budget.most
+    )
+    ours = cost(found, kept, prices, budget, curvature)
+    widest = max(max(curve) - min(curve) for curve in prices) + curvature * 80**2
+    assert best - 1e-12 <= ours <= best + widest, "at most one branch's choice away from the best"
+
+
+def test_by_hand():
+    """Heads cost 5, channels 1 each; the third head of the first branch is worth more than five channels."""
+    budget = UnitBudget(costs=(5, 1), steps=(1, 1), low=(1, 1), high=(3, 10), most=20)
+    heads = [9.0, 6.0, 4.0, 1.0]
+    channels = [10 - k * 0.1 for k in range(11)]
+    assert moved_within([2, 10], [heads, channels], budget, 1.0, 0.0) == [3, 5]
+    assert moved_within([2, 10], [heads, channels], budget, 1.0, 1.0) == [2, 10], "dear by its curvature"
+    assert moved_within([2, 10], [heads, channels], budget, 0.2, 0.0) == [2, 10], "five channels are out of reach"
+    assert budget.quanta == [0.2, 1.0]
+
+
+def test_a_budget_that_is_exceeded_is_named():
+    budget = UnitBudget(costs=(5,), steps=(1,), low=(1,), high=(3,), most=9)
+    with pytest.raises(ConfigError, match="10 parameters are kept, more than the 9 allowed"):
+        moved_within([2], [[0.0] * 4], budget, 1.0, 0.0)
