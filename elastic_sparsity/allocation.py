@@ -233,3 +233,29 @@ def progressions(
         base = uniform(sizes, sparsities[level])
         done[level] = fitted(wanted, base, rules, *bounds(sizes, done, level, sparsities))
     return [done[level] for level in range(len(sparsities))]
+
+
+def by_linear(sizes: Sequence[Size], levels: Sequence[Kept]) -> dict[str, tuple[int, ...]]:
+    """What every level keeps, by linear's name."""
+    return {size.name: tuple(kept[i] for kept in levels) for i, size in enumerate(sizes)}
+
+
+def weakened(levels: Sequence[Kept], sizes: Sequence[Size], sparsities: Sequence[float], strength: float) -> list[Kept]:
+    """Nested levels part of the way from uniform to what `levels` keep.
+
+    A plan that is best for weights as they are goes too far for weights that are trained afterwards.
+
+    Args:
+        levels: kept by linear, of every level.
+        strength: 0 = uniform, 1 = unchanged.
+    Raises: ConfigError: see `fitted`.
+    """
+    if strength == 1:
+        return [list(kept) for kept in levels]
+    done: dict[int, Kept] = {}
+    rules = trade(sizes)
+    for level in from_the_middle(len(sparsities)):
+        base = uniform(sizes, sparsities[level])
+        wanted = [strength * kept + (1 - strength) * flat for kept, flat in zip(levels[level], base, strict=True)]
+        done[level] = fitted(wanted, base, rules, *bounds(sizes, done, level, sparsities))
+    return [done[level] for level in range(len(sparsities))]

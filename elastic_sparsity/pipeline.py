@@ -15,7 +15,7 @@ from torch import Tensor
 from elastic_sparsity.adapters import elastic_linears
 from elastic_sparsity.adding import add_levels, check_structured
 from elastic_sparsity.allocating import plan_in_run
-from elastic_sparsity.allocation import progressions
+from elastic_sparsity.allocation import by_linear, progressions, weakened
 from elastic_sparsity.allocation_file import allocation_of, load_plan
 from elastic_sparsity.allocator import return_freed_tensors_, usual_allocator_after
 from elastic_sparsity.arch import (
@@ -155,11 +155,16 @@ def _allocation(recipe: Recipe, model: Any) -> dict[str, tuple[int, ...]]:
     sizes, sparsities = linear_sizes(model), recipe.ladder.sparsities
     if recipe.allocation.plan is not None:
         path = Path(recipe.allocation.plan)
-        return allocation_of(load_plan(path), path, sizes, sparsities)
+        return _of_strength(recipe, model, allocation_of(load_plan(path), path, sizes, sparsities))
     if not any(recipe.slopes()):
         return {}
-    levels = progressions(sizes, linear_depths(model), sparsities, recipe.slopes())
-    return {size.name: tuple(kept[i] for kept in levels) for i, size in enumerate(sizes)}
+    return by_linear(sizes, progressions(sizes, linear_depths(model), sparsities, recipe.slopes()))
+
+
+def _of_strength(recipe: Recipe, model: Any, plan: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    sizes, sparsities = linear_sizes(model), recipe.ladder.sparsities
+    levels = [[plan[size.name][level] for size in sizes] for level in range(len(sparsities))]
+    return by_linear(sizes, weakened(levels, sizes, sparsities, recipe.allocation.strength))
 
 
 def run_allocation(job: Job) -> Job:
@@ -169,7 +174,7 @@ def run_allocation(job: Job) -> Job:
         return job
     plan = plan_in_run(job.base, job.token_ids_ST, recipe, job.folder.allocation, job.progress)
     found = allocation_of(plan, job.folder.allocation, linear_sizes(job.base.model), recipe.ladder.sparsities)
-    return replace(job, allocation=found)
+    return replace(job, allocation=_of_strength(recipe, job.base.model, found))
 
 
 def run_induction(job: Job) -> tuple[Job, dict[str, Any]]:

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from elastic_sparsity import ElasticCheckpoint, optimize
 from elastic_sparsity.allocating import METHODS, Allocating, allocate, allocate_on
-from elastic_sparsity.allocation import progressions, total, uniform
+from elastic_sparsity.allocation import by_linear, progressions, total, uniform, weakened
 from elastic_sparsity.allocation_file import allocation_of, load_plan
 from elastic_sparsity.arch import decoder_blocks, linears_of, weight_OI
 from elastic_sparsity.baselines import prune_one_shot_
@@ -202,9 +202,22 @@ def test_an_interrupted_search_goes_on_to_the_same_plan(plan_path, tmp_path):
         allocate(RECIPE, wanted(), path)
 
 
+def test_half_the_way_is_the_default(plan_path, tmp_path):
+    ladder = {"sparsities": SPARSITIES, "patterns": ("2:4",)}
+    recipe = tiny_recipe(ladder=ladder, allocation={"plan": str(plan_path)}, block={"steps": 0})
+    checkpoint, plan = optimize(recipe, tmp_path / "out"), load_plan(plan_path)
+    sizes = linear_sizes(tiny_model("llama"))
+    expected = by_linear(sizes, weakened([plan.level(i) for i in range(3)], sizes, SPARSITIES, 0.5))
+    assert {name: tuple(spec.kept) for name, spec in checkpoint.linears.items()} == expected
+    assert expected not in (
+        by_linear(sizes, [plan.level(i) for i in range(3)]),
+        by_linear(sizes, [uniform(sizes, sparsity) for sparsity in SPARSITIES]),
+    )
+
+
 def test_a_run_keeps_what_the_plan_says(plan_path, tmp_path):
     ladder = {"sparsities": SPARSITIES, "patterns": ("2:4",)}
-    optimize(tiny_recipe(ladder=ladder, allocation={"plan": str(plan_path)}), tmp_path / "out")
+    optimize(tiny_recipe(ladder=ladder, allocation={"plan": str(plan_path), "strength": 1.0}), tmp_path / "out")
     checkpoint, plan = ElasticCheckpoint(tmp_path / "out"), load_plan(plan_path)
     assert {name: list(spec.kept) for name, spec in checkpoint.linears.items()} == {
         name: linear.kept for name, linear in plan.linears.items()
@@ -222,7 +235,7 @@ def test_a_run_keeps_what_the_plan_says(plan_path, tmp_path):
 
 def test_a_run_searches_its_own_plan(tmp_path):
     """The same as the command's on the same text, and what the run says it kept."""
-    recipe = tiny_recipe(calibration={"samples": 24}, allocation={"search": True, "held_out": 16})
+    recipe = tiny_recipe(calibration={"samples": 24}, allocation={"search": True, "held_out": 16, "strength": 1.0})
     checkpoint = optimize(recipe, tmp_path / "out")
     plan = allocate(recipe, Allocating(), tmp_path / "plan.json")
     assert {name: list(spec.kept) for name, spec in checkpoint.linears.items()} == {

@@ -21,6 +21,7 @@ from elastic_sparsity.allocation import (
     total,
     trade,
     uniform,
+    weakened,
 )
 from elastic_sparsity.errors import ConfigError
 
@@ -171,6 +172,30 @@ def test_progressions_are_nested_and_of_the_budget_whatever_the_slopes(model, sl
         assert all(1 <= k <= size.width for k, size in zip(kept, sizes, strict=True))
     for denser, sparser in itertools.pairwise(levels):
         assert all(a >= b for a, b in zip(denser, sparser, strict=True))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    model=st.sampled_from(sorted(MODELS)),
+    slopes=st.lists(st.floats(-1, 1), min_size=3, max_size=3),
+    strength=st.floats(0, 1),
+)
+def test_weakened_levels_are_nested_of_the_budget_and_in_between(model, slopes, strength):
+    sizes, sparsities = MODELS[model], [0.5, 0.6, 0.7]
+    depths = [int(size.name.partition(".")[0]) for size in sizes]
+    levels = progressions(sizes, depths, sparsities, slopes)
+    flat = [uniform(sizes, sparsity) for sparsity in sparsities]
+    found = weakened(levels, sizes, sparsities, strength)
+    for kept, base in zip(found, flat, strict=True):
+        assert total(sizes, kept) == total(sizes, base)
+    for denser, sparser in itertools.pairwise(found):
+        assert all(a >= b for a, b in zip(denser, sparser, strict=True))
+    assert weakened(levels, sizes, sparsities, 0) == flat
+    assert weakened(levels, sizes, sparsities, 1) == levels
+    steps = trade(sizes).steps
+    for kept, base, whole in zip(found, flat, levels, strict=True):
+        for k, b, w, step in zip(kept, base, whole, steps, strict=True):
+            assert min(b, w) - 2 * step <= k <= max(b, w) + 2 * step
 
 
 def test_the_middle_comes_first():
