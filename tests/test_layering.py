@@ -189,7 +189,8 @@ ALLOWED = {
     },
     # layer 4: the flow
     "planning": {
-        "torch", "config", "errors", "memory_plan", "model_shapes", "plan_sizes", "precision", "probe", "work_plan",
+        "torch", "adding", "config", "errors", "memory_plan", "model_shapes", "plan_sizes", "precision", "probe",
+        "work_plan",
     },
     "pipeline": {
         "torch", "adapters", "adding", "allocating", "allocation", "allocation_file", "allocator", "arch", "attention",
