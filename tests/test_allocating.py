@@ -3,6 +3,7 @@
 import copy
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,13 +21,16 @@ from elastic_sparsity.cli import app
 from elastic_sparsity.descent import DescentSettings
 from elastic_sparsity.errors import ConfigError, NumericsError, OutputError, ShapeError
 from elastic_sparsity.ladder import Ladder
+from elastic_sparsity.model_shapes import read_shapes
 from elastic_sparsity.models import load_base
+from elastic_sparsity.plan_sizes import Sizes
 from elastic_sparsity.planning import plan
 from elastic_sparsity.search import SearchSettings
 from elastic_sparsity.slicing import load_level
 from elastic_sparsity.supernet import Supernet, TopKL, linear_depths, linear_sizes, top_kl
 from elastic_sparsity.tiny import tiny_model
 from elastic_sparsity.verify import verify
+from elastic_sparsity.work_plan import Timing, seconds_of
 from elastic_sparsity.workers import Workers
 
 SPARSITIES = (0.5, 0.6, 0.7)
@@ -287,6 +291,14 @@ def test_a_plan_counts_a_search_at_its_longest(tmp_path):
         block.register_forward_pre_hook(count, with_kwargs=True)
     allocate_on(base, token_ids, recipe, Allocating(), tmp_path / "plan.json", None, silent)
     planned = sum(work.passes for name, work in rows.items() if not name.startswith("head"))
+    timing = Timing(tokens=8, forward=1.0, step=7.0, masks=0.5, scale=2.0)
+    sizes = Sizes(read_shapes("random:llama"), recipe, found.choices)
+    seconds = seconds_of(sizes, found.work, timing)
+    renamed = [replace(work, name=f"row {i}") for i, work in enumerate(found.work)]
+    assert seconds_of(sizes, renamed, timing) == seconds  # a row is known by what it is, not by its name
+    others = [work for work in found.work if work is not rows["prices"]]
+    # A probe's forward pass takes 1/8 s a token; with a backward pass it is three times that.
+    assert seconds - seconds_of(sizes, others, timing) == pytest.approx(3 * rows["prices"].passes / 8)
     assert 0.2 * planned < counted <= planned + len(blocks) * recipe.block.batch_size * recipe.calibration.length
 
 
