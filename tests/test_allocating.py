@@ -4,6 +4,7 @@ import copy
 import json
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ from typer.testing import CliRunner
 
 from elastic_sparsity import ElasticCheckpoint, optimize
 from elastic_sparsity.allocating import METHODS, Allocating, allocate, allocate_on
-from elastic_sparsity.allocation import progressions, total, uniform
-from elastic_sparsity.allocation_file import allocation_of, load_plan
+from elastic_sparsity.allocation import Size, progressions, total, uniform
+from elastic_sparsity.allocation_file import allocation_of, check_unfinished, load_plan
 from elastic_sparsity.arch import decoder_blocks, linears_of, weight_OI
 from elastic_sparsity.baselines import prune_one_shot_
 from elastic_sparsity.calibration_text import calibration_tokens, silent
@@ -204,6 +205,30 @@ def test_an_interrupted_search_goes_on_to_the_same_plan(plan_path, tmp_path):
     assert path.read_bytes() == plan_path.read_bytes()
     with pytest.raises(OutputError, match="holds a finished plan"):
         allocate(RECIPE, wanted(), path)
+
+
+@pytest.mark.parametrize("missing", [("stalled",), ("stalled", "curvature")], ids=len)
+def test_an_older_plan_serves_only_if_it_is_finished(missing, tmp_path):
+    """Before `stalled` there was `refused`, which no version reads now."""
+    path = tmp_path / "p.json"
+    shipped = Path(__file__).parents[1] / "benchmarks" / "results" / "allocation-plan-2026-11-27.json"
+    data, whole = json.loads(shipped.read_text()), load_plan(shipped)
+    assert data["descents"].keys() == {"0.5", "0.6", "0.7"}
+    for descent in data["descents"].values():
+        descent["refused"] = 1
+        for name in missing:
+            del descent[name]
+    path.write_text(json.dumps(data))
+    sizes = [Size(name=name, rows=x.shape[0], width=x.shape[1]) for name, x in whole.linears.items()]
+    kept = allocation_of(load_plan(path), path, sizes, whole.sparsities)
+    assert kept == allocation_of(whole, shipped, sizes, whole.sparsities)
+    path.write_text(json.dumps({**data, "finished": False}))
+    with pytest.raises(OutputError, match=r"p\.json: holds an unfinished search of an older version.*delete it"):
+        check_unfinished(load_plan(path), whole, path)
+    check_unfinished(whole, whole, path)  # one with all of it goes on
+    path.write_text(json.dumps({**data, "descents": {"0.5": {"losses": [1.0], "stale": 1}}}))
+    with pytest.raises(ConfigError, match="no allocation plan: .descents.0.5.stale"):
+        load_plan(path)
 
 
 def test_a_run_keeps_what_the_plan_says(plan_path, tmp_path):
