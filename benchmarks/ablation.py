@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from cells import check_texts, exit_on_error, read_result
+from cells import check_texts, differences, exit_on_error, read_result, text_hashes
 from rich.console import Console
 from rich.table import Table
 
@@ -91,6 +91,7 @@ def main() -> None:
     }
     common = {**small, "window": args.window, "windows": args.windows, "end_to_end_steps": args.steps}
     common["calibration"] = {**small["calibration"], "source": Path(args.calibration).name}
+    common |= text_hashes(args)
     jobs = []
     if args.part != "end-to-end":
         jobs += [("block phase only", n, merged(small, OFF, c)) for n, c in BLOCK_PHASE.items()]
@@ -99,8 +100,9 @@ def main() -> None:
         jobs += [("with end to end", n, merged(small, end, c)) for n, c in END_TO_END.items()]
     args.output.parent.mkdir(parents=True, exist_ok=True)
     before = read_result(args.output, ("common", "rows")) if args.output.exists() else {"rows": [], "common": common}
-    if before["common"] != common:
-        parser.error(f"{args.output} holds rows made with {before['common']}; move it away or ask for the same.")
+    other = differences(before["common"], common)
+    if other:
+        parser.error(f"{args.output}: is of another question: {other}; move it away, or ask for the same.")
     done = before["rows"]
     for part, name, changes in jobs:
         if any(row["name"] == name and row["part"] == part for row in done):

@@ -15,28 +15,44 @@ import torch
 from elastic_sparsity.data import read_text
 from elastic_sparsity.doctor import read_facts
 from elastic_sparsity.errors import ElasticSparsityError, OutputError
+from elastic_sparsity.files import file_sha256, is_file
 from elastic_sparsity.pipeline import versions
 from elastic_sparsity.precision import default_device
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
+TEXTS = ("calibration", "evaluation")  # the arguments that name a text
+NOTHING = "not recorded"
 
 
 def question_of(args: argparse.Namespace, left_out: tuple[str, ...]) -> dict[str, Any]:
-    """The arguments that a figure depends on; of files only the names."""
+    """The arguments that a figure depends on; of the texts the names, and what they hold."""
     places = ("name", "restart", "results")
     question = {name: value for name, value in vars(args).items() if name not in (*left_out, *places)}
-    return question | {name: Path(question[name]).name for name in ("calibration", "evaluation")}
+    return question | {name: Path(question[name]).name for name in TEXTS} | text_hashes(args)
+
+
+def text_hashes(args: argparse.Namespace) -> dict[str, str | None]:
+    """16 digits of each text file's sha256; None for the name of a data set, or "self": there is no file."""
+    sources = {name: getattr(args, name) for name in TEXTS}
+    return {
+        f"{name}_text_sha256": file_sha256(Path(source))[:16] if is_file(source) else None
+        for name, source in sources.items()
+    }
+
+
+def differences(asked: dict[str, Any], question: dict[str, Any]) -> str:
+    """In words, what two questions do not agree in; empty if they are one. A key that is missing counts as None."""
+    differing = [key for key in {**asked, **question} if asked.get(key) != question.get(key)]
+    return "; ".join(f"{key}: {asked.get(key, NOTHING)}, now {question.get(key, NOTHING)}" for key in differing)
 
 
 def begin(args: argparse.Namespace, file: Path, question: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """The result so far, if it is of the same question and `--restart` was not given; else `new` with the question."""
     if file.is_file() and not args.restart:
         found = read_result(file, ("question",))
-        asked = found["question"]
-        differing = [key for key in {**asked, **question} if asked.get(key) != question.get(key)]
-        if differing:
-            both = "; ".join(f"{key}: {asked.get(key)}, now {question.get(key)}" for key in differing)
+        both = differences(found["question"], question)
+        if both:
             raise SystemExit(f"{file}: is of another question: {both}. Give --restart or another --name.")
         return found
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -134,7 +134,7 @@ def planned_passes(recipe: Recipe, shapes: ModelShapes, blocks: int = 0) -> dict
     depth, passes = shapes.depth, dict.fromkeys(DIRECTIONS, 0)
     for work in schedules.planned_work(recipe, shapes):
         stopped = {"blocks' arguments": depth, "next inputs": blocks + 1}.get(work.name, blocks)
-        if work.name == "head":
+        if work.is_head:
             continue
         if blocks and blocks < depth:
             part = schedules.planned_work(recipe, replace(shapes, depth=stopped))

@@ -143,7 +143,7 @@ class Maker:
             raise ConfigError(f"{cell.method}: is trained; name a folder outside the repository with --work.")
         whole = cell.method in ("elastic", "epts")
         name = f"{cell.method}-s{cell.seed}" if whole else f"{cell.method}-{level.name.replace(':', 'of')}-s{cell.seed}"
-        return trained(self.recipe_of(level, cell), self.work / name)
+        return trained(self.recipe_of(level, cell), self.work / name, self.base)
 
     def recipe_of(self, level: Level, cell: Cell) -> Recipe:
         recipe = schedules.elastic(self.recipe, cell.seed)

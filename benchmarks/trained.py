@@ -8,10 +8,13 @@ from typing import Any
 from cells import log, stamp
 
 from elastic_sparsity import ElasticCheckpoint, optimize
+from elastic_sparsity.calibration_text import calibration_tokens
 from elastic_sparsity.config import Recipe
+from elastic_sparsity.data import token_hash
 from elastic_sparsity.errors import ConfigError
 from elastic_sparsity.files import write_json
 from elastic_sparsity.manifest import CONFIG_NAME
+from elastic_sparsity.models import BaseModel
 
 KEEP_EVERY = 10.0  # seconds between notes of the time spent
 
@@ -38,10 +41,10 @@ class Sittings:
             write_json(self.file, self.all)
 
 
-def trained(recipe: Recipe, folder: Path) -> tuple[ElasticCheckpoint, list[dict[str, Any]]]:
-    """The checkpoint that a recipe makes, trained now unless it is there, and the sittings it took.
+def trained(recipe: Recipe, folder: Path, base: BaseModel) -> tuple[ElasticCheckpoint, list[dict[str, Any]]]:
+    """The checkpoint that a recipe makes of `base`, trained now unless it is there, and the sittings it took.
 
-    Raises: ConfigError: if another recipe's is there.
+    Raises: ConfigError: if another recipe's is there, or one of another text with the same name.
     """
     sittings = Sittings(folder.with_name(f"{folder.name}.sittings.json"))
     if not (folder / CONFIG_NAME).is_file():
@@ -66,11 +69,17 @@ def trained(recipe: Recipe, folder: Path) -> tuple[ElasticCheckpoint, list[dict[
             f"{folder}: was made by another recipe, which differs in {', '.join(differing)}; name another --work "
             "folder, or move it away."
         )
+    recorded, asked = checkpoint.config["data"]["calibration_sha256"], token_hash(calibration_tokens(recipe, base)[0])
+    if recorded != asked:
+        raise ConfigError(
+            f"{folder}: was made with calibration tokens of sha256 {recorded[:16]}, the text now gives {asked[:16]}; "
+            "name another --work folder, or move it away."
+        )
     return checkpoint, sittings.all
 
 
 def question(recipe: dict[str, Any]) -> dict[str, Any]:
-    """The sections of a recipe that a checkpoint's weights depend on; of the text only its name."""
+    """The sections of a recipe that a checkpoint's weights depend on; of its text the name: `trained` compares it."""
     sections = {name: value for name, value in recipe.items() if name not in ("evaluation", "memory")}
     source = Path(recipe["calibration"]["source"]).name
     return sections | {"calibration": {**recipe["calibration"], "source": source}}

@@ -260,7 +260,7 @@ def _descend(
 ) -> None:
     name, steps = repr(plan.sparsities[level]), wanted.descent.steps
     begun = plan.descents.get(name)
-    state = (plan.held_out_kl[name], 0.0, 0) if begun is None else (begun.losses, begun.curvature, begun.stalled)
+    state = (plan.held_out_kl[name], 0.0, 0) if begun is None else begun.state
 
     def on_step(now: Descended) -> None:
         keep({"descents": DescentPlan(losses=now.losses, curvature=now.curvature, stalled=now.stalled)}, now.kept)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from elastic_sparsity.allocation import Kept, Size, total, uniform
 from elastic_sparsity.errors import ConfigError, OutputError, brief
@@ -27,12 +27,28 @@ class LinearPlan(BaseModel):
 
 
 class DescentPlan(BaseModel):
-    """Where a level's descent stands, see `descent.Descended`."""
+    """Where a level's descent stands, see `descent.Descended`.
+
+    Only the next step needs `curvature` and `stalled`, and a finished plan has none: one of a version that did not
+    note them yet serves as well. An unfinished one does not, see `check_unfinished`.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
     losses: list[FiniteFloat] = Field(min_length=1)
-    curvature: FiniteFloat
-    stalled: int
+    curvature: FiniteFloat | None = None
+    stalled: int | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_refused(cls, data: Any) -> Any:
+        """`refused` is what plans counted before `stalled`: no step goes by it any more."""
+        return {name: value for name, value in data.items() if name != "refused"} if isinstance(data, dict) else data
+
+    @property
+    def state(self) -> tuple[list[float], float, int]:
+        """Losses, curvature and stalled of a descent that can go on: `check_unfinished` let it pass."""
+        assert self.curvature is not None and self.stalled is not None
+        return self.losses, self.curvature, self.stalled
 
 
 class AllocationPlan(BaseModel):
@@ -87,8 +103,14 @@ def load_plan(path: Path) -> AllocationPlan:
 def check_unfinished(plan: AllocationPlan, fresh: AllocationPlan, path: Path) -> None:
     """Whether a search that would make `fresh` can go on with what was kept of it.
 
-    Raises: OutputError: another search's, or damaged.
+    Raises: OutputError: another search's, of a version that noted less, or damaged.
     """
+    for level, descent in plan.descents.items():
+        if descent.curvature is None or descent.stalled is None:
+            raise OutputError(
+                f"{path}: holds an unfinished search of an older version, which did not note curvature and stalled "
+                f"(descents.{brief(level)}); it cannot go on: delete it or name another output."
+            )
     if (plan.made, plan.sparsities) != (fresh.made, fresh.sparsities):
         raise OutputError(f"{path}: holds an unfinished search of other settings; name another output.")
     names = [repr(sparsity) for sparsity in fresh.sparsities]

@@ -198,7 +198,10 @@ def _square_sums(
     autocast: Callable[[], Any],
     sum_: Callable[[list[Tensor]], None],
 ) -> dict[str, InputStatistics]:
-    """Input statistics of all linears in the dense model."""
+    """Input statistics of all linears in the dense model.
+
+    Unlike `block_statistics`, an object each, made before: a worker that has no sample of a small batch adds zeros.
+    """
     linears = linears_of(model)
     found = {
         name: InputStatistics(weight_OI(x).shape[1], gram=False, device=weight_OI(x).device)

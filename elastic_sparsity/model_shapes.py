@@ -114,9 +114,7 @@ def read_shapes(model_id: str, dtype: str = "auto", config_file: Path | None = N
         stored = DTYPES[dtype] if dtype != "auto" else config.dtype or torch.float32
         if not isinstance(stored, torch.dtype):
             stored = DTYPES[str(stored)]
-        with torch.device("meta"):
-            model = _empty(config, stored)
-        model.tie_weights()
+        model = _empty(config, stored)
         has_weights = config_file is None and any(_folder(model_id).glob("*.safetensors"))
         return _shapes_of(model, model_id, stored.itemsize, has_weights or is_file(model_id))
     except ElasticSparsityError:
@@ -159,10 +157,25 @@ def model_config(model_id: str, config_file: Path | None = None) -> Any:
     return checked_config(folder if is_folder(folder) else model_id)
 
 
+def empty_model(model_id: str, config_file: Path | None = None) -> Any:
+    """A causal LM for code that asks a model for shapes: every weight is one zero, expanded, which takes no memory.
+
+    Call `read_shapes` first: it names what is wrong with a model or a config; here that raises what transformers does.
+    """
+    model = _empty(model_config(model_id, config_file), torch.float32)
+    for module in model.modules():  # off the meta device, whose linears `wiring` refuses as not loaded
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(torch.zeros(()).expand(parameter.shape), requires_grad=False))
+    return model
+
+
 def _empty(config: Any, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM  # slow import, only here
 
-    return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()
+    return model
 
 
 def _shapes_of(model: Any, name: str, stored: int, has_weights: bool) -> ModelShapes:

@@ -64,6 +64,9 @@ class Work:
         direction: "forward", or "forward and backward".
         passes: token-passes.
         flops: floating-point operations of matrix products, attention and merging.
+        is_head: whether its passes are through the head, not through blocks.
+        in_steps: whether it is the training steps that a probe times whole; other passes take a forward's time each,
+            and with a backward pass three times that.
     """
 
     name: str
@@ -71,11 +74,8 @@ class Work:
     direction: str
     passes: int
     flops: float
-
-    @property
-    def is_head(self) -> bool:
-        """Whether its passes are through the head, not through blocks."""
-        return self.name.startswith("head")
+    is_head: bool = False
+    in_steps: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,10 +9,11 @@ from typing import Any
 import psutil
 import torch
 
+from elastic_sparsity.adding import check_structured
 from elastic_sparsity.config import Recipe, make_recipe
 from elastic_sparsity.errors import ConfigError, MemoryPlanError
 from elastic_sparsity.memory_plan import memory_terms, peaks
-from elastic_sparsity.model_shapes import ModelShapes, model_config, read_shapes
+from elastic_sparsity.model_shapes import ModelShapes, empty_model, model_config, read_shapes
 from elastic_sparsity.plan_sizes import Choices, Peak, Sizes, Term, Work
 from elastic_sparsity.precision import DTYPES, default_device, resolve_precision
 from elastic_sparsity.work_plan import Timing, seconds_of, work_of
@@ -87,9 +88,12 @@ def plan(
         limits: bytes of "device", "host" and "disk"; a missing place is not limited (plan for other machines).
         gpu: plan for a GPU; None = as this machine is, or yes if `limits` names the device.
         probe: time a block with random weights here; None = if the model's weights are here.
-    Raises: ConfigError, UnsupportedModelError. Not if it does not fit: see `Plan.check`.
+    Raises: ConfigError (also for structured fractions that a run would refuse), UnsupportedModelError. Not if it does
+        not fit: see `Plan.check`.
     """
     shapes = read_shapes(recipe.model.id, recipe.model.dtype, config_file)
+    if recipe.structured.fractions:
+        check_structured(recipe, empty_model(recipe.model.id, config_file))
     limits = dict(limits or {})
     wrong = sorted(limits.keys() - {"device", "host", "disk"})
     if wrong or any(size <= 0 for size in limits.values()):

@@ -5,8 +5,11 @@ Letters: I inputs of a branch's last linear, S samples, T tokens, D width.
 
 from collections.abc import Iterator
 
+from elastic_sparsity.allocation import TOP
+from elastic_sparsity.descent import DescentSettings
 from elastic_sparsity.model_shapes import LinearShape, ModelShapes
 from elastic_sparsity.plan_sizes import Sizes, Term, Work
+from elastic_sparsity.structured_sizes import HELD_OUT
 from elastic_sparsity.wiring import WIRINGS
 
 PHASE = "structured"
@@ -51,6 +54,27 @@ def structured_terms(z: Sizes) -> Iterator[Term]:
             place="device", stages=STAGE,
             why=f"I x I with I = {width:,}: in float32, and 4 in float64; 3 weights I x D in float64",
         )  # fmt: skip
+    if wanted.search != "none":
+        yield from _search_terms(z)
+
+
+def _search_terms(z: Sizes) -> Iterator[Term]:
+    s, length = z.shapes, z.recipe.calibration.length
+    each = sum(8 * x.inputs**2 + 12 * x.inputs * x.outputs for x in ends_of(s))
+    yield Term(
+        name="factors of all branches", bytes=s.depth * each, place="device", stages=STAGE,
+        why=f"{s.depth} blocks x (I x I and I x D in float64, I x D in float32) of their branches' ends",
+    )  # fmt: skip
+    top = min(TOP, s.vocabulary - 1)
+    yield Term(
+        name="the dense model's likeliest tokens", bytes=HELD_OUT * length * top * 8, place="device", stages=STAGE,
+        why=f"{HELD_OUT} samples x T x {top} tokens x 8",
+    )  # fmt: skip
+    if z.recipe.structured.search == "blocks":
+        yield Term(
+            name="activations kept for the backward pass", bytes=s.depth * z.kept_for_backward(length), place="device",
+            stages=STAGE, why=f"{s.depth} blocks x {z.kept_for_backward(length) // length:,} bytes a token x T",
+        )  # fmt: skip
 
 
 def structured_work(z: Sizes) -> list[Work]:
@@ -66,8 +90,32 @@ def structured_work(z: Sizes) -> list[Work]:
         # Factor, inverse and factor in order: 4/3 I^3. Downdates: 2 I^3, and 2 I^2 D; the refit 3 I^2 D.
         each = sum(10 / 3 * x.inputs**3 + 5.0 * x.inputs**2 * x.outputs for x in ends_of(s))
         flops = each * s.depth * len(wanted.fractions)
-        rows.append(Work(name="orders and refits", phase=PHASE, direction="forward", passes=0, flops=flops))
-    return rows
+        searches = 1 + (wanted.search != "none")
+        rows.append(Work(name="orders and refits", phase=PHASE, direction="forward", passes=0, flops=flops * searches))
+    return [*rows, *_search_work(z, forward)]
+
+
+def _search_work(z: Sizes, forward: int) -> Iterator[Work]:
+    """Of a descent at its longest; mostly it ends sooner. Judging the head's logits is counted apart."""
+    s, wanted, length = z.shapes, z.recipe.structured, z.recipe.calibration.length
+    if wanted.search == "none":
+        return
+    count, held = len(wanted.fractions), HELD_OUT * length
+    scored = PASSES * s.depth * (z.recipe.block.samples * length - held) * count
+    steps = DescentSettings().steps if wanted.search == "blocks" else 0
+    judged = (1 + s.kv_heads + steps) * held * count
+    head = 2.0 * s.width * s.vocabulary
+    rows = [("inputs for the search's orders", scored, 0, 1), ("judgements", s.depth * judged, judged, 1)]
+    if steps:
+        rows.append(("gradients", s.depth * steps * held * count, steps * held * count, 3))
+    for name, passes, heads, times in rows:
+        direction = "forward" if times == 1 else "forward and backward"
+        yield Work(name=name, phase=PHASE, direction=direction, passes=passes, flops=passes * forward * times)
+        if heads:
+            flops = heads * head * (1 if times == 1 else 2)
+            yield Work(
+                name=f"head of {name}", phase=PHASE, direction=direction, passes=heads, flops=flops, is_head=True
+            )
 
 
 def ends_of(s: ModelShapes) -> list[LinearShape]:

@@ -19,7 +19,7 @@ from elastic_sparsity.errors import ConfigError
 from elastic_sparsity.fused_layers import fused_layers
 from elastic_sparsity.sized import heads_may_differ
 from elastic_sparsity.structured_parts import expressible_groups, sizes_for
-from elastic_sparsity.structured_sizes import Sizes
+from elastic_sparsity.structured_sizes import HELD_OUT, Sizes
 from elastic_sparsity.supernet import TopKL
 from elastic_sparsity.unit_budget import UnitBudget, moved_within
 from elastic_sparsity.unit_net import UnitNet
@@ -27,7 +27,6 @@ from elastic_sparsity.wiring import wiring_of
 
 Search = Literal["none", "equal", "blocks"]
 SEARCHES: tuple[str, ...] = get_args(Search)
-HELD_OUT = 16  # calibration samples that judge
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,8 @@ from math import floor
 
 from elastic_sparsity.errors import ConfigError
 
+HELD_OUT = 16  # calibration samples by which a search of counts judges
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:

@@ -11,6 +11,9 @@ from elastic_sparsity.descent import DescentSettings
 from elastic_sparsity.plan_sizes import Sizes, Work
 from elastic_sparsity.structured_plan import structured_work
 
+FORWARD, BOTH = "forward", "forward and backward"
+GRADIENT, STEP = "gradient", "step"  # of both: passes by themselves, and those in a training step
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Timing:
@@ -49,40 +52,40 @@ def work_of(z: Sizes) -> list[Work]:
         judged = 4 * len(z.recipe.build_ladder().levels) * z.recipe.induction.held_out * length
         given = min(z.recipe.induction.samples, z.recipe.calibration.samples) * length
         rows += [
-            ("input norms, held-out KL", "induction", "forward", s.depth * (given + judged), 0),
-            ("dense logits", "induction", "forward", s.depth * learned, 0),
-            ("scales", "induction", "forward and backward", s.depth * learned, 0),
+            ("input norms, held-out KL", "induction", FORWARD, s.depth * (given + judged), 0),
+            ("dense logits", "induction", FORWARD, s.depth * learned, 0),
+            ("scales", "induction", STEP, s.depth * learned, 0),
         ]
     rows += [
-        ("blocks' arguments", "block phase", "forward", s.depth * sum(batches) * length, 0),
-        ("dense targets", "block phase", "forward", s.depth * tokens, 0),
+        ("blocks' arguments", "block phase", FORWARD, s.depth * sum(batches) * length, 0),
+        ("dense targets", "block phase", FORWARD, s.depth * tokens, 0),
         # The first block's streams are all the embeddings.
-        ("statistics", "block phase", "forward", (1 + (s.depth - 1) * inputs) * tokens, 0),
-        ("training", "block phase", "forward and backward", s.depth * trained, s.depth * block.steps * groups),
-        ("next inputs", "block phase", "forward", (s.depth - 1) * tokens * outputs, 0),
+        ("statistics", "block phase", FORWARD, (1 + (s.depth - 1) * inputs) * tokens, 0),
+        ("training", "block phase", STEP, s.depth * trained, s.depth * block.steps * groups),
+        ("next inputs", "block phase", FORWARD, (s.depth - 1) * tokens * outputs, 0),
     ]
     if z.choices.trainable != "off":
         steps = wanted.steps * wanted.batch_size * length
         rows += [
-            ("dense logits", "end to end", "forward", s.depth * steps, 0),
-            ("training", "end to end", "forward and backward", s.depth * steps, s.depth * wanted.steps),
+            ("dense logits", "end to end", FORWARD, s.depth * steps, 0),
+            ("training", "end to end", STEP, s.depth * steps, s.depth * wanted.steps),
         ]
     found = [
-        Work(name=name, phase=phase, direction=direction, passes=passes,
-             flops=passes * forward * (1 if direction == "forward" else 3) + 3 * merges * merge)
-        for name, phase, direction, passes, merges in rows if passes
+        Work(name=name, phase=phase, direction=FORWARD if kind == FORWARD else BOTH, passes=passes,
+             flops=passes * forward * (1 if kind == FORWARD else 3) + 3 * merges * merge, in_steps=kind == STEP)
+        for name, phase, kind, passes, merges in rows if passes
     ]  # fmt: skip
     for work in [work for work in found if work.phase == "allocation" and work.name != "scores"]:
         passes = work.passes // s.depth
-        flops = 2.0 * s.width * s.vocabulary * passes * (1 if work.direction == "forward" else 2)
-        found.append(replace(work, name=f"head of {work.name}", passes=passes, flops=flops))
+        flops = 2.0 * s.width * s.vocabulary * passes * (1 if work.direction == FORWARD else 2)
+        found.append(replace(work, name=f"head of {work.name}", passes=passes, flops=flops, is_head=True))
     # Both models' logits, and the gradient of the student's final states.
     induced = z.recipe.induction.steps * z.recipe.induction.batch_size * length
     trained = wanted.steps * wanted.batch_size * length if z.choices.trainable != "off" else 0
     for phase, steps in (("induction", induced), ("end to end", trained)):
-        flops, both = 3 * 2.0 * s.width * s.vocabulary * steps, "forward and backward"
+        flops = 3 * 2.0 * s.width * s.vocabulary * steps
         if steps:
-            found.append(Work(name="head", phase=phase, direction=both, passes=2 * steps, flops=flops))
+            found.append(Work(name="head", phase=phase, direction=BOTH, passes=2 * steps, flops=flops, is_head=True))
     return [*found, *structured_work(z)]
 
 
@@ -96,9 +99,9 @@ def _allocation(z: Sizes) -> Iterator[tuple[str, str, str, int, int]]:
     steps = DescentSettings().steps
     starts = 2 + len(SLOPES) + levels - 1
     judged = levels * (starts + steps + 1) * held
-    yield "scores", "allocation", "forward", s.depth * 2 * scored, 0
-    yield "judgements", "allocation", "forward", s.depth * (held + judged), 0
-    yield "prices", "allocation", "forward and backward", s.depth * levels * steps * held, 0
+    yield "scores", "allocation", FORWARD, s.depth * 2 * scored, 0
+    yield "judgements", "allocation", FORWARD, s.depth * (held + judged), 0
+    yield "prices", "allocation", GRADIENT, s.depth * levels * steps * held, 0
 
 
 def seconds_of(z: Sizes, works: Sequence[Work], timing: Timing) -> float:
@@ -106,9 +109,8 @@ def seconds_of(z: Sizes, works: Sequence[Work], timing: Timing) -> float:
     block, depth, groups = z.recipe.block, z.shapes.depth, z.recipe.build_ladder().num_groups
     per_token = timing.forward / timing.tokens
     step = timing.step * timing.scale
-    forwards = sum(w.passes for w in works if w.direction == "forward" and not w.is_head) * per_token
-    total = forwards + depth * (block.steps * step + timing.masks)
-    total += sum(3 * w.passes for w in works if w.name == "prices") * per_token
+    passes = sum((1 if w.direction == FORWARD else 3) * w.passes for w in works if not (w.is_head or w.in_steps))
+    total = passes * per_token + depth * (block.steps * step + timing.masks)
     induction = z.recipe.induction
     if induction.steps:  # a step masks every linear, and makes every weight's gradient
         one_level = step / groups * induction.batch_size / block.batch_size

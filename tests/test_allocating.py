@@ -3,6 +3,8 @@
 import copy
 import json
 from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +13,8 @@ from typer.testing import CliRunner
 
 from elastic_sparsity import ElasticCheckpoint, optimize
 from elastic_sparsity.allocating import METHODS, Allocating, allocate, allocate_on
-from elastic_sparsity.allocation import by_linear, progressions, total, uniform, weakened
-from elastic_sparsity.allocation_file import allocation_of, load_plan
+from elastic_sparsity.allocation import Size, by_linear, progressions, total, uniform, weakened
+from elastic_sparsity.allocation_file import allocation_of, check_unfinished, load_plan
 from elastic_sparsity.arch import decoder_blocks, linears_of, weight_OI
 from elastic_sparsity.baselines import prune_one_shot_
 from elastic_sparsity.calibration_text import calibration_tokens, silent
@@ -20,13 +22,16 @@ from elastic_sparsity.cli import app
 from elastic_sparsity.descent import DescentSettings
 from elastic_sparsity.errors import ConfigError, NumericsError, OutputError, ShapeError
 from elastic_sparsity.ladder import Ladder
+from elastic_sparsity.model_shapes import read_shapes
 from elastic_sparsity.models import load_base
+from elastic_sparsity.plan_sizes import Sizes
 from elastic_sparsity.planning import plan
 from elastic_sparsity.search import SearchSettings
 from elastic_sparsity.slicing import load_level
 from elastic_sparsity.supernet import Supernet, TopKL, linear_depths, linear_sizes, top_kl
 from elastic_sparsity.tiny import tiny_model
 from elastic_sparsity.verify import verify
+from elastic_sparsity.work_plan import Timing, seconds_of
 from elastic_sparsity.workers import Workers
 
 SPARSITIES = (0.5, 0.6, 0.7)
@@ -215,6 +220,30 @@ def test_half_the_way_is_the_default(plan_path, tmp_path):
     )
 
 
+@pytest.mark.parametrize("missing", [("stalled",), ("stalled", "curvature")], ids=len)
+def test_an_older_plan_serves_only_if_it_is_finished(missing, tmp_path):
+    """Before `stalled` there was `refused`, which no version reads now."""
+    path = tmp_path / "p.json"
+    shipped = Path(__file__).parents[1] / "benchmarks" / "results" / "allocation-plan-2026-11-27.json"
+    data, whole = json.loads(shipped.read_text()), load_plan(shipped)
+    assert data["descents"].keys() == {"0.5", "0.6", "0.7"}
+    for descent in data["descents"].values():
+        descent["refused"] = 1
+        for name in missing:
+            del descent[name]
+    path.write_text(json.dumps(data))
+    sizes = [Size(name=name, rows=x.shape[0], width=x.shape[1]) for name, x in whole.linears.items()]
+    kept = allocation_of(load_plan(path), path, sizes, whole.sparsities)
+    assert kept == allocation_of(whole, shipped, sizes, whole.sparsities)
+    path.write_text(json.dumps({**data, "finished": False}))
+    with pytest.raises(OutputError, match=r"p\.json: holds an unfinished search of an older version.*delete it"):
+        check_unfinished(load_plan(path), whole, path)
+    check_unfinished(whole, whole, path)  # one with all of it goes on
+    path.write_text(json.dumps({**data, "descents": {"0.5": {"losses": [1.0], "stale": 1}}}))
+    with pytest.raises(ConfigError, match="no allocation plan: .descents.0.5.stale"):
+        load_plan(path)
+
+
 def test_a_run_keeps_what_the_plan_says(plan_path, tmp_path):
     ladder = {"sparsities": SPARSITIES, "patterns": ("2:4",)}
     optimize(tiny_recipe(ladder=ladder, allocation={"plan": str(plan_path), "strength": 1.0}), tmp_path / "out")
@@ -300,6 +329,14 @@ def test_a_plan_counts_a_search_at_its_longest(tmp_path):
         block.register_forward_pre_hook(count, with_kwargs=True)
     allocate_on(base, token_ids, recipe, Allocating(), tmp_path / "plan.json", None, silent)
     planned = sum(work.passes for name, work in rows.items() if not name.startswith("head"))
+    timing = Timing(tokens=8, forward=1.0, step=7.0, masks=0.5, scale=2.0)
+    sizes = Sizes(read_shapes("random:llama"), recipe, found.choices)
+    seconds = seconds_of(sizes, found.work, timing)
+    renamed = [replace(work, name=f"row {i}") for i, work in enumerate(found.work)]
+    assert seconds_of(sizes, renamed, timing) == seconds  # a row is known by what it is, not by its name
+    others = [work for work in found.work if work is not rows["prices"]]
+    # A probe's forward pass takes 1/8 s a token; with a backward pass it is three times that.
+    assert seconds - seconds_of(sizes, others, timing) == pytest.approx(3 * rows["prices"].passes / 8)
     assert 0.2 * planned < counted <= planned + len(blocks) * recipe.block.batch_size * recipe.calibration.length
 
 

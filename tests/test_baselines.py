@@ -31,6 +31,30 @@ def linears_of(model):
     return [weight_OI(block.get_submodule(path)) for block in decoder_blocks(model) for path in row.linears]
 
 
+@pytest.fixture(scope="module")
+def dense():
+    """Of every block of the dense model: its linears, and the statistics of their inputs on the dense stream."""
+    model, found = tiny_model("llama"), []
+    blocks = list(decoder_blocks(model))
+    runner = BlockRunner(model.base_model, blocks, IDS, 4)
+    hidden = runner.first_hidden()
+    for index, block in enumerate(blocks):
+        call = runner.call(index)
+        linears = {path: block.get_submodule(path) for path in architecture_of("llama").linears}
+        statistics = block_statistics(
+            runner, call, linears, [hidden], gram=False, means=True, autocast=nullcontext, where=str(index)
+        )
+        found.append((linears, statistics))
+        hidden = runner.map(call, hidden)
+    return found
+
+
+@pytest.fixture(scope="module")
+def by_wanda():
+    """The whole model at 70 %."""
+    return pruned("wanda", LADDER.levels[1])
+
+
 @pytest.mark.parametrize("level", LADDER.levels, ids=lambda level: level.name)
 @pytest.mark.parametrize("method", METHODS)
 def test_counts(method, level):
@@ -50,69 +74,37 @@ def test_counts(method, level):
 
 
 @pytest.mark.parametrize("method", ["magnitude", "ria"])
-def test_the_first_block_by_hand(method):
+def test_the_first_block_by_hand(method, dense):
     """Compared within a matrix: rows may keep different numbers."""
-    model = tiny_model("llama")
-    block = decoder_blocks(model)[0]
-    paths = architecture_of("llama").linears
-    linears = {path: block.get_submodule(path) for path in paths}
-    runner = BlockRunner(model.base_model, list(decoder_blocks(model)), IDS, 4)
-    hidden = runner.first_hidden()
-    found = block_statistics(runner, runner.call(0), linears, [hidden], gram=False, autocast=nullcontext, where="first")
-    after = pruned(method, LADDER.levels[0])
+    linears, found = dense[0]
+    after = decoder_blocks(pruned(method, LADDER.levels[0]))[0]
     uneven = 0
     for path, linear in linears.items():
         weight = weight_OI(linear)
         mask = matrix_mask(importance_scores(method, weight, found[path], 0.01, path), 0.5)
         uneven += mask.sum(1).unique().numel() > 1
-        assert torch.equal(weight_OI(decoder_blocks(after)[0].get_submodule(path)), torch.where(mask, weight, 0.0))
+        assert torch.equal(weight_OI(after.get_submodule(path)), torch.where(mask, weight, 0.0))
     assert uneven
 
 
-def test_moves_bring_the_mean_output_nearer_to_the_dense_one():
+def test_moves_bring_the_mean_output_nearer_to_the_dense_one(dense, by_wanda):
     """Of every linear of the first block, whose inputs are the same for both."""
-    model, level = tiny_model("llama"), LADDER.levels[1]
-    by_method = {method: decoder_blocks(pruned(method, level))[0] for method in ("wanda", "dsnot")}
-    runner = BlockRunner(model.base_model, list(decoder_blocks(model)), IDS, 4)
-    block, paths = decoder_blocks(model)[0], architecture_of("llama").linears
-    linears = {path: block.get_submodule(path) for path in paths}
-    found = block_statistics(
-        runner,
-        runner.call(0),
-        linears,
-        [runner.first_hidden()],
-        gram=False,
-        means=True,
-        autocast=nullcontext,
-        where="0",
-    )
-    errors = {}
-    for method, after in by_method.items():
-        lost = [(weight_OI(linears[path]) - weight_OI(after.get_submodule(path))).detach() for path in paths]
-        errors[method] = sum(
-            float((w @ found[path].mean_I.float()).norm()) for path, w in zip(paths, lost, strict=True)
-        )
-    assert errors["dsnot"] < 0.9 * errors["wanda"]
+    linears, found = dense[0]
+
+    def error(model):
+        block = decoder_blocks(model)[0]
+        lost = {path: weight_OI(x) - weight_OI(block.get_submodule(path)) for path, x in linears.items()}
+        return sum(float((w.detach() @ found[path].mean_I.float()).norm()) for path, w in lost.items())
+
+    assert error(pruned("dsnot", LADDER.levels[1])) < 0.9 * error(by_wanda)
 
 
-def test_the_next_block_sees_the_pruned_ones():
+def test_the_next_block_sees_the_pruned_ones(dense, by_wanda):
     """Statistics of the dense stream would give the last block other masks."""
-    whole = pruned("wanda", LADDER.levels[1])
-    alone = tiny_model("llama")
-    last = len(decoder_blocks(alone)) - 1
-    runner = BlockRunner(alone.base_model, list(decoder_blocks(alone)), IDS, 4)
-    hidden = runner.first_hidden()
-    for index in range(last):
-        hidden = runner.map(runner.call(index), hidden)
-    block = decoder_blocks(alone)[last]
-    linears = {path: block.get_submodule(path) for path in architecture_of("llama").linears}
-    found = block_statistics(
-        runner, runner.call(last), linears, [hidden], gram=False, autocast=nullcontext, where="last"
-    )
-    path = "mlp.down_proj"
+    (linears, found), path = dense[-1], "mlp.down_proj"
     scores = importance_scores("wanda", weight_OI(linears[path]), found[path], 0.01, path)
     by_dense = mask_at(drop_levels(scores, [keep_count(scores.shape[1], 0.7)]), 0)
-    kept = weight_OI(decoder_blocks(whole)[last].get_submodule(path)) != 0
+    kept = weight_OI(decoder_blocks(by_wanda)[-1].get_submodule(path)) != 0
     assert kept.sum() == by_dense.sum()
     assert not torch.equal(kept, by_dense)
 

@@ -1,6 +1,8 @@
 """The evidence scripts as a user starts them, on tiny random models, and what they refuse; their arithmetic by hand."""
 
+import argparse
 import contextlib
+import hashlib
 import io
 import json
 import math
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import ablation
 import cells
 import cost
 import quality
@@ -22,7 +25,10 @@ import zero_shot
 from conftest import tiny_recipe
 
 from elastic_sparsity import ElasticCheckpoint, optimize
+from elastic_sparsity.errors import ConfigError
+from elastic_sparsity.files import write_json
 from elastic_sparsity.model_shapes import read_shapes
+from elastic_sparsity.models import load_base
 
 RECIPE = """
 [model]
@@ -135,6 +141,51 @@ def test_quality_says_what_is_no_full_protocol_and_keeps_questions_apart(measure
     assert stopped is not None and "every: 1, now 2" in stopped
 
 
+def asked_of(text, **more):
+    """A question as the scripts ask it, about one text file."""
+    args = argparse.Namespace(calibration=str(text), evaluation="self", restart=False, **more)
+    return args, cells.question_of(args, ())
+
+
+def test_a_changed_text_of_the_same_name_is_another_question(tmp_path):
+    text, file = tmp_path / "news.txt", tmp_path / "results" / "it.json"
+    text.write_text("a fox")
+    args, first = asked_of(text)
+    assert first["calibration"] == "news.txt" and first["evaluation_text_sha256"] is None  # "self" is no file
+    assert first["calibration_text_sha256"] == hashlib.sha256(b"a fox").hexdigest()[:16]
+    write_json(file, {**cells.begin(args, file, first, {"cells": {}}), "cells": {"dense": 1.0}})
+    assert cells.begin(args, file, asked_of(text)[1], {"cells": {}})["cells"] == {"dense": 1.0}  # goes on
+    text.write_text("a hen")
+    args, second = asked_of(text)
+    with pytest.raises(SystemExit) as stopped:
+        cells.begin(args, file, second, {"cells": {}})
+    assert f"calibration_text_sha256: {first['calibration_text_sha256']}, now " in str(stopped.value)
+    args.restart = True
+    assert cells.begin(args, file, second, {"cells": {}}) == {"cells": {}, "question": second}
+
+
+def test_a_result_from_before_texts_were_hashed_is_not_gone_on_with(tmp_path):
+    text, file = tmp_path / "news.txt", tmp_path / "it.json"
+    text.write_text("a fox")
+    args, question = asked_of(text, window=64)
+    old = {name: value for name, value in question.items() if not name.endswith("sha256")}
+    write_json(file, {"question": old, "cells": {}})
+    with pytest.raises(SystemExit, match="calibration_text_sha256: not recorded, now .*--restart") as stopped:
+        cells.begin(args, file, question, {"cells": {}})
+    assert "evaluation" not in str(stopped.value) and "window" not in str(stopped.value)  # only what differs
+
+
+def test_ablation_refuses_another_text_of_the_same_name(tmp_path, place):
+    (tmp_path / "calibration.txt").write_text("a fox")
+    texts = ["--calibration", tmp_path / "calibration.txt", "--evaluation", place / "evaluation.txt"]
+    output = tmp_path / "ablation.json"
+    common = json.loads((Path(ablation.__file__).parent / "results" / "ablation.json").read_text())["common"]
+    write_json(output, {"common": common, "rows": []})
+    _, stopped = start(ablation, *texts, "--output", output)
+    assert stopped is not None and "calibration_text_sha256: not recorded, now " in stopped
+    assert "evaluation_text_sha256: not recorded, now " in stopped and "move it away" in stopped
+
+
 def test_quality_refuses_another_recipes_checkpoints(measured, place, quality_arguments):
     (place / "other.toml").write_text(RECIPE.replace("ranks = 2", "ranks = 3"))
     other = [*quality_arguments, "--recipe", place / "other.toml", "--name", "other", "--methods", "elastic"]
@@ -143,7 +194,10 @@ def test_quality_refuses_another_recipes_checkpoints(measured, place, quality_ar
 
 
 def test_a_training_that_was_interrupted_goes_on(tmp_path, place, monkeypatch):
-    recipe = schedules.elastic(tiny_recipe(calibration={"source": str(place / "calibration.txt")}), 0)
+    text = tmp_path / "calibration.txt"
+    text.write_text((place / "calibration.txt").read_text())
+    recipe = schedules.elastic(tiny_recipe(calibration={"source": str(text)}), 0)
+    base = load_base(recipe.model.id, recipe.model.dtype)
 
     def until_the_first_block(recipe, folder, progress):
         def stop(stage, done, total):
@@ -156,14 +210,17 @@ def test_a_training_that_was_interrupted_goes_on(tmp_path, place, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(trained, "optimize", until_the_first_block)
         with pytest.raises(KeyboardInterrupt):
-            trained.trained(recipe, tmp_path / "elastic-s0")
-    checkpoint, sittings = trained.trained(recipe, tmp_path / "elastic-s0")
+            trained.trained(recipe, tmp_path / "elastic-s0", base)
+    checkpoint, sittings = trained.trained(recipe, tmp_path / "elastic-s0", base)
     assert len(sittings) == 2 and all(sitting["seconds"] > 0 for sitting in sittings)
     whole = optimize(recipe, tmp_path / "at-once")
     for level in whole.ladder.levels:
         assert [x.sha256 for x in checkpoint.files_of(level)] == [x.sha256 for x in whole.files_of(level)]
-    again, same = trained.trained(recipe, tmp_path / "elastic-s0")  # nothing is trained
+    again, same = trained.trained(recipe, tmp_path / "elastic-s0", base)  # nothing is trained
     assert same == sittings and again.total_bytes() == whole.total_bytes()
+    text.write_text(" ".join(reversed(text.read_text().split())))  # of the same name
+    with pytest.raises(ConfigError, match="the text now gives"):
+        trained.trained(recipe, tmp_path / "elastic-s0", base)
 
 
 @pytest.mark.parametrize(

@@ -187,7 +187,7 @@ ALLOWED = {
     "task_files": {"torch", "numpy", "transformers", "datasets", "lm_eval", "errors", "files"},
     "zero_shot": {"numpy", "lm_eval", "errors", "report", "task_files"},
     "plan_sizes": {"config", "ladder", "model_shapes", "shells"},
-    "structured_plan": {"model_shapes", "plan_sizes", "wiring"},
+    "structured_plan": {"allocation", "descent", "model_shapes", "plan_sizes", "structured_sizes", "wiring"},
     "memory_plan": {"allocation", "config", "files", "masks", "model_shapes", "plan_sizes", "structured_plan"},
     "work_plan": {"allocation", "descent", "plan_sizes", "structured_plan"},
     "probe": {
@@ -196,7 +196,8 @@ ALLOWED = {
     },
     # layer 4: the flow
     "planning": {
-        "torch", "config", "errors", "memory_plan", "model_shapes", "plan_sizes", "precision", "probe", "work_plan",
+        "torch", "adding", "config", "errors", "memory_plan", "model_shapes", "plan_sizes", "precision", "probe",
+        "work_plan",
     },
     "pipeline": {
         "torch", "adapters", "adding", "allocating", "allocation", "allocation_file", "allocator", "arch", "attention",

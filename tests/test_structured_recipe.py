@@ -17,13 +17,16 @@ from elastic_sparsity import (
     verify,
     write_report,
 )
+from elastic_sparsity.adding import check_sizes
+from elastic_sparsity.descent import DescentSettings
 from elastic_sparsity.errors import ConfigError
 from elastic_sparsity.manifest import CONFIG_NAME
 from elastic_sparsity.measure import measure
-from elastic_sparsity.model_shapes import read_shapes
+from elastic_sparsity.model_shapes import empty_model, read_shapes
 from elastic_sparsity.plan_sizes import STAGES
 from elastic_sparsity.planning import choose
 from elastic_sparsity.report_facts import read_facts
+from elastic_sparsity.tiny import TINY_FAMILIES, tiny_model
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 40
 STRUCTURED = {"fractions": [0.25, 0.5], "multiple": 8}
@@ -135,20 +138,38 @@ def test_a_recipe_is_refused_by_name(structured, message, recipe_of):
         recipe_of(structured=structured)
 
 
-@pytest.mark.parametrize(
-    ("structured", "model", "message"),
-    [
-        ({"fractions": [0.95]}, "random:llama", "sparsity: 0.95 of the blocks' linears cannot be removed"),
-        ({"fractions": [0.8]}, "random:opt", "with at least 4 of 4 key/value heads"),
-        ({"fractions": [0.5], "multiple": 7}, "random:llama", "multiple: 7 does not divide"),
-        ({"fractions": [0.5, 0.51]}, "random:llama", "both keep 1 key/value heads and 32 MLP channels"),
-    ],
-)
+IMPOSSIBLE = [
+    ({"fractions": [0.95]}, "random:llama", "sparsity: 0.95 of the blocks' linears cannot be removed"),
+    ({"fractions": [0.8]}, "random:opt", "with at least 4 of 4 key/value heads"),
+    ({"fractions": [0.5], "multiple": 7}, "random:llama", "multiple: 7 does not divide"),
+    ({"fractions": [0.5, 0.51]}, "random:llama", "both keep 1 key/value heads and 32 MLP channels"),
+]
+
+
+@pytest.mark.parametrize(("structured", "model", "message"), IMPOSSIBLE)
 def test_sizes_that_cannot_be_met_cost_no_work(structured, model, message, recipe_of, tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "calibration_tokens", None)  # not even the text
     with pytest.raises(ConfigError, match=message):
         optimize(recipe_of(structured=structured, model={"id": model}), tmp_path / "c")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("structured", "model", "message"), IMPOSSIBLE)
+def test_a_plan_refuses_what_a_run_refuses_from_the_config_alone(structured, model, message, recipe_of, tmp_path):
+    tiny_model(model.removeprefix("random:")).config.save_pretrained(tmp_path)  # no weights beside it
+    for names in ({"model": {"id": model}}, {"model": {"id": str(tmp_path)}}):
+        with pytest.raises(ConfigError, match=message):
+            plan(recipe_of(structured=structured, **names), gpu=False, probe=False)
+
+
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_an_empty_model_has_the_counts_of_a_whole_one(family, tmp_path):
+    model = tiny_model(family)
+    model.config.save_pretrained(tmp_path)
+    empty = empty_model(str(tmp_path))
+    assert {p.untyped_storage().nbytes() for p in empty.parameters()} == {4}  # one float32, whatever the shape
+    for fractions in ([0.2], [0.2, 0.4]):
+        assert check_sizes(empty, fractions, 8) == check_sizes(model, fractions, 8)
 
 
 def test_streamed_weights_are_refused_and_auto_does_not_choose_them(recipe_of):
@@ -175,3 +196,28 @@ def test_the_plan_counts_them(recipe_of):
     assert work["orders and refits"].flops > 0 == sum(x.phase == "structured" for x in plain.work)
     by_magnitude = plan(recipe_of(structured={**STRUCTURED, "scores": "magnitude"}), gpu=False, probe=False)
     assert not [x for x in by_magnitude.work if x.phase == "structured"]
+
+
+def test_the_plan_counts_their_search(recipe_of):
+    few = {"calibration": {"samples": 20, "source": "x"}, "block": {"samples": 20}}
+    found = {
+        search: plan(tiny_recipe(structured={**STRUCTURED, "search": search}, **few), gpu=False, probe=False)
+        for search in ("none", "equal", "blocks")
+    }
+    mine = {
+        search: {term.name: term.bytes for term in each.terms if term.stages == ("structured",)}
+        for search, each in found.items()
+    }
+    ends = [(32, 32), (64, 32)]  # o_proj, down_proj: inputs, outputs
+    assert mine["blocks"]["factors of all branches"] == 2 * sum(8 * i * i + 12 * i * o for i, o in ends)
+    assert mine["none"].keys() < mine["equal"].keys() < mine["blocks"].keys()
+    work = {search: {x.name: x for x in each.work if x.phase == "structured"} for search, each in found.items()}
+    length, steps = 16, DescentSettings().steps
+    assert work["blocks"]["inputs for the search's orders"].passes == 2 * 3 * 2 * (20 - 16) * length
+    assert work["blocks"]["judgements"].passes == 2 * 2 * (1 + 2 + steps) * 16 * length
+    assert work["equal"]["judgements"].passes == 2 * 2 * (1 + 2) * 16 * length
+    assert work["blocks"]["gradients"].passes == 2 * 2 * steps * 16 * length
+    assert work["blocks"]["head of gradients"].is_head and not work["blocks"]["gradients"].is_head
+    assert work["none"].keys() < work["equal"].keys() < work["blocks"].keys()
+    with pytest.raises(ConfigError, match="4 calibration samples, of which 16 are held out"):
+        plan(recipe_of(structured={**STRUCTURED, "search": "blocks"}), gpu=False, probe=False)

@@ -14,7 +14,8 @@ from elastic_sparsity.pruning import load_pruned, prune
 from elastic_sparsity.sized import heads_may_differ
 from elastic_sparsity.structured import prune_structured_
 from elastic_sparsity.structured_parts import sizes_for
-from elastic_sparsity.structured_search import HELD_OUT, check_search, search_sizes
+from elastic_sparsity.structured_search import check_search, search_sizes
+from elastic_sparsity.structured_sizes import HELD_OUT
 from elastic_sparsity.supernet import TopKL
 from elastic_sparsity.tiny import tiny_model
 from elastic_sparsity.unit_net import UnitNet
