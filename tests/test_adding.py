@@ -1,6 +1,7 @@
 """Structured levels in an elastic checkpoint: the model that `prune` makes, safely added, carried, and proved."""
 
 import copy
+import importlib.util
 import json
 import re
 import shutil
@@ -209,6 +210,12 @@ def test_blocks_of_a_searched_level_differ(family, text_file, tmp_path, monkeypa
     assert torch.equal(logits(plain), logits(model))
     with pytest.raises(UnsupportedModelError, match="format gguf: this model's blocks differ"):
         export_level(folder, level.name, tmp_path / "gguf", format="gguf")
+    rows, _ = evaluate_path(str(tmp_path / "plain"), str(text_file), window=16, max_windows=2)
+    of_level, _ = evaluate_path(str(folder), str(text_file), window=16, max_windows=2, level=level.name)
+    assert rows[0]["perplexity"] == pytest.approx(of_level[0]["perplexity"], rel=1e-5)
+    if family == "llama" and importlib.util.find_spec("onnxruntime"):
+        export_level(folder, level.name, tmp_path / "onnx", "onnx")
+        assert torch.allclose(run_onnx(tmp_path / "onnx", IDS, torch.ones_like(IDS)), logits(model), atol=1e-4)
     copy_level(folder, level.name, tmp_path / "one")
     assert torch.equal(logits(ElasticModel.from_pretrained(tmp_path / "one")), logits(model))
 
