@@ -62,6 +62,7 @@ def main() -> None:
     result["plans"] |= {name: {"made": plan.made, "held_out_kl": plan.held_out_kl} for name, plan in plans.items()}
     measure_cells(args, plans, result, file)
     show(result)
+    plot(result, file.with_suffix(".png"))
 
 
 def measure_cells(
@@ -133,6 +134,31 @@ def show(result: dict[str, Any]) -> None:
         ]  # fmt: skip
         table.add_row(method, level, *cells)
     Console(width=120).print(table)
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Perplexity by plan on a logarithmic axis, a group of bars a pruner and level."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = list(dict.fromkeys(cell.split("/")[2] for cell in result["cells"]))
+    groups = list(dict.fromkeys(cell.rpartition("/")[0] for cell in result["cells"]))
+    figure, axis = pyplot.subplots(figsize=(2.5 + 1.6 * len(groups), 3.8), layout="constrained")
+    width = 0.9 / len(names)
+    for number, name in enumerate(names):
+        found = [result["cells"].get(f"{group}/{name}", {}).get("perplexity", float("nan")) for group in groups]
+        bars = axis.bar([x + width * (number + 0.5) - 0.45 for x in range(len(groups))], found, width, label=name)
+        axis.bar_label(bars, [f"{x:.0f}" if x == x else "" for x in found], fontsize=8)
+    axis.axhline(result["dense"], color="black", linestyle="--", label="dense")
+    axis.set_yscale("log")
+    axis.set_ylabel("perplexity")
+    axis.set_xticks(range(len(groups)), [f"{m}, {100 * float(s):g} %" for m, s in (g.split("/") for g in groups)])
+    axis.set_xlim(-0.5, len(groups) - 0.5)
+    axis.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,71 @@
+"""The scripts about allocation and structured pruning as a user starts them, on a tiny random model."""
+
+import json
+
+import pytest
+from test_benchmarks import place, start, started  # noqa: F401  place is a fixture
+
+import allocation  # isort: skip  found by test_benchmarks
+import structured  # isort: skip
+
+from elastic_sparsity.allocating import Allocating, allocate
+from elastic_sparsity.config import make_recipe
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    for script in (allocation, structured):
+        monkeypatch.setattr(script, "RESULTS", tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def texts(place):  # noqa: F811
+    return "--calibration", place / "calibration.txt", "--evaluation", place / "evaluation.txt"
+
+
+def plan_file(place, path):  # noqa: F811
+    recipe = make_recipe(
+        {
+            "model": {"id": "random:llama"},
+            "calibration": {"source": str(place / "calibration.txt"), "samples": 8, "length": 16},
+            "block": {"samples": 4},
+            "ladder": {"sparsities": [0.5, 0.7]},
+        }
+    )
+    allocate(recipe, Allocating(method="arithmetic", held_out=4), path)
+    return path
+
+
+def test_allocation_fills_cells_and_goes_on(results, texts, place, tmp_path):  # noqa: F811
+    plan = plan_file(place, tmp_path / "arithmetic.json")
+    few = [*texts, "--model", "random:llama", "--samples", "4", "--length", "16", "--window", "32", "--levels", "0.7"]
+    text = started(allocation, plan, *few, "--methods", "wanda")
+    found = json.loads((results / "allocation.json").read_text())
+    assert list(found["cells"]) == ["wanda/0.7/uniform", "wanda/0.7/arithmetic"]
+    assert all(1 < cell["perplexity"] < 1e6 for cell in found["cells"].values()) and found["dense"] > 1
+    assert "arithmetic" in text and f"{found['cells']['wanda/0.7/uniform']['perplexity']:.1f}" in text
+    assert (results / "allocation.png").read_bytes().startswith(b"\x89PNG")
+    before = dict(found["cells"])
+    started(allocation, plan, *few, "--methods", "wanda", "magnitude")
+    found = json.loads((results / "allocation.json").read_text())
+    assert {name: found["cells"][name] for name in before} == before and len(found["cells"]) == 4
+    _, stopped = start(allocation, plan, *few, "--seed", "1")
+    assert stopped is not None and "seed" in stopped
+
+
+def test_structured_measures_quality_and_speed(results, texts):
+    few = [*texts, "--model", "random:llama", "--samples", "20", "--length", "16", "--window", "32", "--multiple", "8"]
+    speed = ["--prompt", "8", "--new-tokens", "2", "--rounds", "1"]
+    methods = ["obs, searched", "obs, equal searched", "obs", "magnitude"]
+    text = started(structured, *few, *speed, "--sparsities", "0.4", "--methods", *methods)
+    found = json.loads((results / "structured.json").read_text())
+    assert list(found["cells"]) == ["dense", *(f"0.4/{method}" for method in methods)]
+    cells = found["cells"]
+    assert cells["0.4/obs, searched"]["parameters"] <= cells["0.4/obs, equal searched"]["parameters"]
+    assert cells["0.4/obs"]["parameters"] == cells["0.4/magnitude"]["parameters"] < cells["dense"]["parameters"]
+    assert len(cells["0.4/obs, searched"]["losses"]) >= 1 and cells["0.4/obs"]["channels"] == [40, 40]
+    assert found["speed"]["0.4"]["prefill_times_dense"] > 0 and "obs, searched" in text
+    assert (results / "structured.png").read_bytes().startswith(b"\x89PNG")
+    again = started(structured, *few, *speed, "--sparsities", "0.4", "--methods", *methods)
+    assert json.loads((results / "structured.json").read_text())["cells"] == cells and "obs" in again
