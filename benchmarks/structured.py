@@ -3,11 +3,11 @@
     python benchmarks/structured.py --calibration abc-news.txt --evaluation wikitext2-test.raw.txt
 
 All methods see the same calibration samples; all but the searched ones remove the same numbers of heads and MLP
-channels from every block, and "obs, searched" never leaves more parameters than the equal counts it starts from.
+channels from every block, and the searched ones no fewer parameters than those.
 "obs, dense inputs" is what the published Tyr-the-Pruner code does: blocks calibrated on the dense stream. The searched
-ones hold 16 of the samples out. Speeds are those of equal counts and depend on the shapes alone: dense and cut models
-take turns in one process, a ratio is the median of ratios within rounds. A cell goes into the JSON as soon as it is
-measured and is not measured again; `--restart` begins anew.
+ones judge by 16 of the samples. Speeds depend on the shapes alone, so methods of equal counts share theirs: dense and
+cut models take turns in one process, a ratio is the median of ratios within rounds. A cell goes into the JSON as soon
+as it is measured and is not measured again; `--restart` begins anew.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import copy
 import datetime
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -125,15 +126,15 @@ def measured(
     if cell != "dense":
         share, _, method = cell.partition("/")
         options = dict(METHODS[method])
-        search, multiple = options.pop("search", "none"), args.multiple or usual_multiple(model)
+        search, multiple = options.pop("search", None), args.multiple or usual_multiple(model)
         masked = copy.deepcopy(model)
-        if search == "none":
+        if search is None:
             sizes = sizes_for(model, float(share), multiple)
         else:
             searched = search_sizes(masked, ids, float(share), multiple, search=search, damping=args.damping,
                                     batch_size=4, autocast=autocast)  # fmt: skip
             sizes = searched.sizes
-            found |= {"equal": searched.equal, "losses": searched.losses}
+            found |= searched.record()
         kept = prune_structured_(masked, ids, sizes, at_once=multiple, damping=args.damping, autocast=autocast,
                                  **options)  # fmt: skip
         pruned = sliced_model(masked, kept)
@@ -164,13 +165,16 @@ def timed(model: Any, prompt_BT: torch.Tensor, new_tokens: int) -> dict[str, flo
 
 
 def measure_speed(args: argparse.Namespace, model: Any, result: dict[str, Any], file: Path) -> None:
-    """Float32, batch 1; models cut by magnitude, which have the sizes of all methods."""
-    names = [f"{sparsity:g}" for sparsity in args.sparsities]
+    """Float32, batch 1; models cut by magnitude to the sizes of the cells."""
+    cells = {cell: found for cell, found in result["cells"].items() if cell != "dense"}
+    names = {speed_of(cell): found for cell, found in reversed(cells.items())}
     if all(name in result["speed"] for name in names):
         return
     models = {"dense": model}
-    for name in names:
-        masked, sizes = copy.deepcopy(model), sizes_for(model, float(name), args.multiple)
+    for name, found in names.items():
+        masked = copy.deepcopy(model)
+        even = sizes_for(model, float(name.partition("/")[0]), args.multiple)
+        sizes = replace(even, groups=tuple(found["groups"]), channels=tuple(found["channels"]))
         kept = prune_structured_(masked, torch.zeros(0, 0), sizes, scores="magnitude", autocast=torch.no_grad)
         models[name] = sliced_model(masked, kept)
     generator = torch.Generator().manual_seed(args.seed)
@@ -190,6 +194,12 @@ def measure_speed(args: argparse.Namespace, model: Any, result: dict[str, Any], 
     write_json(file, result)
 
 
+def speed_of(cell: str) -> str:
+    """Under which name a cell's speed stands: methods of equal counts share one."""
+    share, _, method = cell.partition("/")
+    return cell if "search" in METHODS.get(method, {}) else share
+
+
 def show(result: dict[str, Any]) -> None:
     title = f"{result['question']['evaluation']}, {result['windows'][0]} windows of {result['windows'][1]} tokens"
     table = Table(title=f"{title}, dense {result['cells']['dense']['perplexity']:.2f}")
@@ -197,7 +207,7 @@ def show(result: dict[str, Any]) -> None:
         table.add_column(column, justify="left" if column == "method" else "right")
     for cell, found in result["cells"].items():
         share, _, method = cell.partition("/")
-        speed = result["speed"].get(share, {})
+        speed = result["speed"].get(speed_of(cell), {})
         times = [f"{speed[f'{what}_times_dense']:.2f}x" if speed else "" for what in ("prefill", "decode")]
         numbers = [f"{found['perplexity']:.1f}", f"{found['of_dense']:.3f}"]
         table.add_row(f"{100 * found['sparsity']:.2f} %", method or share, *numbers, *times)

@@ -20,7 +20,7 @@ from elastic_sparsity.config import Recipe
 from elastic_sparsity.data import token_hash
 from elastic_sparsity.errors import CheckpointError, ConfigError
 from elastic_sparsity.hub import is_hub_id
-from elastic_sparsity.ladder import StructuredLevel, per_block
+from elastic_sparsity.ladder import StructuredLevel
 from elastic_sparsity.models import BaseModel, load_base
 from elastic_sparsity.precision import resolve_precision
 from elastic_sparsity.pruning import pruning_recipe, pruning_tokens, smaller_model
@@ -39,7 +39,7 @@ def add_structured(
     calibration: str = "self",
     model: str | None = None,
     scores: Scores = "obs",
-    search: Search = "none",
+    search: Search | None = None,
     accumulate: bool = True,
     multiple: int | None = None,
     samples: int = 128,
@@ -134,7 +134,7 @@ def write_levels(
     fractions: Sequence[float],
     *,
     scores: Scores,
-    search: Search,
+    search: Search | None,
     accumulate: bool,
     multiple: int | None,
     progress: Progress,
@@ -174,6 +174,7 @@ def write_levels(
             "precision": resolve_precision(recipe.precision, model.device.type),
             "seed": recipe.seed,
             "sparsity": made.sizes.sparsity,
+            "searched": None if made.searched is None else made.searched.record(),
             "calibration_tokens": token_ids_ST.numel(),
             "calibration_sha256": token_hash(token_ids_ST),
         }
@@ -202,9 +203,7 @@ def check_sizes(
     Raises: ConfigError: no counts meet a fraction, or two fractions come to the same. UnsupportedModelError.
     """
     depth = len(decoder_blocks(model))
-    seen = {
-        (per_block(level.key_value_heads, depth), per_block(level.channels, depth)): level.fraction for level in others
-    }
+    seen = {level.counts(depth): level.fraction for level in others}
     found = []
     for fraction in fractions:
         sizes = sizes_for(model, fraction, multiple)

@@ -45,6 +45,7 @@ from elastic_sparsity.models import BaseModel, load_base
 from elastic_sparsity.precision import autocast_factory, resolve_precision
 from elastic_sparsity.search import Generation, Judge, SearchSettings, evolve
 from elastic_sparsity.supernet import Supernet, TopKL
+from elastic_sparsity.wiring import check_equal_blocks
 
 log = logging.getLogger(__name__)
 Keep = Callable[[dict[str, Any], Kept], None]  # (fields of one level, what it keeps)
@@ -84,6 +85,7 @@ def allocate(recipe: Recipe, wanted: Allocating, output: Path, progress: Progres
     _check_samples(recipe, wanted)
     begun = _unfinished(output)
     base = load_base(recipe.model.id, recipe.model.dtype)
+    check_equal_blocks(base.model.config, "search")
     token_ids_ST, _ = calibration_tokens(recipe, base, progress)
     return allocate_on(base, token_ids_ST, recipe, wanted, output, begun, progress)
 

@@ -14,8 +14,8 @@ from elastic_sparsity.terminal import say
 Calibration = Annotated[str, typer.Option(help='Text file, hub data set or "self".')]
 ScoresName = Annotated[str, typer.Option(help="obs (refits what stays), flap or magnitude.")]
 SearchName = Annotated[
-    str,
-    typer.Option(help="Counts: none (by rule), equal (searched, the same in every block) or blocks (each its own)."),
+    str | None,
+    typer.Option(help="Search the counts: equal (the same in every block) or blocks (each its own). Default: by rule."),
 ]
 Multiple = Annotated[
     int | None, typer.Option(help="MLP channels stay in multiples of this; default: 32, or what divides.")
@@ -38,11 +38,11 @@ def checked_scores(name: str) -> Any:
     return name
 
 
-def checked_search(name: str) -> Any:
+def checked_search(name: str | None) -> Any:
     """The search an option names. Raises: ConfigError: unknown."""
     from elastic_sparsity.structured_search import SEARCHES
 
-    if name not in SEARCHES:
+    if name is not None and name not in SEARCHES:
         raise ConfigError(f"--search: {name!r} is not one of {', '.join(SEARCHES)}.")
     return name
 
@@ -57,7 +57,7 @@ def register(app: typer.Typer, progress: Callable[[bool], AbstractContextManager
         output: Annotated[Path, typer.Option(help="Folder for the smaller model.")],
         calibration: Calibration = "self",
         scores: ScoresName = "obs",
-        search: SearchName = "none",
+        search: SearchName = None,
         multiple: Multiple = None,
         samples: Samples = 128,
         length: Length = 512,
@@ -99,4 +99,7 @@ def register(app: typer.Typer, progress: Callable[[bool], AbstractContextManager
             f"{share:.2f} % of the blocks' linears removed, {found.parameters_before:,} parameters became "
             f"{found.parameters_after:,}."
         )
+        if found.searched is not None:
+            heads, channels = (", ".join(map(str, counts)) for counts in (sizes.groups, sizes.channels))
+            say(f"Searched, by block: {heads} key/value heads; {channels} channels.")
         say(f"{output}: {opened_by(output)}.")

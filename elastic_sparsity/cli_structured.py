@@ -36,7 +36,7 @@ def register(app: typer.Typer, progress: Callable[[bool], AbstractContextManager
         calibration: Calibration = "self",
         model: Annotated[str | None, typer.Option(help="The base model; default: the recorded one.")] = None,
         scores: ScoresName = "obs",
-        search: SearchName = "none",
+        search: SearchName = None,
         multiple: Multiple = None,
         samples: Samples = 128,
         length: Length = 512,

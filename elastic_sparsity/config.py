@@ -120,9 +120,10 @@ class AllocationSection(_Section):
     """The run makes such a plan itself first, by descent. Needs the whole model in memory, and one process."""
     held_out: Positive = 16
     """Calibration samples, the last ones, that judge allocations in a search."""
-    strength: Share = 0.5
-    """How far to go from uniform to the plan, given or searched: 1 is best for weights that nobody trains afterwards;
-    trained with that, 60 and 70 % of SmolLM2-135M were worse than uniform, and with 0.5 no level was."""
+    strength: Share | None = None
+    """How far to go from uniform to the plan, given or searched; None = 1, which is best for weights as they are, or
+    0.5 if anything is trained: SmolLM2-135M trained with 1 was worse than uniform at 60 and 70 %, and with 0.5 nowhere
+    (one short run)."""
     slope: Slope | tuple[Slope, ...] = 0.0
     """Sparsity rises by twice this from the first block to the last (arXiv 2502.14770): one number, or one for each
     unstructured level; 0 = uniform."""
@@ -193,8 +194,8 @@ class StructuredSection(_Section):
     fractions: tuple[Fraction, ...] = ()
     """Of the parameters of the blocks' linears that go; a level each."""
     scores: Literal["obs", "flap", "magnitude"] = "obs"
-    search: Literal["none", "equal", "blocks"] = "none"
-    """Of the counts by the loss on held-out samples: the same in every block, or blocks that differ."""
+    search: Literal["equal", "blocks"] | None = None
+    """Counts by the loss on held-out samples: the same in every block, or blocks that differ; None = by rule."""
     multiple: Positive | None = None
     """MLP channels stay in multiples of it; None = 32, or the power of two below that divides."""
 
@@ -270,6 +271,8 @@ class Recipe(_Section):
 
     def _check_allocation(self) -> None:
         wanted = self.allocation
+        if wanted.strength is not None and wanted.plan is None and not wanted.search:
+            raise ConfigError("allocation.strength: is that of a plan; give allocation.plan or search = true with it.")
         if wanted.plan is not None and any(self.slopes()):
             raise ConfigError("allocation.slope: a plan says all there is to say; give one of them.")
         if not wanted.search:
@@ -293,6 +296,13 @@ class Recipe(_Section):
 
     def build_ladder(self) -> Ladder:
         return Ladder(**self.ladder.model_dump())
+
+    @property
+    def allocation_strength(self) -> float:
+        """Of the plan, if there is one."""
+        is_trained = self.block.steps > 0 or self.end_to_end.trainable != "off"
+        given = self.allocation.strength
+        return given if given is not None else 0.5 if is_trained else 1.0
 
     def slopes(self) -> tuple[float, ...]:
         """Of every unstructured level."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from elastic_sparsity.arch import is_transposed
 from elastic_sparsity.errors import ConfigError, UnsupportedModelError
 from elastic_sparsity.gguf_vocab import add_vocabulary, byte_level_vocabulary
-from elastic_sparsity.sized import check_equal_blocks
+from elastic_sparsity.wiring import check_equal_blocks
 
 GGUF_FILE = "model.gguf"
 # Our model types: llama.cpp's name of the same computation, and the activation it computes whatever config.json says.

@@ -30,6 +30,7 @@ from elastic_sparsity.induction import Induced, InductionSettings, learn_channel
 from elastic_sparsity.induction_file import save_scales
 from elastic_sparsity.models import BaseModel, load_base
 from elastic_sparsity.precision import autocast_factory, resolve_precision
+from elastic_sparsity.wiring import check_equal_blocks
 from elastic_sparsity.workers import Workers
 
 log = logging.getLogger(__name__)
@@ -102,6 +103,7 @@ def induce(recipe: Recipe, output: str | Path, progress: Progress = silent) -> I
     output = Path(output)
     check_output_folder(output)
     base = load_base(recipe.model.id, recipe.model.dtype)
+    check_equal_blocks(base.model.config, "induce")
     token_ids_ST, _ = calibration_tokens(recipe, base, progress)
     token_ids_ST, model = token_ids_ST.to(base.model.device), base.model
     precision, dtype = resolve_precision(recipe.precision, model.device.type), model.dtype

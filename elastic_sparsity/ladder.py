@@ -67,19 +67,23 @@ class StructuredLevel:
     def title(self) -> str:
         return f"structured {100 * self.fraction:g} %"
 
+    def counts(self, num_blocks: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Key/value heads and channels of every block.
+
+        Raises: LevelError: it has counts of another number of blocks.
+        """
+        both = tuple(
+            (found,) * num_blocks if isinstance(found, int) else found
+            for found in (self.key_value_heads, self.channels)
+        )
+        if any(len(found) != num_blocks for found in both):
+            raise LevelError(
+                f"level {self.name}: found counts of {max(map(len, both))} blocks, but the model has {num_blocks}."
+            )
+        return both[0], both[1]
+
 
 AnyLevel = Level | StructuredLevel
-
-
-def per_block(counts: int | tuple[int, ...], num_blocks: int) -> tuple[int, ...]:
-    """Of every block, from one count for all or one for each.
-
-    Raises: LevelError: another number of counts than of blocks.
-    """
-    found = (counts,) * num_blocks if isinstance(counts, int) else counts
-    if len(found) != num_blocks:
-        raise LevelError(f"found counts of {len(found)} blocks, but the model has {num_blocks}.")
-    return found
 
 
 def find_structured(wanted: str, levels: Sequence[StructuredLevel]) -> StructuredLevel | None:

@@ -13,8 +13,8 @@ from elastic_sparsity.errors import ConfigError, ElasticSparsityError
 from elastic_sparsity.files import is_file, is_folder
 from elastic_sparsity.models import PACKAGED_MODELS, checked_config, config_of, packaged_model_folder
 from elastic_sparsity.precision import DTYPES
-from elastic_sparsity.sized import check_equal_blocks
 from elastic_sparsity.tiny import tiny_model
+from elastic_sparsity.wiring import check_equal_blocks
 
 _SAME_INPUT = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 

@@ -164,7 +164,7 @@ def _allocation(recipe: Recipe, model: Any) -> dict[str, tuple[int, ...]]:
 def _of_strength(recipe: Recipe, model: Any, plan: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     sizes, sparsities = linear_sizes(model), recipe.ladder.sparsities
     levels = [[plan[size.name][level] for size in sizes] for level in range(len(sparsities))]
-    return by_linear(sizes, weakened(levels, sizes, sparsities, recipe.allocation.strength))
+    return by_linear(sizes, weakened(levels, sizes, sparsities, recipe.allocation_strength))
 
 
 def run_allocation(job: Job) -> Job:

@@ -35,7 +35,7 @@ def prune(
     sparsity: float,
     calibration: str = "self",
     scores: Scores = "obs",
-    search: Search = "none",
+    search: Search | None = None,
     accumulate: bool = True,
     multiple: int | None = None,
     samples: int = 128,
@@ -58,8 +58,9 @@ def prune(
             multiple allow.
         calibration: text file, hub data set or "self"; "magnitude" reads none.
         scores, accumulate, damping, batch_size: as in `prune_structured_`.
-        search: "none"; "equal" also tries other divisions between heads and channels; "blocks" lets blocks differ. Both
-            hold the last 16 samples out to judge by, and need scores "obs".
+        search: None = counts by rule; "equal" also tries other divisions between heads and channels; "blocks" lets
+            blocks differ. Both judge by the last 16 samples, which the final refit uses like the others; they need
+            scores "obs", and always accumulate.
         multiple: the MLP channels that stay are a multiple of it, and so many go before the costs of the rest are
             computed again; None = 32, or the power of two below that divides.
         samples, length: calibration samples and tokens of one.
@@ -109,6 +110,8 @@ def prune(
 
 def load_pruned(folder: str | Path, dtype: str = "auto") -> tuple[Any, Any]:
     """The model and the tokenizer of a folder that `prune` or `slice` wrote, also where its blocks differ in size.
+
+    Such a model is kept by `save_pretrained`: its class cuts its own blocks, which pickle cannot name.
 
     Args:
         dtype: "auto" = as stored.
@@ -168,7 +171,7 @@ def smaller_model(
     sparsity: float,
     *,
     scores: Scores,
-    search: Search,
+    search: Search | None,
     accumulate: bool,
     multiple: int,
     dtype: torch.dtype,
@@ -186,12 +189,12 @@ def smaller_model(
     device, searched, model = model.device.type, None, model.float()
     autocast = autocast_factory(resolve_precision(recipe.precision, device), device)
     damping, batch_size = recipe.scores.damping, recipe.block.batch_size
-    if search == "none":
+    if search is None:
         sizes = sizes_for(model, sparsity, multiple)
     else:
         searched = search_sizes(
             model, token_ids_ST, sparsity, multiple, search=search, damping=damping, batch_size=batch_size,
-            autocast=autocast, progress=progress,
+            autocast=autocast, what=what, progress=progress,
         )  # fmt: skip
         sizes = searched.sizes
     kept = prune_structured_(

@@ -1,9 +1,9 @@
 """Models whose blocks differ in heads and MLP channels, which no config.json of transformers can say.
 
-The config gets one more field, `elastic_sizes`: what every block keeps. Its other fields hold the largest counts, for
-which transformers makes the model; then the blocks' linears are cut to their own. Opened without this module such a
-folder is refused by transformers, because the shapes differ. Attention takes its number of heads from the shapes of its
-linears, so nothing but these changes.
+The config gets one more field, `elastic_sizes`: what every block keeps. Its other fields hold counts that no block
+exceeds and that transformers takes, for which it makes the model; then the blocks' linears are cut to their own. Opened
+without this module such a folder is refused by transformers, because the shapes differ. Attention takes its number of
+heads from the shapes of its linears, so nothing but these changes.
 """
 
 import json
@@ -15,46 +15,53 @@ import torch
 from torch import nn
 
 from elastic_sparsity.arch import decoder_blocks, is_transposed
-from elastic_sparsity.errors import ConfigError, UnsupportedModelError, brief
-from elastic_sparsity.wiring import Wiring, wiring_of
+from elastic_sparsity.errors import ConfigError, brief
+from elastic_sparsity.wiring import SIZES_FIELD, Wiring, wiring_of
 
-FIELD = "elastic_sizes"
 GROUPS, CHANNELS = "key_value_heads", "channels"
 
 
 def with_sizes(config: Any, groups: Sequence[int], channels: Sequence[int]) -> Any:
-    """Notes in a config of the largest counts what every block keeps; nothing, if they are all alike."""
-    if len({*groups}) > 1 or len({*channels}) > 1:
-        setattr(config, FIELD, {GROUPS: list(groups), CHANNELS: list(channels)})
+    """Notes in a config what every block keeps; nothing, if that is what the config says of all of them.
+
+    Args:
+        config: of at least as many heads and channels as any block keeps.
+    """
+    held = _held(config)
+    if any(count != held[GROUPS] for count in groups) or any(count != held[CHANNELS] for count in channels):
+        setattr(config, SIZES_FIELD, {GROUPS: list(groups), CHANNELS: list(channels)})
+    elif hasattr(config, SIZES_FIELD):
+        delattr(config, SIZES_FIELD)
     return config
 
 
 def sizes_field(config: Any) -> tuple[list[int], list[int]] | None:
-    """Key/value heads and MLP channels by block; None = all blocks are alike.
+    """Key/value heads and MLP channels by block; None = all blocks are as the config says.
 
     Raises: ConfigError: the field holds something else.
     """
-    found = getattr(config, FIELD, None)
+    found = getattr(config, SIZES_FIELD, None)
     if found is None:
         return None
-    row, depth = wiring_of(config), int(config.num_hidden_layers)
-    most = {GROUPS: _num_groups(config), CHANNELS: getattr(config, row.width_field, None)}
+    row, depth, most = wiring_of(config), int(config.num_hidden_layers), _held(config)
+    where = f"{getattr(config, 'name_or_path', '') or 'config.json'}: {SIZES_FIELD}"
     if not isinstance(found, dict) or set(found) != set(most):
-        raise ConfigError(f"config.json: {FIELD}: found {brief(found)}; expected lists {GROUPS} and {CHANNELS}.")
+        raise ConfigError(f"{where}: found {brief(found)}; expected lists {GROUPS} and {CHANNELS}.")
     for name, counts in found.items():
         plain = isinstance(counts, list) and all(type(count) is int for count in counts)
-        if not plain or len(counts) != depth or min(counts) < 1 or max(counts) != most[name]:
+        if not plain or not counts or len(counts) != depth or not 1 <= min(counts) <= max(counts) <= most[name]:
             raise ConfigError(
-                f"config.json: {FIELD}.{name}: found {brief(counts)}; expected {depth} numbers from 1 to {most[name]}, "
-                "the largest of them among them."
+                f"{where}.{name}: found {brief(counts)}; expected {depth} numbers from 1 to {most[name]}, one a block."
             )
-    if len({*found[GROUPS]}) > 1 and not heads_may_differ(row):
-        raise ConfigError(f"config.json: {FIELD}.{GROUPS}: {config.model_type} needs equal counts in every block.")
+    if set(found[GROUPS]) != {most[GROUPS]} and not heads_may_differ(row):
+        raise ConfigError(f"{where}.{GROUPS}: {config.model_type} needs {most[GROUPS]} in every block.")
     return found[GROUPS], found[CHANNELS]
 
 
-def _num_groups(config: Any) -> int:
-    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+def _held(config: Any) -> dict[str, int]:
+    """What a config says of all blocks."""
+    groups = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    return {GROUPS: groups, CHANNELS: int(getattr(config, wiring_of(config).width_field, None) or 0)}
 
 
 def heads_may_differ(row: Wiring) -> bool:
@@ -62,19 +69,10 @@ def heads_may_differ(row: Wiring) -> bool:
     return row.free_heads and not row.fused
 
 
-def check_equal_blocks(config: Any, what: str) -> None:
-    """Raises: UnsupportedModelError: a model whose blocks differ, of which `what` cannot be done."""
-    if getattr(config, FIELD, None) is not None:
-        raise UnsupportedModelError(
-            f"{what}: this model's blocks differ in heads and channels ({FIELD} in its config.json); take the model it "
-            "was made of."
-        )
-
-
 def opened_by(folder: Path) -> str:
     """What to tell a user of a model that was just written."""
     raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if raw.get(FIELD) is None:
+    if raw.get(SIZES_FIELD) is None:
         return "open it with AutoModelForCausalLM.from_pretrained"
     return "its blocks differ in size, which transformers alone cannot read; open it with elastic_sparsity.load_pruned"
 
@@ -108,18 +106,18 @@ def model_class(config: Any) -> Any:
 
 @torch.no_grad()
 def cut_(model: Any) -> None:
-    """Cuts the linears of a model of the largest counts to what every block keeps."""
+    """Cuts the linears of a model made by its config to what every block keeps."""
     found = sizes_field(model.config)
     assert found is not None
-    row = wiring_of(model.config)
-    ends = [(row.down, row.mlp_inputs, found[1])]
+    row, held = wiring_of(model.config), _held(model.config)
+    branches = [(row.down, row.mlp_inputs, found[1], held[CHANNELS])]
     if heads_may_differ(row):
-        ends.append((row.out, row.attention_inputs, found[0]))
-    for end, inputs, counts in ends:
+        branches.append((row.out, row.attention_inputs, found[0], held[GROUPS]))
+    for end, inputs, counts, of in branches:
         for block, count in zip(decoder_blocks(model), counts, strict=True):
             for path in inputs:
-                _cut_linear_(block.get_submodule(path), 0, count, max(counts))
-            _cut_linear_(block.get_submodule(end), 1, count, max(counts))
+                _cut_linear_(block.get_submodule(path), 0, count, of)
+            _cut_linear_(block.get_submodule(end), 1, count, of)
 
 
 def _cut_linear_(linear: nn.Module, dim: int, count: int, of: int) -> None:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from elastic_sparsity.arch import architecture_of, config_object, decoder_blocks, is_transposed, weight_OI
 from elastic_sparsity.errors import ShapeError
-from elastic_sparsity.sized import causal_lm, check_equal_blocks, with_sizes
+from elastic_sparsity.sized import causal_lm, with_sizes
 from elastic_sparsity.structured_sizes import Sizes, choose_sizes
-from elastic_sparsity.wiring import heads_of, linear_at, mlp_rows, wiring_of
+from elastic_sparsity.wiring import check_equal_blocks, heads_of, linear_at, mlp_rows, wiring_of
 
 USUAL_MULTIPLE = 32  # channels that kernels take at once; a smaller power of two where it does not divide
 
@@ -122,23 +122,39 @@ def sliced_config(
 ) -> Any:
     """The config of a model that keeps so many key/value heads and MLP channels, by block.
 
+    If no config of the largest number of heads is possible, it says the next larger one that is, and its blocks less.
+
     Args:
         width: inputs of the attention's last linear before anything goes.
         biases: give the branches' linears a bias wherever the config has a field for it.
     """
+    num_groups = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    for held in range(max(groups), num_groups):
+        try:
+            found = _equal_config(config, held, max(channels), width, biases)
+            break
+        except Exception:  # each config class has checks and error types of its own
+            continue
+    else:
+        found = _equal_config(config, num_groups, max(channels), width, biases)
+    return with_sizes(found, groups, channels)
+
+
+def _equal_config(config: Any, groups: int, channels: int, width: int, biases: bool = False) -> Any:
+    """Of equal blocks. Raises: whatever transformers does, if there can be no such config."""
     row, fields = wiring_of(config), {}
     if row.free_heads:
         heads = int(config.num_attention_heads)
         num_groups = int(getattr(config, "num_key_value_heads", None) or heads)
         fields = {
-            "num_attention_heads": max(groups) * (heads // num_groups),
-            "num_key_value_heads": max(groups),
+            "num_attention_heads": groups * (heads // num_groups),
+            "num_key_value_heads": groups,
             "head_dim": width // heads,
         }
-    fields[row.width_field] = max(channels)
+    fields[row.width_field] = channels
     if biases:
         fields |= {field: True for field in (row.attention_bias, row.mlp_bias) if field}
-    return with_sizes(config_object({**config.to_dict(), **fields}), groups, channels)
+    return config_object({**config.to_dict(), **fields})
 
 
 def _width(model: Any) -> int:
@@ -152,7 +168,7 @@ def expressible_groups(model: Any) -> list[int]:
     found, width, channels = [num_groups], _width(model), len(_mlp_of(model).units_UC)
     for groups in range(1, num_groups) if wiring_of(model.config).free_heads else ():
         try:
-            sliced_config(model.config, groups=[groups], channels=[channels], width=width)
+            _equal_config(model.config, groups, channels, width)
         except Exception:  # each config class has checks and error types of its own
             continue
         found.append(groups)

@@ -54,23 +54,26 @@ def structured_terms(z: Sizes) -> Iterator[Term]:
             place="device", stages=STAGE,
             why=f"I x I with I = {width:,}: in float32, and 4 in float64; 3 weights I x D in float64",
         )  # fmt: skip
-    if wanted.search != "none":
+    if wanted.search is not None:
         yield from _search_terms(z)
 
 
 def _search_terms(z: Sizes) -> Iterator[Term]:
     s, length = z.shapes, z.recipe.calibration.length
-    each = sum(8 * x.inputs**2 + 12 * x.inputs * x.outputs for x in ends_of(s))
+    has_gradients = z.recipe.structured.search == "blocks"
+    number = 16 if has_gradients else 12
+    each = sum(8 * x.inputs**2 + number * x.inputs * x.outputs for x in ends_of(s))
     yield Term(
         name="factors of all branches", bytes=s.depth * each, place="device", stages=STAGE,
-        why=f"{s.depth} blocks x (I x I and I x D in float64, I x D in float32) of their branches' ends",
+        why=f"{s.depth} blocks' branches' ends: I x I and I x D in float64, I x D in float32"
+        + (", and its gradient" if has_gradients else ""),
     )  # fmt: skip
     top = min(TOP, s.vocabulary - 1)
     yield Term(
         name="the dense model's likeliest tokens", bytes=HELD_OUT * length * top * 8, place="device", stages=STAGE,
         why=f"{HELD_OUT} samples x T x {top} tokens x 8",
     )  # fmt: skip
-    if z.recipe.structured.search == "blocks":
+    if has_gradients:
         yield Term(
             name="activations kept for the backward pass", bytes=s.depth * z.kept_for_backward(length), place="device",
             stages=STAGE, why=f"{s.depth} blocks x {z.kept_for_backward(length) // length:,} bytes a token x T",
@@ -90,7 +93,7 @@ def structured_work(z: Sizes) -> list[Work]:
         # Factor, inverse and factor in order: 4/3 I^3. Downdates: 2 I^3, and 2 I^2 D; the refit 3 I^2 D.
         each = sum(10 / 3 * x.inputs**3 + 5.0 * x.inputs**2 * x.outputs for x in ends_of(s))
         flops = each * s.depth * len(wanted.fractions)
-        searches = 1 + (wanted.search != "none")
+        searches = 1 + (wanted.search is not None)
         rows.append(Work(name="orders and refits", phase=PHASE, direction="forward", passes=0, flops=flops * searches))
     return [*rows, *_search_work(z, forward)]
 
@@ -98,7 +101,7 @@ def structured_work(z: Sizes) -> list[Work]:
 def _search_work(z: Sizes, forward: int) -> Iterator[Work]:
     """Of a descent at its longest; mostly it ends sooner. Judging the head's logits is counted apart."""
     s, wanted, length = z.shapes, z.recipe.structured, z.recipe.calibration.length
-    if wanted.search == "none":
+    if wanted.search is None:
         return
     count, held = len(wanted.fractions), HELD_OUT * length
     scored = PASSES * s.depth * (z.recipe.block.samples * length - held) * count

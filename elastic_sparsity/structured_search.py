@@ -6,26 +6,30 @@ together and kept if the loss falls (`descent`). Tyr-the-Pruner (arXiv 2503.0965
 sparsities a block; here any count is at hand, and the search is over in minutes.
 """
 
+import logging
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from torch import Tensor
 
 from elastic_sparsity.allocation import Kept
+from elastic_sparsity.arch import decoder_blocks
 from elastic_sparsity.attention import training_attention
 from elastic_sparsity.descent import Descended, DescentSettings, Prices, descend
-from elastic_sparsity.errors import ConfigError
+from elastic_sparsity.errors import ConfigError, NumericsError
 from elastic_sparsity.fused_layers import fused_layers
 from elastic_sparsity.sized import heads_may_differ
-from elastic_sparsity.structured_parts import expressible_groups, sizes_for
+from elastic_sparsity.structured_parts import expressible_groups, parts_of, sizes_for, unit_cost
 from elastic_sparsity.structured_sizes import HELD_OUT, Sizes
 from elastic_sparsity.supernet import TopKL
 from elastic_sparsity.unit_budget import UnitBudget, moved_within
 from elastic_sparsity.unit_net import UnitNet
 from elastic_sparsity.wiring import wiring_of
 
-Search = Literal["none", "equal", "blocks"]
+log = logging.getLogger(__name__)
+Search = Literal["equal", "blocks"]
 SEARCHES: tuple[str, ...] = get_args(Search)
 
 
@@ -42,13 +46,18 @@ class Searched:
     equal: dict[int, float]
     losses: list[float]
 
+    def record(self) -> dict[str, Any]:
+        """For a JSON file; the counts themselves are elsewhere."""
+        equal = {str(groups): loss for groups, loss in self.equal.items()}
+        return {"held_out": HELD_OUT, "equal": equal, "losses": self.losses}
 
-def check_search(search: str, scores: str, num_samples: int) -> None:
+
+def check_search(search: str | None, scores: str, num_samples: int) -> None:
     """Raises: ConfigError: unknown, of scores without a refit, or fewer samples than it needs."""
+    if search is None:
+        return
     if search not in SEARCHES:
         raise ConfigError(f"search: {search!r} is not one of {', '.join(SEARCHES)}.")
-    if search == "none":
-        return
     if scores != "obs":
         raise ConfigError(f"search: needs the exact refits of scores 'obs', found {scores!r}; leave the search out.")
     if num_samples <= HELD_OUT:
@@ -63,53 +72,91 @@ def search_sizes(
     sparsity: float,
     multiple: int,
     *,
-    search: Literal["equal", "blocks"],
+    search: Search,
     damping: float,
     batch_size: int,
     autocast: Callable[[], Any],
     settings: DescentSettings | None = None,
+    what: str = "blocks",
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Searched:
-    """The counts to prune a model to; it is dense again at the end.
+    """The counts to prune a model to; it is dense again at the end, and frozen.
 
     Args:
         model: causal LM in float32, in eval mode.
         token_ids_ST: calibration samples; the last `HELD_OUT` judge, the others order and refit.
-    Returns: counts of no more parameters than the best equal counts have.
-    Raises: ConfigError: no counts meet the budget. NumericsError.
+        what: is searched, for the progress.
+    Returns: counts that remove no fewer parameters than the counts by rule (`sizes_for`) do.
+    Raises: ConfigError: no counts meet the budget, or too few samples. NumericsError.
     """
-    settings = settings or DescentSettings()
+    check_search(search, "obs", len(token_ids_ST))
     start = sizes_for(model, sparsity, multiple)
-    starts = [start, *(found for found in _equal_sizes(model, sparsity, multiple) if found != start)]
+    starts = [start, *_other_starts(model, start, sparsity, multiple)]
+    if search == "equal" and len(starts) == 1:  # heads that must stay leave no choice
+        return Searched(sizes=start, equal={}, losses=[])
     net = UnitNet(model)
+    try:
+        return _searched(
+            net, token_ids_ST, starts, multiple, search, damping, batch_size, autocast, settings or DescentSettings(),
+            what, progress,
+        )  # fmt: skip
+    finally:
+        net.restore_()
+
+
+def _searched(
+    net: UnitNet,
+    token_ids_ST: Tensor,
+    starts: Sequence[Sizes],
+    multiple: int,
+    search: Search,
+    damping: float,
+    batch_size: int,
+    autocast: Callable[[], Any],
+    settings: DescentSettings,
+    what: str,
+    progress: Callable[[str, int, int], None],
+) -> Searched:
+    model = net.model
     with training_attention(model), fused_layers(model):
         loss = TopKL(model, token_ids_ST[-HELD_OUT:], autocast)
         net.score_(
-            token_ids_ST[:-HELD_OUT], start, damping=damping, at_once=multiple, batch_size=batch_size,
-            autocast=autocast, on_block=lambda done, total: progress("ordering units", done, total),
+            token_ids_ST[:-HELD_OUT], starts[0], damping=damping, at_once=multiple, batch_size=batch_size,
+            autocast=autocast, on_block=lambda done, total: progress(f"ordering {what}", done, total),
         )  # fmt: skip
 
         def judge(kept: Sequence[int]) -> float:
             net.apply_(kept)
-            return loss(range(HELD_OUT))
+            found = loss(range(HELD_OUT))
+            if math.isnan(found):
+                raise NumericsError("search: the loss of some counts is NaN; check the model and the calibration text.")
+            return found
 
         judged = [(judge(_kept(net, sizes)), sizes) for sizes in starts]
         equal = {sizes.groups[0]: found for found, sizes in judged}
         best_loss, best = min(judged, key=lambda found: found[0])
         losses: list[float] = []
         if search == "blocks":
-            best, losses = _descended(net, best, best_loss, multiple, judge, loss, settings, progress)
-    net.restore_()
+            most = net.spent(_kept(net, starts[0]))
+            best, losses = _descended(net, best, best_loss, most, multiple, judge, loss, settings, what, progress)
     return Searched(sizes=best, equal=equal, losses=losses)
 
 
-def _equal_sizes(model: Any, sparsity: float, multiple: int) -> list[Sizes]:
+def _other_starts(model: Any, start: Sizes, sparsity: float, multiple: int) -> list[Sizes]:
+    """Equal counts of other numbers of heads, which remove no less than `start` does."""
+    cost = unit_cost(decoder_blocks(model)[0], parts_of(decoder_blocks(model)[0], model.config)[-1])
     found = []
     for groups in expressible_groups(model):
         try:
-            found.append(sizes_for(model, sparsity, multiple, groups))
+            sizes = sizes_for(model, sparsity, multiple, groups)
         except ConfigError:  # the MLP cannot make up for so many heads
             continue
+        depth = len(sizes.channels)
+        more = max(0, -((sizes.removed - start.removed) // (multiple * cost * depth)))  # quanta, rounded up
+        channels = sizes.channels[0] - more * multiple
+        if groups != start.groups[0] and channels > 0:
+            removed = sizes.removed + more * multiple * cost * depth
+            found.append(replace(sizes, channels=(channels,) * depth, removed=removed))
     return found
 
 
@@ -122,14 +169,16 @@ def _descended(
     net: UnitNet,
     start: Sizes,
     loss_before: float,
+    most: int,
     multiple: int,
     judge: Callable[[Sequence[int]], float],
     loss: TopKL,
     settings: DescentSettings,
+    what: str,
     progress: Callable[[str, int, int], None],
 ) -> tuple[Sizes, list[float]]:
     kept = _kept(net, start)
-    budget = _budget(net, kept, multiple)
+    budget = _budget(net, kept, most, multiple)
 
     def prices(kept: Sequence[int]) -> Prices:
         net.apply_(kept)
@@ -139,13 +188,14 @@ def _descended(
         return moved_within(kept, found, budget, settings.radius, curvature)
 
     def on_step(now: Descended) -> None:
-        progress(f"searching counts, KL {now.loss:.4f}", len(now.losses) - 1, settings.steps)
+        log.info("counts of %s: step %d, KL %.4f", what, len(now.losses) - 1, now.losses[-1])
+        progress(f"counts of {what}", len(now.losses) - 1, settings.steps)
 
     found = descend(Descended(kept, [loss_before]), judge, prices, move, budget.quanta, settings, on_step)
     return _sizes(net, start, found.kept), found.losses
 
 
-def _budget(net: UnitNet, kept: Kept, multiple: int) -> UnitBudget:
+def _budget(net: UnitNet, kept: Kept, most: int, multiple: int) -> UnitBudget:
     free = heads_may_differ(wiring_of(net.model.config))
     fixed = [name == "attention" and not free for name in net.names]
     steps = [multiple if name == "mlp" else 1 for name in net.names]
@@ -154,7 +204,7 @@ def _budget(net: UnitNet, kept: Kept, multiple: int) -> UnitBudget:
         steps=tuple(steps),
         low=tuple(k if stays else step for k, stays, step in zip(kept, fixed, steps, strict=True)),
         high=tuple(k if stays else total for k, stays, total in zip(kept, fixed, net.totals, strict=True)),
-        most=sum(cost * k for cost, k in zip(net.costs, kept, strict=True)),
+        most=most,
     )
 
 

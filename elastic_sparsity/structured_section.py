@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from elastic_sparsity.arch import architecture_of, decoder_blocks, linears_of, weight_OI
 from elastic_sparsity.checkpoint import SAFETENSORS_NAMES, ElasticCheckpoint, OpenLevel
 from elastic_sparsity.errors import CheckpointError, LevelError, ShapeError
-from elastic_sparsity.ladder import StructuredLevel, per_block
+from elastic_sparsity.ladder import StructuredLevel
 from elastic_sparsity.packing import pack_bits, unpack_bits
 from elastic_sparsity.structured_parts import Kept, sliced_config
 from elastic_sparsity.structured_sizes import Sizes
@@ -89,9 +89,9 @@ def _counts(config: Any, checkpoint: ElasticCheckpoint, level: StructuredLevel) 
     """
     depth = len(checkpoint.linears) // len(architecture_of(config.model_type).linears)
     try:
-        return {"attention": per_block(level.key_value_heads, depth), "mlp": per_block(level.channels, depth)}
+        return dict(zip(("attention", "mlp"), level.counts(depth), strict=True))
     except LevelError as error:
-        raise CheckpointError(f"{checkpoint.folder}: level {level.name}: {error}") from None
+        raise CheckpointError(f"{checkpoint.folder}: {error}") from None
 
 
 def check_section(

@@ -67,12 +67,12 @@ def moved_within(kept: Sequence[int], prices: Prices, budget: UnitBudget, radius
     if budget.spent(free := at(0.0)) <= budget.most:
         return free
     under, over = 0.0, 1.0
-    while budget.spent(at(over)) > budget.most and over < math.inf:
+    while budget.spent(at(over)) > budget.most:  # ends: at a high price all keep the least in reach
         under, over = over, 2 * over
     for _ in range(HALVINGS):
         middle = (under + over) / 2
         under, over = (middle, over) if budget.spent(at(middle)) > budget.most else (under, middle)
-    chosen = list(kept) if over == math.inf else at(over)
+    chosen = at(over)
     _fill_(chosen, options, budget)
     return chosen if _cost(chosen, options) <= _cost(kept, options) else list(kept)
 

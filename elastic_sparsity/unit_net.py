@@ -25,7 +25,7 @@ from elastic_sparsity.wiring import linear_at
 
 
 class UnitNet:
-    """A causal LM in float32 whose branches' last linears are refitted in place; `restore_` gives the dense ones back.
+    """A causal LM in float32, frozen, whose branches' last linears are refitted in place; `restore_` undoes that.
 
     Holds a factor of I x I float64 for every branch with I inputs.
 
@@ -87,6 +87,10 @@ class UnitNet:
                 hidden = runner.map(call, hidden)
             on_block(index + 1, len(blocks))
         self.restore_()
+
+    def spent(self, kept: Sequence[int]) -> int:
+        """Parameters of so many units of every branch."""
+        return sum(cost * count for cost, count in zip(self.costs, kept, strict=True))
 
     @torch.no_grad()
     def apply_(self, kept: Sequence[int]) -> None:

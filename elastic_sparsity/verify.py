@@ -15,7 +15,7 @@ from elastic_sparsity.arch import architecture_of, decoder_blocks, weight_OI
 from elastic_sparsity.checkpoint import ElasticCheckpoint
 from elastic_sparsity.errors import CheckpointError, ElasticSparsityError
 from elastic_sparsity.hub import checkpoint_folder
-from elastic_sparsity.ladder import AnyLevel, Level, StructuredLevel, per_block
+from elastic_sparsity.ladder import AnyLevel, Level, StructuredLevel
 from elastic_sparsity.shells import listed_mask, num_shells, shell_names, shell_of
 from elastic_sparsity.slicing import load_level
 from elastic_sparsity.wiring import wiring_of
@@ -112,8 +112,8 @@ def _check_structured(checkpoint: ElasticCheckpoint, level: StructuredLevel) -> 
     prefix, depth = f"{architecture_of(model.config.model_type).blocks}.", len(decoder_blocks(model))
     for name, bits in units.items():
         stays, down = sum(byte.bit_count() for byte in bits.tolist()), f".{wiring_of(model.config).down}.units"
-        counts = per_block(level.channels if name.endswith(down) else level.key_value_heads, depth)
-        if stays != counts[int(name.removeprefix(prefix).partition(".")[0])]:
+        heads, channels = level.counts(depth)
+        if stays != (channels if name.endswith(down) else heads)[int(name.removeprefix(prefix).partition(".")[0])]:
             raise CheckpointError(f"{name}: level {level.name} keeps {stays} units, another number than promised.")
     return f"{weights:,} of {total:,} weights, {len(units)} choices of units"
 

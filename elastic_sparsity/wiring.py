@@ -147,6 +147,18 @@ WIRINGS: dict[str, Wiring] = {
 }
 
 
+SIZES_FIELD = "elastic_sizes"  # of a config, see sized.py
+
+
+def check_equal_blocks(config: Any, what: str) -> None:
+    """Raises: UnsupportedModelError: a model whose blocks differ in size, of which `what` cannot be done."""
+    if getattr(config, SIZES_FIELD, None) is not None:
+        raise UnsupportedModelError(
+            f"{what}: this model's blocks differ in heads and channels ({SIZES_FIELD} in its config.json); take the "
+            "model it was made of."
+        )
+
+
 def wiring_of(config: Any) -> Wiring:
     """The row of a model's config.
 
@@ -203,8 +215,9 @@ class Heads:
 def heads_of(block: nn.Module, config: Any) -> Heads:
     """The heads of a block.
 
-    Raises: UnsupportedModelError: if the linears' shapes are not those of the config's heads.
+    Raises: UnsupportedModelError: if the linears' shapes are not those of the config's heads, or blocks differ.
     """
+    check_equal_blocks(config, "heads")  # their shapes would pass as those of smaller heads
     row = wiring_of(config)
     num_heads = int(config.num_attention_heads)
     num_kv = int(getattr(config, "num_key_value_heads", None) or num_heads)

@@ -80,7 +80,7 @@ ALLOWED = {
         "torch", "safetensors", "transformers", "gguf", "arch", "errors", "files", "induction_file", "precision",
         "sized", "tiny", "weight_stream",
     },
-    "model_shapes": {"torch", "transformers", "arch", "errors", "files", "models", "precision", "sized", "tiny"},
+    "model_shapes": {"torch", "transformers", "arch", "errors", "files", "models", "precision", "tiny", "wiring"},
     "induction_file": {"torch", "arch", "errors", "files", "tensor_file", "tensor_file_writer"},
     "generating": {"torch", "transformers"},
     "data": {"torch", "datasets", "errors", "files", "generating"},
@@ -92,7 +92,7 @@ ALLOWED = {
     "block_state": {"torch", "adapters", "arch", "ladder", "shells"},
     "semi_structured": {"torch", "arch", "errors"},
     "gguf_vocab": {"gguf", "errors"},
-    "export_gguf": {"torch", "gguf", "arch", "errors", "gguf_vocab", "sized"},
+    "export_gguf": {"torch", "gguf", "arch", "errors", "gguf_vocab", "wiring"},
     "export_onnx": {"torch", "onnx", "openvino", "errors"},
     "packed_files": {
         "torch", "safetensors", "accelerate", "arch", "bitmask", "errors", "files", "semi_structured", "sized",
@@ -119,7 +119,7 @@ ALLOWED = {
     "inducing": {
         "torch", "absorbed_stage", "absorption", "arch", "attention", "calibration_text", "config", "distill",
         "errors", "feature_stage", "files", "fold_choice", "folding", "fused_layers", "induction",
-        "induction_file", "models", "precision", "workers",
+        "induction_file", "models", "precision", "wiring", "workers",
     },
     "block_phase": {
         "torch", "activations", "adapters", "arch", "block_state", "blocks", "calibrate", "config", "distill", "errors",
@@ -128,7 +128,7 @@ ALLOWED = {
     "supernet": {"torch", "allocation", "arch", "blocks", "calibrate", "errors", "importance", "ladder"},
     "allocating": {
         "allocation", "allocation_file", "attention", "calibration_text", "config", "data", "errors", "files",
-        "descent", "fused_layers", "models", "precision", "search", "supernet", "torch",
+        "descent", "fused_layers", "models", "precision", "search", "supernet", "torch", "wiring",
     },
     "baselines": {
         "torch", "arch", "blocks", "calibrate", "errors", "importance", "ladder", "mask_moves", "masks", "sparsegpt",
@@ -142,7 +142,7 @@ ALLOWED = {
         "structured_sizes", "wiring",
     },
     "structured_search": {
-        "torch", "allocation", "attention", "descent", "errors", "fused_layers", "sized", "structured_parts",
+        "torch", "allocation", "arch", "attention", "descent", "errors", "fused_layers", "sized", "structured_parts",
         "structured_sizes", "supernet", "unit_budget", "unit_net", "wiring",
     },
     "pruning": {

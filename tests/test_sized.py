@@ -5,22 +5,25 @@ import json
 
 import pytest
 import torch
+from conftest import tiny_recipe
 from exact import VARIANTS, model_of
 from transformers import AutoModelForCausalLM
 
+from elastic_sparsity.allocating import Allocating, allocate
 from elastic_sparsity.arch import decoder_blocks, linears_of, weight_OI
 from elastic_sparsity.errors import ConfigError, ElasticSparsityError, UnsupportedModelError
+from elastic_sparsity.inducing import induce
 from elastic_sparsity.model_shapes import read_shapes
 from elastic_sparsity.models import load_base
 from elastic_sparsity.precision import autocast_factory
 from elastic_sparsity.pruning import load_pruned
-from elastic_sparsity.sized import FIELD, causal_lm, heads_may_differ, opened_by, sizes_field
+from elastic_sparsity.sized import causal_lm, heads_may_differ, opened_by, sizes_field
 from elastic_sparsity.structured import prune_structured_
 from elastic_sparsity.structured_parts import sizes_for, sliced_model
 from elastic_sparsity.structured_sizes import Sizes
 from elastic_sparsity.tiny import byte_tokenizer, tiny_model
 from elastic_sparsity.weight_stream import WeightStream, empty_model
-from elastic_sparsity.wiring import wiring_of
+from elastic_sparsity.wiring import SIZES_FIELD, heads_of, wiring_of
 
 IDS = torch.randint(4, 260, (6, 32), generator=torch.Generator().manual_seed(0))
 AUTOCAST = autocast_factory("float32", "cpu")
@@ -95,7 +98,7 @@ def test_equal_blocks_need_no_field(tmp_path):
     model = tiny_model("llama")
     kept = prune_structured_(model, IDS, sizes_for(model, 0.4, 8), at_once=8, autocast=AUTOCAST)
     cut = sliced_model(model, kept)
-    assert not hasattr(cut.config, FIELD) and sizes_field(cut.config) is None
+    assert not hasattr(cut.config, SIZES_FIELD) and sizes_field(cut.config) is None
     cut.save_pretrained(tmp_path)
     assert "AutoModelForCausalLM" in opened_by(tmp_path)
 
@@ -110,6 +113,13 @@ def test_transformers_alone_refuses_it(folder):
 def test_it_is_no_base_for_a_run_or_for_more_pruning(folder):
     with pytest.raises(UnsupportedModelError, match="blocks differ in heads and channels"):
         read_shapes(str(folder))
+    with pytest.raises(UnsupportedModelError, match="search: this model's blocks differ"):
+        allocate(tiny_recipe(model={"id": str(folder)}), Allocating(held_out=2), folder / "plan.json")
+    with pytest.raises(UnsupportedModelError, match="induce: this model's blocks differ"):
+        induce(tiny_recipe(model={"id": str(folder)}, induction={"steps": 2, "held_out": 2}), folder / "induced")
+    model = load_base(str(folder)).model
+    with pytest.raises(UnsupportedModelError, match="heads: this model's blocks differ"):
+        heads_of(decoder_blocks(model)[1], model.config)
     with pytest.raises(UnsupportedModelError, match="structured pruning: this model's blocks differ"):
         sizes_for(load_base(str(folder)).model, 0.5)
 
@@ -124,7 +134,7 @@ def test_it_is_no_base_for_a_run_or_for_more_pruning(folder):
         ({"key_value_heads": [2, 1], "channels": [16]}, "expected 2 numbers"),
         ({"key_value_heads": [2, 1], "channels": [0, 64]}, "numbers from 1 to 64"),
         ({"key_value_heads": [2, 1], "channels": [16, 65]}, "numbers from 1 to 64"),
-        ({"key_value_heads": [2, 1], "channels": [16, 32]}, "the largest of them"),
+        ({"key_value_heads": [], "channels": []}, "expected 2 numbers"),
         ({"key_value_heads": [2, True], "channels": [16, 64]}, "key_value_heads: found"),
         ({"key_value_heads": [2.0, 1], "channels": [16, 64]}, "key_value_heads: found"),
         ({"key_value_heads": ["2", 1], "channels": [16, 64]}, "key_value_heads: found"),
@@ -133,7 +143,7 @@ def test_it_is_no_base_for_a_run_or_for_more_pruning(folder):
 def test_a_damaged_field_is_named(folder, field, match):
     path = folder / "config.json"
     raw = json.loads(path.read_text())
-    path.write_text(json.dumps({**raw, FIELD: field}))
+    path.write_text(json.dumps({**raw, SIZES_FIELD: field}))
     with pytest.raises(ConfigError, match=match):
         load_pruned(folder)
 
@@ -141,7 +151,7 @@ def test_a_damaged_field_is_named(folder, field, match):
 def test_fields_that_do_not_fit_the_weights(folder):
     path = folder / "config.json"
     raw = json.loads(path.read_text())
-    raw[FIELD]["channels"] = [24, 64]
+    raw[SIZES_FIELD]["channels"] = [24, 64]
     path.write_text(json.dumps(raw))
     with pytest.raises(ElasticSparsityError, match="size|shape"):
         load_pruned(folder)
@@ -149,6 +159,6 @@ def test_fields_that_do_not_fit_the_weights(folder):
 
 def test_heads_of_a_fused_linear_may_not_differ():
     config = tiny_model("phi3").config
-    setattr(config, FIELD, {"key_value_heads": [config.num_key_value_heads, 1], "channels": [64, 64]})
-    with pytest.raises(ConfigError, match="phi3 needs equal counts in every block"):
+    setattr(config, SIZES_FIELD, {"key_value_heads": [config.num_key_value_heads, 1], "channels": [64, 64]})
+    with pytest.raises(ConfigError, match="phi3 needs 2 in every block"):
         causal_lm(config)

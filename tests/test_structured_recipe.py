@@ -202,15 +202,16 @@ def test_the_plan_counts_their_search(recipe_of):
     few = {"calibration": {"samples": 20, "source": "x"}, "block": {"samples": 20}}
     found = {
         search: plan(tiny_recipe(structured={**STRUCTURED, "search": search}, **few), gpu=False, probe=False)
-        for search in ("none", "equal", "blocks")
+        for search in (None, "equal", "blocks")
     }
     mine = {
         search: {term.name: term.bytes for term in each.terms if term.stages == ("structured",)}
         for search, each in found.items()
     }
     ends = [(32, 32), (64, 32)]  # o_proj, down_proj: inputs, outputs
-    assert mine["blocks"]["factors of all branches"] == 2 * sum(8 * i * i + 12 * i * o for i, o in ends)
-    assert mine["none"].keys() < mine["equal"].keys() < mine["blocks"].keys()
+    assert mine["blocks"]["factors of all branches"] == 2 * sum(8 * i * i + 16 * i * o for i, o in ends)
+    assert mine["equal"]["factors of all branches"] == 2 * sum(8 * i * i + 12 * i * o for i, o in ends)
+    assert mine[None].keys() < mine["equal"].keys() < mine["blocks"].keys()
     work = {search: {x.name: x for x in each.work if x.phase == "structured"} for search, each in found.items()}
     length, steps = 16, DescentSettings().steps
     assert work["blocks"]["inputs for the search's orders"].passes == 2 * 3 * 2 * (20 - 16) * length
@@ -218,6 +219,6 @@ def test_the_plan_counts_their_search(recipe_of):
     assert work["equal"]["judgements"].passes == 2 * 2 * (1 + 2) * 16 * length
     assert work["blocks"]["gradients"].passes == 2 * 2 * steps * 16 * length
     assert work["blocks"]["head of gradients"].is_head and not work["blocks"]["gradients"].is_head
-    assert work["none"].keys() < work["equal"].keys() < work["blocks"].keys()
+    assert work[None].keys() < work["equal"].keys() < work["blocks"].keys()
     with pytest.raises(ConfigError, match="4 calibration samples, of which 16 are held out"):
         plan(recipe_of(structured={**STRUCTURED, "search": "blocks"}), gpu=False, probe=False)

@@ -1,6 +1,7 @@
 """Searching counts: the net against pruning itself, prices against finite differences, and the way to a folder."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,13 +12,13 @@ from elastic_sparsity.arch import decoder_blocks, linears_of, weight_OI
 from elastic_sparsity.errors import ConfigError, NumericsError, ShapeError
 from elastic_sparsity.precision import autocast_factory
 from elastic_sparsity.pruning import load_pruned, prune
-from elastic_sparsity.sized import heads_may_differ
+from elastic_sparsity.sized import heads_may_differ, sizes_field
 from elastic_sparsity.structured import prune_structured_
-from elastic_sparsity.structured_parts import sizes_for
+from elastic_sparsity.structured_parts import sizes_for, sliced_model
 from elastic_sparsity.structured_search import check_search, search_sizes
 from elastic_sparsity.structured_sizes import HELD_OUT
 from elastic_sparsity.supernet import TopKL
-from elastic_sparsity.tiny import tiny_model
+from elastic_sparsity.tiny import byte_tokenizer, tiny_model
 from elastic_sparsity.unit_net import UnitNet
 from elastic_sparsity.wiring import wiring_of
 
@@ -116,20 +117,24 @@ def test_a_search_keeps_the_budget_and_lowers_the_loss(variant):
     options = {"damping": 0.01, "batch_size": 4, "autocast": AUTOCAST}
     equal = search_sizes(model, IDS, 0.4, 8, search="equal", **options)
     assert len(set(equal.sizes.groups)) == len(set(equal.sizes.channels)) == 1 and equal.losses == []
-    assert equal.equal[equal.sizes.groups[0]] == min(equal.equal.values())
+    has_choice = bool(equal.equal)
+    assert has_choice == wiring_of(model.config).free_heads
+    if has_choice:
+        assert equal.equal[equal.sizes.groups[0]] == min(equal.equal.values())
     steps = []
     found = search_sizes(
         model, IDS, 0.4, 8, search="blocks", progress=lambda stage, done, total: steps.append(stage), **options
     )
     sizes = found.sizes
-    assert found.losses[0] == min(equal.equal.values()) and len(found.losses) > 1
+    assert found.losses[0] == min(found.equal.values()) and len(found.losses) > 1
+    assert not has_choice or found.equal == equal.equal
     assert (min(found.losses) < found.losses[0]) == (sizes != equal.sizes)
-    assert sizes.removed >= equal.sizes.removed and sizes.total == even.total
+    assert min(sizes.removed, equal.sizes.removed) >= even.removed and sizes.total == even.total
     assert all(1 <= count <= even.num_groups for count in sizes.groups)
     assert all(count % 8 == 0 and 8 <= count <= even.num_channels for count in sizes.channels)
     if not heads_may_differ(wiring_of(model.config)):
         assert len(set(sizes.groups)) == 1
-    assert any("ordering units" in stage for stage in steps) and any("searching counts" in stage for stage in steps)
+    assert steps[:2] == ["ordering blocks"] * 2 and set(steps[2:]) == {"counts of blocks"}
     again = search_sizes(model, IDS, 0.4, 8, search="blocks", **options)
     assert again == found
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
@@ -143,6 +148,56 @@ def test_the_loss_it_reports_is_that_of_its_counts():
     net = scored(model, sizes_for(model, 0.4, 8))
     net.apply_(kept_of(net, found.sizes))
     assert loss(range(HELD_OUT)) == pytest.approx(min(found.losses), rel=1e-4)
+
+
+def test_heads_that_no_config_can_say(tmp_path):
+    """Of 8 key/value heads a Llama of width 64 can say 1, 2, 4 and 8; blocks may keep 3, 5, 6 or 7 all the same."""
+    model = tiny_model("llama", hidden_size=64, num_attention_heads=8, num_key_value_heads=8, head_dim=8)
+    even = sizes_for(model, 0.4, 8)
+    for groups in ((6, 3), (5, 5), (7, 8)):
+        masked = copy.deepcopy(model)
+        sizes = replace(even, groups=groups, channels=(16, 16))
+        cut = sliced_model(masked, prune_structured_(masked, IDS, sizes, at_once=8, autocast=AUTOCAST))
+        assert cut.config.num_key_value_heads == 8 and sizes_field(cut.config) == (list(groups), [16, 16])
+        with torch.no_grad():
+            expected = masked(IDS, use_cache=False).logits
+            assert torch.allclose(cut(IDS, use_cache=False).logits, expected, atol=2e-5)
+            cut.save_pretrained(tmp_path / str(groups))
+            byte_tokenizer().save_pretrained(tmp_path / str(groups))
+            back, _ = load_pruned(tmp_path / str(groups))
+            assert torch.allclose(back(IDS, use_cache=False).logits, expected, atol=2e-5)
+
+
+def test_other_starts_remove_no_less():
+    """SmolLM2's shapes: by rule 2 of 3 heads stay at 50 %, and the others would have removed less."""
+    model = tiny_model("llama", hidden_size=36, num_attention_heads=9, num_key_value_heads=3, intermediate_size=96)
+    for sparsity in (0.25, 0.4, 0.5):
+        start = sizes_for(model, sparsity, 8)
+        others = structured_search._other_starts(model, start, sparsity, 8)
+        assert {found.groups[0] for found in others} | {start.groups[0]} == {1, 2, 3}
+        for found in others:
+            assert found.removed >= start.removed and found.channels[0] % 8 == 0
+            pruned = sliced_model(model, prune_structured_(copy.deepcopy(model), IDS, found, scores="magnitude",
+                                                           autocast=AUTOCAST))  # fmt: skip
+            assert model.num_parameters() - pruned.num_parameters() == found.removed
+
+
+def test_an_interrupted_search_leaves_the_dense_weights(monkeypatch):
+    model = tiny_model("llama")
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    for place in ("prices", "apply_"):
+        calls, real = [], getattr(UnitNet, place)
+
+        def interrupt(self, *args, calls=calls, real=real):
+            calls.append(1)
+            if len(calls) == 2 or real.__name__ == "prices":
+                raise KeyboardInterrupt
+            return real(self, *args)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(UnitNet, place, interrupt)
+            search_sizes(model, IDS, 0.4, 8, search="blocks", damping=0.01, batch_size=4, autocast=AUTOCAST)
+        assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
 
 def test_one_block_has_nothing_to_share_out_but_ends():
@@ -166,11 +221,13 @@ def test_prune_writes_a_folder_that_comes_back(tmp_path):
 
 
 def test_what_a_search_refuses(tmp_path):
-    with pytest.raises(ConfigError, match="search: 'best' is not one of none, equal, blocks"):
+    with pytest.raises(ConfigError, match="search: 'best' is not one of equal, blocks"):
         check_search("best", "obs", 128)
     with pytest.raises(ConfigError, match="needs the exact refits of scores 'obs', found 'flap'"):
         prune("random:llama", tmp_path / "x", sparsity=0.5, scores="flap", search="equal")
     with pytest.raises(ConfigError, match="16 calibration samples, of which 16 are held out"):
         prune("random:llama", tmp_path / "x", sparsity=0.5, samples=16, search="blocks")
-    assert structured_search.SEARCHES == ("none", "equal", "blocks")
+    with pytest.raises(ConfigError, match="10 calibration samples"):
+        search_sizes(tiny_model("llama"), IDS[:10], 0.4, 8, search="equal", damping=0.01, batch_size=4,
+                     autocast=AUTOCAST)  # fmt: skip
     assert not (tmp_path / "x").exists()
