@@ -241,6 +241,7 @@ def inspect(
     """Levels, bytes, sparsity by layer type and quality; with --verify, also whether it is what it claims."""
     from elastic_sparsity.inspection import layer_types, levels
     from elastic_sparsity.report import checks_table, layer_table, levels_table
+    from elastic_sparsity.structured_sizes import counts_text
     from elastic_sparsity.verify import verify as verify_folder
 
     with _progress(quiet=json) as progress:
@@ -253,6 +254,9 @@ def inspect(
         console = Console(emoji=False)
         console.print(levels_table(found, checkpoint))
         console.print(layer_table(types, [level["title"] for level in found if not level["structured"]]))
+        for level in (level for level in found if level["structured"]):
+            heads, channels = counts_text(level["key_value_heads"]), counts_text(level["channels"])
+            console.print(f"{level['title']}: {heads} key/value heads and {channels} MLP channels a block")
         if verify:
             console.print(checks_table(checks))
     if not all(check["passed"] for check in checks):

@@ -25,6 +25,7 @@ class LevelInfo:
         available: whether they are all in this folder.
         perplexity, kl: as measured when the checkpoint was made (text in its record), None if not measured.
         structured: whether it is a smaller model, and no mask.
+        key_value_heads, channels: what each of its blocks keeps, one number if all are alike; None with a mask.
     """
 
     name: str
@@ -35,6 +36,8 @@ class LevelInfo:
     perplexity: float | None
     kl: float | None
     structured: bool = False
+    key_value_heads: int | tuple[int, ...] | None = None
+    channels: int | tuple[int, ...] | None = None
 
 
 def levels(path: str | Path, **hub: Any) -> list[LevelInfo]:
@@ -63,6 +66,8 @@ def level_info(checkpoint: ElasticCheckpoint, level: AnyLevel) -> LevelInfo:
         perplexity=row.get("perplexity"),
         kl=row.get("kl"),
         structured=isinstance(level, StructuredLevel),
+        key_value_heads=level.key_value_heads if isinstance(level, StructuredLevel) else None,
+        channels=level.channels if isinstance(level, StructuredLevel) else None,
     )
 
 

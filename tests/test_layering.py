@@ -240,7 +240,7 @@ ALLOWED = {
         "transformers", "checkpoint", "choosing", "cli_device", "cli_eval", "cli_export", "cli_induce", "cli_plan",
         "cli_prune", "cli_report", "cli_search", "cli_structured", "config", "errors", "files",
         "hub", "inspection", "measure", "overlay", "peft_export", "pipeline", "precision", "report", "sized", "slicing",
-        "terminal", "transfer", "verify", "workers",
+        "structured_sizes", "terminal", "transfer", "verify", "workers",
     },
 }  # fmt: skip
 WATCHED = {"torch", "numpy", "safetensors", "transformers", "peft", "datasets", "lm_eval", "accelerate", "gguf", "onnx",
