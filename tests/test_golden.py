@@ -3,8 +3,11 @@
 tests/golden/v2 was written on 2026-11-23 with small dyadic numbers, so that its weights are exact in any order of
 summation: two linears (one stored transposed), levels 50 / 55 / 75 % and 2:4, ranks 2, 1, 0, 1, bfloat16. Its expected
 weights are in v2_weights.json. A change that breaks this test needs a new format version.
+tests/golden/v2_structured was written on 2026-11-27: a tiny Llama's structured levels 50 % (equal counts) and 25 % (counts by
+block) in bfloat16, without shells. v2_structured.json has a hash of every parameter's bytes.
 """
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -14,9 +17,11 @@ import torch
 
 from elastic_sparsity.adapters import merge
 from elastic_sparsity.checkpoint import ElasticCheckpoint
+from elastic_sparsity.slicing import ElasticModel
 
 GOLDEN = Path(__file__).parent / "golden"
 EXPECTED = json.loads((GOLDEN / "v2_weights.json").read_text())
+STRUCTURED = json.loads((GOLDEN / "v2_structured.json").read_text())
 
 
 @pytest.mark.parametrize("level", EXPECTED)
@@ -29,6 +34,17 @@ def test_golden_files_load_as_they_were_written(level):
     assert found.keys() == EXPECTED[level].keys()
     for name, weight in found.items():
         assert torch.equal(weight, torch.tensor(EXPECTED[level][name]))
+
+
+@pytest.mark.parametrize(("level", "counts"), [("structured-0.5", (1, 32)), ("structured-0.25", ((1, 2), (56, 24)))])
+def test_golden_structured_levels_load_as_they_were_written(level, counts):
+    found = ElasticCheckpoint(GOLDEN / "v2_structured").find(level)
+    assert (found.key_value_heads, found.channels) == counts
+    model = ElasticModel.from_pretrained(GOLDEN / "v2_structured", level)
+    assert STRUCTURED[level] == {
+        name: hashlib.sha256(parameter.detach().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+        for name, parameter in model.named_parameters()
+    }
 
 
 def raw(file):
