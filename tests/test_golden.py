@@ -3,8 +3,8 @@
 tests/golden/v2 was written on 2026-11-23 with small dyadic numbers, so that its weights are exact in any order of
 summation: two linears (one stored transposed), levels 50 / 55 / 75 % and 2:4, ranks 2, 1, 0, 1, bfloat16. Its expected
 weights are in v2_weights.json. A change that breaks this test needs a new format version.
-tests/golden/v2_structured was written on 2026-11-27: a tiny Llama's structured levels 50 % (equal counts) and 25 % (counts by
-block) in bfloat16, without shells. v2_structured.json has a hash of every parameter's bytes.
+tests/golden/v2_structured was written on 2026-11-27: a tiny Llama's structured levels 50 % (equal counts) and 25 %
+(counts by block) in bfloat16, without shells. v2_structured.json has a hash of every parameter's bytes.
 """
 
 import hashlib
