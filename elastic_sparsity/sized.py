@@ -81,9 +81,10 @@ def causal_lm(config: Any, dtype: torch.dtype | None = None) -> Any:
     """A new model of a config, as `AutoModelForCausalLM.from_config` makes it, with every block's own sizes."""
     from transformers import AutoModelForCausalLM  # slow import, only here
 
+    wanted = {} if dtype is None else {"dtype": dtype}  # a dtype of None would overwrite the config's own
     if sizes_field(config) is None:
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return model_class(config)._from_config(config, dtype=dtype)
+        return AutoModelForCausalLM.from_config(config, **wanted)
+    return model_class(config)._from_config(config, **wanted)
 
 
 def model_class(config: Any) -> Any:

@@ -61,8 +61,8 @@ def test_progress_and_self_calibration(tmp_path):
         progress=lambda *step: seen.append(step),
     )  # fmt: skip
     assert ("pruning blocks", 2, 2) in seen
-    assert found.num_blocks == 2 and found.sizes.sparsity == 0.5
-    assert found.parameters_before - found.parameters_after == 2 * found.sizes.removed
+    assert len(found.sizes.groups) == 2 and found.sizes.sparsity == 0.5
+    assert found.parameters_before - found.parameters_after == found.sizes.removed
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from elastic_sparsity.model_shapes import read_shapes
 from elastic_sparsity.models import load_base
 from elastic_sparsity.precision import autocast_factory
 from elastic_sparsity.pruning import load_pruned
-from elastic_sparsity.sized import causal_lm, heads_may_differ, opened_by, sizes_field
+from elastic_sparsity.sized import causal_lm, heads_may_differ, opened_by, sizes_field, with_sizes
 from elastic_sparsity.structured import prune_structured_
 from elastic_sparsity.structured_parts import sizes_for, sliced_model
 from elastic_sparsity.structured_sizes import Sizes
@@ -92,6 +92,15 @@ def test_streamed_from_disk_equals_resident(family, tmp_path):
     assert {n: tuple(p.shape) for n, p in model.named_parameters()} == {
         n: tuple(p.shape) for n, p in cut.named_parameters()
     }
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_config_keeps_its_dtype(dtype):
+    for channels in ([64, 64], [64, 32]):
+        config = with_sizes(tiny_model("llama").config, [2, 2], channels)
+        config.dtype = dtype
+        assert causal_lm(config).dtype == config.dtype == dtype
+        assert causal_lm(config, torch.float16).dtype == torch.float16
 
 
 def test_equal_blocks_need_no_field(tmp_path):
