@@ -223,13 +223,15 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
     shares = sorted({cell.partition("/")[0] for cell in result["cells"]} - {"dense"})
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    for number, method in enumerate(METHODS):
+    methods = [m for m in METHODS if any(cell.endswith(f"/{m}") for cell in result["cells"])]
+    width = 0.9 / len(methods)
+    for number, method in enumerate(methods):
         found = [result["cells"].get(f"{share}/{method}", {}).get("perplexity", float("nan")) for share in shares]
-        width = 0.9 / len(METHODS)
-        bars = left.bar([x + width * number - 0.4 for x in range(len(shares))], found, width, label=method)
+        bars = left.bar([x + width * (number + 0.5) - 0.45 for x in range(len(shares))], found, width, label=method)
         left.bar_label(bars, [f"{x:.0f}" for x in found], fontsize=8)
     left.axhline(result["cells"]["dense"]["perplexity"], color="black", linestyle="--", label="dense")
     left.set_yscale("log")
+    left.set_ylim(top=left.get_ylim()[1] * 100)  # room for the legend
     left.set_ylabel("perplexity")
     for number, what in enumerate(("prefill", "decode")):
         found = [result["speed"].get(share, {}).get(f"{what}_times_dense", float("nan")) for share in shares]
@@ -240,7 +242,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     for axis in (left, right):
         axis.set_xticks(range(len(shares)), [f"{100 * float(share):g} %" for share in shares])
         axis.set_xlabel("of the blocks' linears removed")
-        axis.legend()
+        axis.legend(fontsize=8, ncols=2)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
