@@ -42,7 +42,9 @@ class DescentPlan(BaseModel):
     @classmethod
     def _without_refused(cls, data: Any) -> Any:
         """`refused` is what plans counted before `stalled`: no step goes by it any more."""
-        return {name: value for name, value in data.items() if name != "refused"} if isinstance(data, dict) else data
+        if isinstance(data, dict) and type(data.get("refused")) is int:
+            return {name: value for name, value in data.items() if name != "refused"}
+        return data
 
     @property
     def state(self) -> tuple[list[float], float, int]:

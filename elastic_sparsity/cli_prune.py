@@ -1,6 +1,6 @@
 """The command `prune`: a plain model with fewer heads and MLP channels, which every dense runtime runs faster."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,17 +33,19 @@ def checked_scores(name: str) -> Any:
     """The scores an option names. Raises: ConfigError: unknown."""
     from elastic_sparsity.structured import SCORES
 
-    if name not in SCORES:
-        raise ConfigError(f"--scores: {name!r} is not one of {', '.join(SCORES)}.")
-    return name
+    return _known("--scores", name, SCORES)
 
 
 def checked_search(name: str | None) -> Any:
     """The search an option names. Raises: ConfigError: unknown."""
     from elastic_sparsity.structured_search import SEARCHES
 
-    if name is not None and name not in SEARCHES:
-        raise ConfigError(f"--search: {name!r} is not one of {', '.join(SEARCHES)}.")
+    return None if name is None else _known("--search", name, SEARCHES)
+
+
+def _known(option: str, name: str, names: Sequence[str]) -> str:
+    if name not in names:
+        raise ConfigError(f"{option}: {name!r} is not one of {', '.join(names)}.")
     return name
 
 

@@ -10,12 +10,22 @@ p bytes a number in products, B samples a batch, T tokens, D width, S samples, K
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from elastic_sparsity.allocation import TOP
 from elastic_sparsity.config import Recipe
 from elastic_sparsity.files import is_file
 from elastic_sparsity.masks import SORTED_AT_ONCE
 from elastic_sparsity.model_shapes import ModelShapes
-from elastic_sparsity.plan_sizes import PER_BLOCK, PLACES, STAGES, Choices, Peak, Sizes, Term, checkpoint_bytes
+from elastic_sparsity.plan_sizes import (
+    PER_BLOCK,
+    PLACES,
+    STAGES,
+    Choices,
+    Peak,
+    Sizes,
+    Term,
+    backward_term,
+    checkpoint_bytes,
+    teacher_term,
+)
 from elastic_sparsity.structured_plan import structured_terms
 
 PROCESS = 400_000_000  # measured: Python, torch, transformers and what they load, on Linux without CUDA
@@ -157,19 +167,12 @@ def _allocation(z: Sizes) -> Iterator[Term]:
         name="masked weights, their gradients, the order", bytes=numbers * (2 * z.weight + 2), place="device",
         stages=stage, why=f"{s.depth} x W x ({z.weight} + {z.weight} + 2)",
     )  # fmt: skip
-    yield Term(
-        name="activations kept for the backward pass", bytes=s.depth * z.kept_for_backward(length), place="device",
-        stages=stage, why=f"{s.depth} blocks x {z.kept_for_backward(length) // length:,} bytes a token x T",
-    )  # fmt: skip
+    yield backward_term(z, length, "T", stage)
     yield Term(
         name="prices of the largest linear", bytes=28 * s.largest_linear, place="device", stages=stage,
         why=f"L {s.largest_linear:,} x 28: products in float32 and float64, places of 8 bytes",
     )  # fmt: skip
-    top = min(TOP, s.vocabulary - 1)
-    yield Term(
-        name="the dense model's likeliest tokens", bytes=wanted.held_out * length * top * 8, place="device",
-        stages=stage, why=f"{wanted.held_out} samples x T x {top} tokens x 8",
-    )  # fmt: skip
+    yield teacher_term(z, wanted.held_out, stage)
     yield _head(z, length, stage)
 
 
@@ -182,11 +185,7 @@ def _induction(z: Sizes) -> Iterator[Term]:
         name="masked weights", bytes=s.depth * s.block_linears * p, place="device", stages=stage,
         why=f"{s.depth} x W x {p}, kept for the backward pass",
     )  # fmt: skip
-    yield Term(
-        name="activations kept for the backward pass", bytes=s.depth * z.kept_for_backward(tokens), place="device",
-        stages=stage,
-        why=f"{s.depth} blocks x {z.kept_for_backward(tokens) // tokens:,} bytes a token x {tokens:,} tokens",
-    )  # fmt: skip
+    yield backward_term(z, tokens, f"{tokens:,} tokens", stage)
     yield Term(
         name="scores of the largest linear", bytes=20 * s.largest_linear, place="device", stages=stage,
         why=f"L {s.largest_linear:,} x 20: scores, saliency, margins and temporaries in float32",

@@ -157,7 +157,7 @@ def model_config(model_id: str, config_file: Path | None = None) -> Any:
     return checked_config(folder if is_folder(folder) else model_id)
 
 
-def empty_model(model_id: str, config_file: Path | None = None) -> Any:
+def shapes_model(model_id: str, config_file: Path | None = None) -> Any:
     """A causal LM for code that asks a model for shapes: every weight is one zero, expanded, which takes no memory.
 
     Call `read_shapes` first: it names what is wrong with a model or a config; here that raises what transformers does.

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from elastic_sparsity.allocation import TOP
 from elastic_sparsity.config import Recipe
 from elastic_sparsity.ladder import keep_count
 from elastic_sparsity.model_shapes import ModelShapes
@@ -156,6 +157,24 @@ class Sizes:
         if self.choices.gpu or self.product != 2:
             return 0
         return tokens * (self.recipe.calibration.length + 128) // 2 * self.shapes.heads * 2
+
+
+def teacher_term(z: Sizes, samples: int, stages: tuple[str, ...]) -> Term:
+    """What a search keeps of the dense model, to judge by so many samples."""
+    length, top = z.recipe.calibration.length, min(TOP, z.shapes.vocabulary - 1)
+    return Term(
+        name="the dense model's likeliest tokens", bytes=samples * length * top * 8, place="device", stages=stages,
+        why=f"{samples} samples x T x {top} tokens x 8",
+    )  # fmt: skip
+
+
+def backward_term(z: Sizes, tokens: int, times: str, stages: tuple[str, ...]) -> Term:
+    """What a gradient through all blocks keeps. Args: times: how the tokens are called."""
+    depth, kept = z.shapes.depth, z.kept_for_backward(tokens)
+    return Term(
+        name="activations kept for the backward pass", bytes=depth * kept, place="device", stages=stages,
+        why=f"{depth} blocks x {kept // tokens:,} bytes a token x {times}",
+    )  # fmt: skip
 
 
 def checkpoint_bytes(z: Sizes) -> int:

@@ -13,7 +13,7 @@ from elastic_sparsity.adding import check_structured
 from elastic_sparsity.config import Recipe, make_recipe
 from elastic_sparsity.errors import ConfigError, MemoryPlanError
 from elastic_sparsity.memory_plan import memory_terms, peaks
-from elastic_sparsity.model_shapes import ModelShapes, empty_model, model_config, read_shapes
+from elastic_sparsity.model_shapes import ModelShapes, model_config, read_shapes, shapes_model
 from elastic_sparsity.plan_sizes import Choices, Peak, Sizes, Term, Work
 from elastic_sparsity.precision import DTYPES, default_device, resolve_precision
 from elastic_sparsity.work_plan import Timing, seconds_of, work_of
@@ -93,7 +93,7 @@ def plan(
     """
     shapes = read_shapes(recipe.model.id, recipe.model.dtype, config_file)
     if recipe.structured.fractions:
-        check_structured(recipe, empty_model(recipe.model.id, config_file))
+        check_structured(recipe, shapes_model(recipe.model.id, config_file))
     limits = dict(limits or {})
     wrong = sorted(limits.keys() - {"device", "host", "disk"})
     if wrong or any(size <= 0 for size in limits.values()):

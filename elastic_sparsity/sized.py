@@ -16,7 +16,7 @@ from torch import nn
 
 from elastic_sparsity.arch import decoder_blocks, is_transposed
 from elastic_sparsity.errors import ConfigError, brief
-from elastic_sparsity.wiring import SIZES_FIELD, Wiring, wiring_of
+from elastic_sparsity.wiring import SIZES_FIELD, Wiring, num_groups, wiring_of
 
 GROUPS, CHANNELS = "key_value_heads", "channels"
 
@@ -60,8 +60,7 @@ def sizes_field(config: Any) -> tuple[list[int], list[int]] | None:
 
 def _held(config: Any) -> dict[str, int]:
     """What a config says of all blocks."""
-    groups = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-    return {GROUPS: groups, CHANNELS: int(getattr(config, wiring_of(config).width_field, None) or 0)}
+    return {GROUPS: num_groups(config), CHANNELS: int(getattr(config, wiring_of(config).width_field, None) or 0)}
 
 
 def heads_may_differ(row: Wiring) -> bool:

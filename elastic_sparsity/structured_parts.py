@@ -18,7 +18,7 @@ from elastic_sparsity.arch import architecture_of, config_object, decoder_blocks
 from elastic_sparsity.errors import ShapeError
 from elastic_sparsity.sized import causal_lm, with_sizes
 from elastic_sparsity.structured_sizes import Sizes, choose_sizes
-from elastic_sparsity.wiring import check_equal_blocks, heads_of, linear_at, mlp_rows, wiring_of
+from elastic_sparsity.wiring import check_equal_blocks, heads_of, linear_at, mlp_rows, num_groups, wiring_of
 
 USUAL_MULTIPLE = 32  # channels that kernels take at once; a smaller power of two where it does not divide
 
@@ -102,14 +102,14 @@ def sizes_for(model: Any, sparsity: float, multiple: int | None = None, groups: 
     parts = {part.name: part for part in parts_of(blocks[0], config)}
     mlp, attention = parts["mlp"], parts.get("attention")
     numbers = [tensor.numel() for path in row.linears for tensor in linear_at(blocks[0], path).parameters()]
-    num_groups = len(heads_of(blocks[0], config).key_KC)
+    most = len(heads_of(blocks[0], config).key_KC)
     allowed = expressible_groups(model)
     return choose_sizes(
         sparsity,
         num_blocks=len(blocks),
         total=sum(numbers),
         group_cost=unit_cost(blocks[0], attention) if attention else 0,
-        num_groups=num_groups,
+        num_groups=most,
         channel_cost=unit_cost(blocks[0], mlp),
         num_channels=len(mlp.units_UC),
         multiple=usual_multiple(model) if multiple is None else multiple,
@@ -128,15 +128,15 @@ def sliced_config(
         width: inputs of the attention's last linear before anything goes.
         biases: give the branches' linears a bias wherever the config has a field for it.
     """
-    num_groups = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-    for held in range(max(groups), num_groups):
+    most = num_groups(config)
+    for held in range(max(groups), most):
         try:
             found = _equal_config(config, held, max(channels), width, biases)
             break
         except Exception:  # each config class has checks and error types of its own
             continue
     else:
-        found = _equal_config(config, num_groups, max(channels), width, biases)
+        found = _equal_config(config, most, max(channels), width, biases)
     return with_sizes(found, groups, channels)
 
 
@@ -145,9 +145,8 @@ def _equal_config(config: Any, groups: int, channels: int, width: int, biases: b
     row, fields = wiring_of(config), {}
     if row.free_heads:
         heads = int(config.num_attention_heads)
-        num_groups = int(getattr(config, "num_key_value_heads", None) or heads)
         fields = {
-            "num_attention_heads": groups * (heads // num_groups),
+            "num_attention_heads": groups * (heads // num_groups(config)),
             "num_key_value_heads": groups,
             "head_dim": width // heads,
         }
@@ -164,9 +163,9 @@ def _width(model: Any) -> int:
 
 def expressible_groups(model: Any) -> list[int]:
     """Counts of key/value heads with which transformers still takes the config: Llama wants width / heads whole."""
-    num_groups = len(heads_of(decoder_blocks(model)[0], model.config).key_KC)
-    found, width, channels = [num_groups], _width(model), len(_mlp_of(model).units_UC)
-    for groups in range(1, num_groups) if wiring_of(model.config).free_heads else ():
+    most = len(heads_of(decoder_blocks(model)[0], model.config).key_KC)
+    found, width, channels = [most], _width(model), len(_mlp_of(model).units_UC)
+    for groups in range(1, most) if wiring_of(model.config).free_heads else ():
         try:
             _equal_config(model.config, groups, channels, width)
         except Exception:  # each config class has checks and error types of its own
@@ -195,8 +194,8 @@ def sliced_model(model: Any, kept: Sequence[Kept]) -> Any:
         for part in parts_of(block, model.config):
             cut = _cut(block, part, units[part.name])
             state.update({f"{prefix}.{index}.{name}": tensor for name, tensor in cut.items()})
-    num_groups = len(heads_of(blocks[0], model.config).key_KC)
-    groups = [len(units["attention"]) if "attention" in units else num_groups for units in kept]
+    most = len(heads_of(blocks[0], model.config).key_KC)
+    groups = [len(units["attention"]) if "attention" in units else most for units in kept]
     channels = [len(units["mlp"]) for units in kept]
     config = sliced_config(model.config, groups=groups, channels=channels, width=_width(model))
     with init_empty_weights():  # computes the buffers, e.g. rotary frequencies

@@ -5,10 +5,9 @@ Letters: I inputs of a branch's last linear, S samples, T tokens, D width.
 
 from collections.abc import Iterator
 
-from elastic_sparsity.allocation import TOP
 from elastic_sparsity.descent import DescentSettings
 from elastic_sparsity.model_shapes import LinearShape, ModelShapes
-from elastic_sparsity.plan_sizes import Sizes, Term, Work
+from elastic_sparsity.plan_sizes import Sizes, Term, Work, backward_term, teacher_term
 from elastic_sparsity.structured_sizes import HELD_OUT
 from elastic_sparsity.wiring import WIRINGS
 
@@ -59,7 +58,7 @@ def structured_terms(z: Sizes) -> Iterator[Term]:
 
 
 def _search_terms(z: Sizes) -> Iterator[Term]:
-    s, length = z.shapes, z.recipe.calibration.length
+    s = z.shapes
     has_gradients = z.recipe.structured.search == "blocks"
     number = 16 if has_gradients else 12
     each = sum(8 * x.inputs**2 + number * x.inputs * x.outputs for x in ends_of(s))
@@ -68,16 +67,9 @@ def _search_terms(z: Sizes) -> Iterator[Term]:
         why=f"{s.depth} blocks' branches' ends: I x I and I x D in float64, I x D in float32"
         + (", and its gradient" if has_gradients else ""),
     )  # fmt: skip
-    top = min(TOP, s.vocabulary - 1)
-    yield Term(
-        name="the dense model's likeliest tokens", bytes=HELD_OUT * length * top * 8, place="device", stages=STAGE,
-        why=f"{HELD_OUT} samples x T x {top} tokens x 8",
-    )  # fmt: skip
+    yield teacher_term(z, HELD_OUT, STAGE)
     if has_gradients:
-        yield Term(
-            name="activations kept for the backward pass", bytes=s.depth * z.kept_for_backward(length), place="device",
-            stages=STAGE, why=f"{s.depth} blocks x {z.kept_for_backward(length) // length:,} bytes a token x T",
-        )  # fmt: skip
+        yield backward_term(z, z.recipe.calibration.length, "T", STAGE)
 
 
 def structured_work(z: Sizes) -> list[Work]:

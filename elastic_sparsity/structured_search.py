@@ -24,7 +24,7 @@ from elastic_sparsity.sized import heads_may_differ
 from elastic_sparsity.structured_parts import expressible_groups, parts_of, sizes_for, unit_cost
 from elastic_sparsity.structured_sizes import HELD_OUT, Sizes
 from elastic_sparsity.supernet import TopKL
-from elastic_sparsity.unit_budget import UnitBudget, moved_within
+from elastic_sparsity.unit_budget import UnitBudget, moved_within, parameters
 from elastic_sparsity.unit_net import UnitNet
 from elastic_sparsity.wiring import wiring_of
 
@@ -137,7 +137,7 @@ def _searched(
         best_loss, best = min(judged, key=lambda found: found[0])
         losses: list[float] = []
         if search == "blocks":
-            most = net.spent(_kept(net, starts[0]))
+            most = parameters(net.costs, _kept(net, starts[0]))
             best, losses = _descended(net, best, best_loss, most, multiple, judge, loss, settings, what, progress)
     return Searched(sizes=best, equal=equal, losses=losses)
 
@@ -212,7 +212,7 @@ def _sizes(net: UnitNet, start: Sizes, kept: Kept) -> Sizes:
     groups, channels = list(start.groups), list(start.channels)
     for name, depth, count in zip(net.names, net.depths, kept, strict=True):
         (groups if name == "attention" else channels)[depth] = count
-    gone = sum(cost * (total - k) for cost, total, k in zip(net.costs, net.totals, kept, strict=True))
+    gone = parameters(net.costs, net.totals) - parameters(net.costs, kept)
     return Sizes(
         groups=tuple(groups),
         num_groups=start.num_groups,

@@ -24,7 +24,7 @@ from elastic_sparsity.packing import pack_bits, unpack_bits
 from elastic_sparsity.structured_parts import Kept, sliced_config
 from elastic_sparsity.structured_sizes import Sizes
 from elastic_sparsity.tensor_file import TensorSpec, check_headers
-from elastic_sparsity.wiring import wiring_of
+from elastic_sparsity.wiring import num_groups, wiring_of
 
 
 def section_tensors(small: Any, kept: Sequence[Kept], sizes: Sizes) -> dict[str, Tensor]:
@@ -195,5 +195,4 @@ def _totals(config: Any, checkpoint: ElasticCheckpoint) -> Mapping[str, int]:
     channels = checkpoint.linears[f"{prefix}.0.{row.down}"].shape[1]
     if not row.free_heads:
         return {"mlp": channels}
-    groups = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-    return {"attention": groups, "mlp": channels}
+    return {"attention": num_groups(config), "mlp": channels}

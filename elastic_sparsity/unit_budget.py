@@ -15,6 +15,11 @@ from elastic_sparsity.errors import ConfigError
 HALVINGS = 60  # of the interval in which the price of a parameter lies
 
 
+def parameters(costs: Sequence[int], kept: Sequence[int]) -> int:
+    """Of so many units of every branch."""
+    return sum(cost * count for cost, count in zip(costs, kept, strict=True))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnitBudget:
     """What the branches may keep.
@@ -33,7 +38,7 @@ class UnitBudget:
     most: int
 
     def spent(self, kept: Sequence[int]) -> int:
-        return sum(cost * k for cost, k in zip(self.costs, kept, strict=True))
+        return parameters(self.costs, kept)
 
     @property
     def quanta(self) -> list[float]:

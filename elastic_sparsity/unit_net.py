@@ -88,10 +88,6 @@ class UnitNet:
             on_block(index + 1, len(blocks))
         self.restore_()
 
-    def spent(self, kept: Sequence[int]) -> int:
-        """Parameters of so many units of every branch."""
-        return sum(cost * count for cost, count in zip(self.costs, kept, strict=True))
-
     @torch.no_grad()
     def apply_(self, kept: Sequence[int]) -> None:
         """Keeps the first so many units of every branch's order; branches that keep as many as before are not touched.

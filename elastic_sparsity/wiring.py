@@ -172,6 +172,11 @@ def wiring_of(config: Any) -> Wiring:
     return replace(row, attention_norm="", mlp_norm="", post_norms=(row.attention_norm, row.mlp_norm), final_norm="")
 
 
+def num_groups(config: Any) -> int:
+    """Key/value heads that a config gives every block, each with all its query heads."""
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+
+
 def linear_at(block: nn.Module, path: str) -> nn.Linear:
     """A linear of the block whose function its weight and bias alone decide. May be a `Conv1D`, which has both too.
 
@@ -219,8 +224,7 @@ def heads_of(block: nn.Module, config: Any) -> Heads:
     """
     check_equal_blocks(config, "heads")  # their shapes would pass as those of smaller heads
     row = wiring_of(config)
-    num_heads = int(config.num_attention_heads)
-    num_kv = int(getattr(config, "num_key_value_heads", None) or num_heads)
+    num_heads, num_kv = int(config.num_attention_heads), num_groups(config)
     width = weight_OI(linear_at(block, row.out)).shape[1]
     size, rest = divmod(width, num_heads)
     paths = row.attention_inputs

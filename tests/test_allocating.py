@@ -239,6 +239,9 @@ def test_an_older_plan_serves_only_if_it_is_finished(missing, tmp_path):
     with pytest.raises(OutputError, match=r"p\.json: holds an unfinished search of an older version.*delete it"):
         check_unfinished(load_plan(path), whole, path)
     check_unfinished(whole, whole, path)  # one with all of it goes on
+    path.write_text(json.dumps({**data, "descents": {"0.5": {"losses": [1.0], "refused": "much"}}}))
+    with pytest.raises(ConfigError, match="no allocation plan: .descents.0.5.refused"):
+        load_plan(path)
     path.write_text(json.dumps({**data, "descents": {"0.5": {"losses": [1.0], "stale": 1}}}))
     with pytest.raises(ConfigError, match="no allocation plan: .descents.0.5.stale"):
         load_plan(path)

@@ -186,9 +186,9 @@ ALLOWED = {
     "evaluate": {"torch", "arch", "errors"},
     "task_files": {"torch", "numpy", "transformers", "datasets", "lm_eval", "errors", "files"},
     "zero_shot": {"numpy", "lm_eval", "errors", "report", "task_files"},
-    "plan_sizes": {"config", "ladder", "model_shapes", "shells"},
-    "structured_plan": {"allocation", "descent", "model_shapes", "plan_sizes", "structured_sizes", "wiring"},
-    "memory_plan": {"allocation", "config", "files", "masks", "model_shapes", "plan_sizes", "structured_plan"},
+    "plan_sizes": {"allocation", "config", "ladder", "model_shapes", "shells"},
+    "structured_plan": {"descent", "model_shapes", "plan_sizes", "structured_sizes", "wiring"},
+    "memory_plan": {"config", "files", "masks", "model_shapes", "plan_sizes", "structured_plan"},
     "work_plan": {"allocation", "descent", "plan_sizes", "structured_plan"},
     "probe": {
         "torch", "transformers", "activations", "arch", "attention", "block_phase", "blocks", "calibrate", "config",

@@ -22,7 +22,7 @@ from elastic_sparsity.descent import DescentSettings
 from elastic_sparsity.errors import ConfigError
 from elastic_sparsity.manifest import CONFIG_NAME
 from elastic_sparsity.measure import measure
-from elastic_sparsity.model_shapes import empty_model, read_shapes
+from elastic_sparsity.model_shapes import read_shapes, shapes_model
 from elastic_sparsity.plan_sizes import STAGES
 from elastic_sparsity.planning import choose
 from elastic_sparsity.report_facts import read_facts
@@ -163,10 +163,10 @@ def test_a_plan_refuses_what_a_run_refuses_from_the_config_alone(structured, mod
 
 
 @pytest.mark.parametrize("family", TINY_FAMILIES)
-def test_an_empty_model_has_the_counts_of_a_whole_one(family, tmp_path):
+def test_a_model_of_shapes_has_the_counts_of_a_whole_one(family, tmp_path):
     model = tiny_model(family)
     model.config.save_pretrained(tmp_path)
-    empty = empty_model(str(tmp_path))
+    empty = shapes_model(str(tmp_path))
     assert {p.untyped_storage().nbytes() for p in empty.parameters()} == {4}  # one float32, whatever the shape
     for fractions in ([0.2], [0.2, 0.4]):
         assert check_sizes(empty, fractions, 8) == check_sizes(model, fractions, 8)
