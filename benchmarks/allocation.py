@@ -5,13 +5,15 @@
         --evaluation wikitext2-test.raw.txt
 
 All plans and the uniform allocation prune the same model on the same calibration samples, and keep the same number of
-weights at a level. Every cell goes into the JSON as soon as it is measured, and is not measured again: an interrupted
-run goes on, and further plans add columns; `--restart` begins anew.
+weights at a level. Every cell goes into the JSON as soon as it is measured, and is not measured again unless its plan
+is another one by now: an interrupted run goes on, and further plans add columns; `--restart` begins anew.
 """
 
 import argparse
 import copy
 import datetime
+import hashlib
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -85,9 +87,10 @@ def measure_cells(
     autocast, sizes = autocast_factory(precision, model.device.type), linear_sizes(model)
     result["windows"], result["precision"] = list(windows_ST.shape), precision
     for cell in (f"{m}/{level}/{name}" for level in args.levels for m in args.methods for name in (UNIFORM, *plans)):
-        if cell in result["cells"]:
-            continue
         method, sparsity, name = cell.split("/")
+        asked = None if name == UNIFORM else fingerprint(plans[name], float(sparsity))
+        if cell in result["cells"] and result["cells"][cell].get("plan") == asked:
+            continue
         level, kept = Ladder(sparsities=(float(sparsity),)).levels[0], None
         if name != UNIFORM:
             plan = plans[name]
@@ -101,6 +104,7 @@ def measure_cells(
         quality = evaluate({"it": pruned}, windows_ST, autocast=autocast)["it"]
         result["cells"][cell] = {
             "perplexity": quality.perplexity,
+            "plan": asked,
             "seconds": round(seconds, 1),
             "date": datetime.date.today().isoformat(),
             "device": device(),
@@ -112,6 +116,15 @@ def measure_cells(
         result["dense"] = evaluate({"it": model}, windows_ST, autocast=autocast)["it"].perplexity
         log(f"dense {result['dense']:.2f}")
         write_json(file, result)
+
+
+def fingerprint(plan: AllocationPlan, sparsity: float) -> str | None:
+    """Of what a plan keeps at a level: the first 16 digits of a sha256; None if it has no such level."""
+    if sparsity not in plan.sparsities:
+        return None
+    level = plan.sparsities.index(sparsity)
+    kept = json.dumps({name: linear.kept[level] for name, linear in sorted(plan.linears.items())})
+    return hashlib.sha256(kept.encode()).hexdigest()[:16]
 
 
 def show(result: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """Structured levels for a checkpoint that is there: the flow behind `elastic-sparsity add-structured`, and of a run.
 
-Each is the model that `prune` would make of the same base model and text, cut and refitted, in the checkpoint's dtype.
+Each is the model that `prune` would make of the same base model and text, cut, refitted and tuned, in the checkpoint's
+dtype.
 It starts from the base model and not from a trained level, whose zeros would come along.
 """
 
@@ -46,6 +47,8 @@ def add_structured(
     length: int = 512,
     batch_size: int = 4,
     damping: float = 0.01,
+    steps: int = 0,
+    lr: float = 3e-4,
     seed: int = 0,
     precision: str = "auto",
     progress: Progress = silent,
@@ -59,8 +62,8 @@ def add_structured(
         path: folder of an elastic checkpoint; of its tensors only `shared` is read.
         fractions: of the parameters of the blocks' linears that go; a level each, "structured-0.5".
         model: the base model; None = the one that the checkpoint records.
-        calibration, scores, search, accumulate, multiple, samples, length, batch_size, damping, seed, precision: as in
-            `prune`.
+        calibration, scores, search, accumulate, multiple, samples, length, batch_size, damping, steps, lr, seed,
+            precision: as in `prune`.
     Returns: the new levels.
     Raises: ConfigError: fractions that are no fractions, that no counts meet, or that come out alike.
         CheckpointError: another base model, or a level that is there already. UnsupportedModelError, DataError,
@@ -80,6 +83,8 @@ def add_structured(
         calibration={"source": calibration, "samples": samples, "length": length},
         batch_size=batch_size,
         damping=damping,
+        steps=steps,
+        lr=lr,
         seed=seed,
         precision=precision,
     )
@@ -117,10 +122,9 @@ def add_levels(recipe: Recipe, folder: Path, token_ids_ST: Tensor, progress: Pro
     fractions = [fraction for fraction in wanted.fractions if fraction not in done]
     if not fractions:
         return False
-    tokens_ST = token_ids_ST[: 0 if wanted.scores == "magnitude" else recipe.block.samples]
     base = load_base(recipe.model.id, recipe.model.dtype)
     write_levels(
-        checkpoint, recipe, base, tokens_ST, fractions,
+        checkpoint, recipe, base, token_ids_ST, fractions,
         scores=wanted.scores, search=wanted.search, accumulate=True, multiple=wanted.multiple, progress=progress,
     )  # fmt: skip
     return True
@@ -146,7 +150,7 @@ def write_levels(
         base: is spent.
     """
     levels: list[StructuredLevel] = []
-    model = base.model
+    model, pruning_ST = base.model, token_ids_ST[: 0 if scores == "magnitude" else recipe.block.samples]
     for fraction in fractions:
         if levels:
             model = load_base(recipe.model.id, recipe.model.dtype).model
@@ -161,7 +165,7 @@ def write_levels(
             accumulate=accumulate,
             multiple=at_once,
             dtype=checkpoint.dtype,
-            what=f"blocks, structured {100 * fraction:g} %",
+            what=f"structured {100 * fraction:g} %",
             progress=progress,
         )
         level = structured_level(fraction, made.model, made.sizes, biases=scores == "flap")
@@ -175,12 +179,26 @@ def write_levels(
             "seed": recipe.seed,
             "sparsity": made.sizes.sparsity,
             "searched": None if made.searched is None else made.searched.record(),
-            "calibration_tokens": token_ids_ST.numel(),
-            "calibration_sha256": token_hash(token_ids_ST),
+            "calibration_tokens": pruning_ST.numel(),
+            "calibration_sha256": token_hash(pruning_ST),
+            "tuning": _tuning(recipe, token_ids_ST, made.tuned_kl),
         }
         add_section(checkpoint.folder, level, section_tensors(made.model, made.kept, made.sizes), record)
         levels.append(level)
     return levels
+
+
+def _tuning(recipe: Recipe, token_ids_ST: Tensor, kl: float | None) -> dict[str, Any] | None:
+    """How a level was tuned, for its record; None if it was not."""
+    if kl is None:
+        return None
+    return {
+        "steps": recipe.structured_steps,
+        "lr": recipe.structured.lr,
+        "batch_size": recipe.end_to_end.batch_size,
+        "calibration_sha256": token_hash(token_ids_ST),
+        "kl_to_dense": kl,
+    }
 
 
 def check_fractions(fractions: Sequence[float]) -> None:

@@ -24,6 +24,8 @@ Samples = Annotated[int, typer.Option(help="Calibration samples.")]
 Length = Annotated[int, typer.Option(help="Tokens of a sample.")]
 BatchSize = Annotated[int, typer.Option(help="Samples at a time.")]
 Damping = Annotated[float, typer.Option(help="Of the input covariance, relative to its mean diagonal.")]
+Steps = Annotated[int, typer.Option(help="Optimiser steps that then tune what stays to the dense model; 0 = none.")]
+LearningRate = Annotated[float, typer.Option("--lr", help="Of that tuning.")]
 Seed = Annotated[int, typer.Option(help="Of the choice of samples.")]
 Precision = Annotated[str, typer.Option(help="Of products: auto, float32 or bfloat16.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No bars and no log, only the result.")]
@@ -65,6 +67,8 @@ def register(app: typer.Typer, progress: Callable[[bool], AbstractContextManager
         length: Length = 512,
         batch_size: BatchSize = 4,
         damping: Damping = 0.01,
+        steps: Steps = 0,
+        lr: LearningRate = 3e-4,
         seed: Seed = 0,
         dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
         precision: Precision = "auto",
@@ -89,6 +93,8 @@ def register(app: typer.Typer, progress: Callable[[bool], AbstractContextManager
                 length=length,
                 batch_size=batch_size,
                 damping=damping,
+                steps=steps,
+                lr=lr,
                 seed=seed,
                 dtype=dtype,
                 precision=precision,

@@ -188,7 +188,8 @@ class MemorySection(_Section):
 class StructuredSection(_Section):
     """Smaller models as further levels, made from the base model after the training, as `elastic-sparsity prune` does.
 
-    They take the calibration samples and the batch size of the block phase, and the damping of the scores.
+    They take the calibration samples and the batch size of the block phase, and the damping of the scores; their tuning
+    takes all samples, and batch size, warm-up, clipping and checkpointing of the end-to-end phase.
     """
 
     fractions: tuple[Fraction, ...] = ()
@@ -198,6 +199,11 @@ class StructuredSection(_Section):
     """Counts by the loss on held-out samples: the same in every block, or blocks that differ; None = by rule."""
     multiple: Positive | None = None
     """MLP channels stay in multiples of it; None = 32, or the power of two below that divides."""
+    steps: NonNegative | None = None
+    """Optimiser steps that tune a level's linears towards the dense model's logits after the cut; None = as many as the
+    end-to-end phase spends on one level; 0 = none."""
+    lr: Rate = 3e-4
+    """Of that tuning."""
 
 
 class CheckpointSection(_Section):
@@ -303,6 +309,14 @@ class Recipe(_Section):
         is_trained = self.block.steps > 0 or self.end_to_end.trainable != "off"
         given = self.allocation.strength
         return given if given is not None else 0.5 if is_trained else 1.0
+
+    @property
+    def structured_steps(self) -> int:
+        """Optimiser steps that tune a structured level."""
+        if self.structured.steps is not None:
+            return self.structured.steps
+        is_trained = self.end_to_end.trainable != "off"
+        return -(-self.end_to_end.steps // len(self.build_ladder().levels)) if is_trained else 0
 
     def slopes(self) -> tuple[float, ...]:
         """Of every unstructured level."""

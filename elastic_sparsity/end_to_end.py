@@ -149,41 +149,80 @@ def train_end_to_end_(
     Returns: mean KL to the dense model (nats a token) of every level name over the last quarter of its steps.
     Raises: NumericsError: if a loss is not finite.
     """
-    optimizer = _optimizer(model, settings)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    top_rates = [group["lr"] for group in optimizer.param_groups]
-    history: dict[str, list[float]] = {level.name: [] for level in ladder.levels}
-    order, first = balanced_order(ladder.levels, settings.steps, generator), 0
+    optimizer, levels = _optimizer(model, settings), {level.name: level for level in ladder.levels}
+    history: dict[str, list[float]] = {name: [] for name in levels}
+    order, first = [level.name for level in balanced_order(ladder.levels, settings.steps, generator)], 0
     if snapshots is not None and snapshots.start is not None:
         first, history = _go_on_(model, optimizer, *snapshots.start)
+
+    def loss_of(name: str, ids_BT: Tensor) -> Tensor:
+        return _step_loss(model, head, ids_BT, levels[name], autocast, settings.gradient_checkpointing)
+
     saved = time.monotonic()
+    for done, name, value in steps_(
+        optimizer, order, loss_of, token_ids_ST, settings, share, first=first,
+        phase="end-to-end phase", rates="end_to_end.adapter_lr or end_to_end.base_lr",
+    ):  # fmt: skip
+        history[name].append(value)
+        on_step(done, settings.steps)
+        if done % max(1, settings.steps // 10) == 0:
+            recent = " ".join(f"{name}={_mean(values[-16:]):.4g}" for name, values in history.items() if values)
+            log.info("end to end %d/%d  KL to dense %s", done, settings.steps, recent)
+        if snapshots is not None and time.monotonic() - saved >= snapshots.seconds:
+            snapshots.save(_snapshot(model, optimizer), {"step": done, "history": history})
+            saved = time.monotonic()
+    set_level_(model, None)
+    return {name: last_quarter(values) for name, values in history.items() if values}
+
+
+def steps_(
+    optimizer: torch.optim.Optimizer,
+    order: Sequence[str],
+    loss_of: Callable[[str, Tensor], Tensor],
+    token_ids_ST: Tensor,
+    settings: EndToEndSettings,
+    share: Share,
+    *,
+    phase: str,
+    rates: str,
+    first: int = 0,
+) -> Iterator[tuple[int, str, float]]:
+    """Trains step by step; the groups' rates rise, and fall to zero along a cosine.
+
+    Args:
+        order: name of the level of every step.
+        loss_of: a level's loss on (B, T) token ids.
+        token_ids_ST: calibration samples, used in order and again from the start when they run out.
+        first: steps that are done.
+        phase, rates: for messages: what trains, and the settings that hold its learning rates.
+    Yields: after each step: steps done, the level, and its loss before the step.
+    Raises: NumericsError: if a loss is not finite.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    top_rates = [group["lr"] for group in optimizer.param_groups]
     for step, level in enumerate(order[first:], first):
         for group, rate in zip(optimizer.param_groups, top_rates, strict=True):
-            group["lr"] = rate * cosine(step, settings.steps, settings.warmup)
+            group["lr"] = rate * cosine(step, len(order), settings.warmup)
         chosen = (step * settings.batch_size + torch.tensor(share.places)) % token_ids_ST.shape[0]
-        loss = _step_loss(model, head, token_ids_ST[chosen], level, autocast, settings.gradient_checkpointing)
+        loss = loss_of(level, token_ids_ST[chosen])
         loss.backward()
         share.mean_gradients_(parameters)
         (value,) = share.mean([float(loss.detach())])
         if not math.isfinite(value):
             raise NumericsError(
-                f"end-to-end phase: loss of level {level.name} is {value} at step {step}; lower "
-                "end_to_end.adapter_lr or end_to_end.base_lr, or set precision = 'float32'."
+                f"{phase}: loss of level {level} is {value} at step {step}; lower {rates}, or set "
+                "precision = 'float32'."
             )
         if settings.clip_norm:
             torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        history[level.name].append(value)
-        on_step(step + 1, settings.steps)
-        if (step + 1) % max(1, settings.steps // 10) == 0:
-            recent = " ".join(f"{name}={_mean(values[-16:]):.4g}" for name, values in history.items() if values)
-            log.info("end to end %d/%d  KL to dense %s", step + 1, settings.steps, recent)
-        if snapshots is not None and time.monotonic() - saved >= snapshots.seconds:
-            snapshots.save(_snapshot(model, optimizer), {"step": step + 1, "history": history})
-            saved = time.monotonic()
-    set_level_(model, None)
-    return {name: _mean(values[-max(1, len(values) // 4) :]) for name, values in history.items() if values}
+        yield step + 1, level, value
+
+
+def last_quarter(values: Sequence[float]) -> float:
+    """Mean of the last quarter of a phase's losses."""
+    return _mean(values[-max(1, len(values) // 4) :])
 
 
 def _optimizer(model: nn.Module, settings: EndToEndSettings) -> torch.optim.Optimizer:
@@ -225,7 +264,7 @@ def _go_on_(
 
 
 @contextmanager
-def _checkpointed(model: Any, wanted: bool) -> Iterator[None]:
+def checkpointed(model: Any, wanted: bool) -> Iterator[None]:
     """While it is open, decoder blocks keep no activations for the backward pass, which runs them again."""
     blocks = model.get_submodule(architecture_of(model.config.model_type).blocks) if wanted else ()
     for block in blocks:
@@ -269,10 +308,10 @@ def kl_to_dense(
         with torch.no_grad():
             teacher = body(ids_BT, use_cache=False).last_hidden_state
         switch_(level)
-        with _checkpointed(model, gradient_checkpointing):
+        with checkpointed(model, gradient_checkpointing):
             student = body(ids_BT, use_cache=False).last_hidden_state
         return head_kl(student, teacher, head)
 
 
-def _mean(values: list[float]) -> float:
+def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)

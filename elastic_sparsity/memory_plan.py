@@ -24,6 +24,7 @@ from elastic_sparsity.plan_sizes import (
     Term,
     backward_term,
     checkpoint_bytes,
+    head_term,
     teacher_term,
 )
 from elastic_sparsity.structured_plan import structured_terms
@@ -51,7 +52,8 @@ def _holes(terms: Sequence[Term], choices: Choices, shapes: ModelShapes, recipe:
     """What allocators lose."""
     early = _early(recipe)
     stages = [*early, *PER_BLOCK, *([] if choices.trainable == "off" else ["end to end"]), "saving"]
-    stages += ["structured"] if recipe.structured.fractions else []
+    if recipe.structured.fractions:
+        stages += ["structured", *(["tuning"] if recipe.structured_steps else [])]
     if choices.gpu:
         why = f"{CUDA_SLACK:.0%} of the stage's rest, for torch's caching allocator; assumed, not measured"
         for stage in stages:
@@ -173,7 +175,7 @@ def _allocation(z: Sizes) -> Iterator[Term]:
         why=f"L {s.largest_linear:,} x 28: products in float32 and float64, places of 8 bytes",
     )  # fmt: skip
     yield teacher_term(z, wanted.held_out, stage)
-    yield _head(z, length, stage)
+    yield head_term(z, length, stage)
 
 
 def _induction(z: Sizes) -> Iterator[Term]:
@@ -190,18 +192,7 @@ def _induction(z: Sizes) -> Iterator[Term]:
         name="scores of the largest linear", bytes=20 * s.largest_linear, place="device", stages=stage,
         why=f"L {s.largest_linear:,} x 20: scores, saliency, margins and temporaries in float32",
     )  # fmt: skip
-    yield _head(z, tokens, stage)
-
-
-def _head(z: Sizes, tokens: int, stage: tuple[str, ...]) -> Term:
-    """What the KL to the dense model's logits takes."""
-    s, p = z.shapes, z.product
-    head = s.vocabulary * s.width * p if p != z.weight else 0
-    return Term(
-        name="head and logits", bytes=head + 128 * s.vocabulary * (3 * 4 + 4 * p) + 6 * tokens * s.width * 4,
-        place="device", stages=stage, why="128 tokens' logits of both models in float32, final hidden states"
-        + (f", the head cast to {p} bytes" if head else ""),
-    )  # fmt: skip
+    yield head_term(z, tokens, stage)
 
 
 def _streams(z: Sizes) -> Iterator[Term]:
@@ -336,7 +327,7 @@ def _end_to_end(z: Sizes) -> Iterator[Term]:
         why=f"{depth} block(s) x {z.kept_for_backward(tokens) // tokens:,} bytes a token x {tokens:,} tokens"
         + (f", and {s.depth} blocks' inputs" if hidden else ""),
     )  # fmt: skip
-    yield _head(z, tokens, stage)
+    yield head_term(z, tokens, stage)
 
 
 def _saving(z: Sizes) -> Iterator[Term]:
@@ -387,7 +378,7 @@ def _disk(z: Sizes) -> Iterator[Term]:
         )  # fmt: skip
     size = checkpoint_bytes(z)
     yield Term(
-        name="checkpoint", bytes=size, place="disk", stages=STAGES[-2:],
+        name="checkpoint", bytes=size, place="disk", stages=STAGES[STAGES.index("saving") :],
         why="values, positions and bitmaps of all levels, adapters, embeddings; a pattern's weights as if by chance "
         "(so at most)",
     )  # fmt: skip

@@ -10,7 +10,7 @@ from elastic_sparsity.shells import LinearSpec
 
 STAGES = (
     "load", "allocation", "induction", "statistics", "scores", "training", "commit",
-    "end to end", "saving", "structured",
+    "end to end", "saving", "structured", "tuning",
 )  # fmt: skip
 PER_BLOCK = STAGES[3:7]
 PLACES = ("device", "host", "disk")
@@ -174,6 +174,17 @@ def backward_term(z: Sizes, tokens: int, times: str, stages: tuple[str, ...]) ->
     return Term(
         name="activations kept for the backward pass", bytes=depth * kept, place="device", stages=stages,
         why=f"{depth} blocks x {kept // tokens:,} bytes a token x {times}",
+    )  # fmt: skip
+
+
+def head_term(z: Sizes, tokens: int, stages: tuple[str, ...]) -> Term:
+    """What the KL to the dense model's logits takes."""
+    s, p = z.shapes, z.product
+    head = s.vocabulary * s.width * p if p != z.weight else 0
+    return Term(
+        name="head and logits", bytes=head + 128 * s.vocabulary * (3 * 4 + 4 * p) + 6 * tokens * s.width * 4,
+        place="device", stages=stages, why="128 tokens' logits of both models in float32, final hidden states"
+        + (f", the head cast to {p} bytes" if head else ""),
     )  # fmt: skip
 
 

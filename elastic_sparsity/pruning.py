@@ -7,15 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from elastic_sparsity.arch import decoder_blocks, linears_of
 from elastic_sparsity.calibration_text import Progress, calibration_tokens, silent
 from elastic_sparsity.config import Recipe, make_recipe
+from elastic_sparsity.end_to_end import EndToEndSettings
 from elastic_sparsity.files import atomic_folder, check_output_folder
 from elastic_sparsity.models import BaseModel, load_base
-from elastic_sparsity.precision import autocast_factory, resolve_precision
+from elastic_sparsity.precision import autocast_factory, resolve_precision, weights_in
 from elastic_sparsity.structured import Scores, check_scores, prune_structured_
-from elastic_sparsity.structured_parts import Kept, sizes_for, sliced_model, usual_multiple
+from elastic_sparsity.structured_parts import Kept, in_dtype, sizes_for, sliced_model, usual_multiple
 from elastic_sparsity.structured_search import Search, Searched, check_search, search_sizes
 from elastic_sparsity.structured_sizes import Sizes, check_sparsity
+from elastic_sparsity.structured_tuning import tune_
+
+TUNING_BATCH = 2  # samples of a step that tunes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +47,8 @@ def prune(
     length: int = 512,
     batch_size: int = 4,
     damping: float = 0.01,
+    steps: int = 0,
+    lr: float = 3e-4,
     seed: int = 0,
     dtype: str = "auto",
     precision: str = "auto",
@@ -64,6 +71,8 @@ def prune(
         multiple: the MLP channels that stay are a multiple of it, and so many go before the costs of the rest are
             computed again; None = 32, or the power of two below that divides.
         samples, length: calibration samples and tokens of one.
+        steps, lr: optimiser steps, of two samples each, that tune the linears after the cut towards the dense model's
+            logits, and their learning rate; 0 = none.
         dtype: of the model, loaded and written; "auto" = as stored.
     Raises: ConfigError, UnsupportedModelError, DataError, NumericsError, OutputError.
     """
@@ -76,6 +85,8 @@ def prune(
         calibration={"source": calibration, "samples": samples, "length": length},
         batch_size=batch_size,
         damping=damping,
+        steps=steps,
+        lr=lr,
         seed=seed,
         precision=precision,
     )
@@ -128,6 +139,8 @@ def pruning_recipe(
     calibration: dict[str, Any],
     batch_size: int,
     damping: float,
+    steps: int,
+    lr: float,
     seed: int,
     precision: str,
 ) -> Recipe:
@@ -143,25 +156,28 @@ def pruning_recipe(
         "ladder": {},
         "scores": {"damping": damping},
         "block": {"samples": calibration["samples"], "batch_size": batch_size},
+        "end_to_end": {"batch_size": TUNING_BATCH},
+        "structured": {"steps": steps, "lr": lr},
     }
     return make_recipe(data, where)
 
 
 def pruning_tokens(recipe: Recipe, base: BaseModel, scores: Scores, progress: Progress) -> Tensor:
-    """(S, T) calibration samples; none for "magnitude"."""
-    if scores == "magnitude":
+    """(S, T) calibration samples; none for "magnitude" without tuning."""
+    if scores == "magnitude" and not recipe.structured_steps:
         return torch.zeros(0, 0, dtype=torch.int64)
-    return calibration_tokens(recipe, base, progress)[0][: recipe.block.samples]
+    return calibration_tokens(recipe, base, progress)[0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Smaller:
-    """A smaller model, the units that stay, a block each, and how their numbers were found."""
+    """A smaller model, the units that stay, a block each, how their numbers were found, and KL to dense if tuned."""
 
     model: Any
     kept: list[Kept]
     sizes: Sizes
     searched: Searched | None
+    tuned_kl: float | None
 
 
 def smaller_model(
@@ -178,9 +194,10 @@ def smaller_model(
     what: str = "blocks",
     progress: Progress = silent,
 ) -> Smaller:
-    """Prunes and cuts a model, which is spent then. Products, damping and batches are the recipe's.
+    """Prunes, cuts and tunes a model, which is spent then. Products, damping, batches and tuning are the recipe's.
 
     Args:
+        token_ids_ST: calibration samples: the block phase's prune, all tune.
         sparsity: checked already, as the multiple is.
         multiple: MLP channels that go before the costs of the rest are computed again.
         dtype: of the smaller model; the work is done in float32.
@@ -189,17 +206,18 @@ def smaller_model(
     device, searched, model = model.device.type, None, model.float()
     autocast = autocast_factory(resolve_precision(recipe.precision, device), device)
     damping, batch_size = recipe.scores.damping, recipe.block.batch_size
+    pruning_ST = token_ids_ST[: recipe.block.samples]
     if search is None:
         sizes = sizes_for(model, sparsity, multiple)
     else:
         searched = search_sizes(
-            model, token_ids_ST, sparsity, multiple, search=search, damping=damping, batch_size=batch_size,
+            model, pruning_ST, sparsity, multiple, search=search, damping=damping, batch_size=batch_size,
             autocast=autocast, what=what, progress=progress,
         )  # fmt: skip
         sizes = searched.sizes
     kept = prune_structured_(
         model,
-        token_ids_ST,
+        pruning_ST,
         sizes,
         scores=scores,
         accumulate=accumulate,
@@ -209,4 +227,30 @@ def smaller_model(
         autocast=autocast,
         on_block=lambda done, total: progress(f"pruning {what}", done, total),
     )
-    return Smaller(model=sliced_model(model.to(dtype), kept), kept=kept, sizes=sizes, searched=searched)
+    small, kl = sliced_model(model, kept), None
+    if recipe.structured_steps:
+        for block in decoder_blocks(model):
+            block.to("meta")  # its memory goes to the teacher
+        kl = _tune_(recipe, small, token_ids_ST, what, progress)
+    return Smaller(model=in_dtype(small, dtype), kept=kept, sizes=sizes, searched=searched, tuned_kl=kl)
+
+
+def _tune_(recipe: Recipe, small: Any, token_ids_ST: Tensor, what: str, progress: Progress) -> float:
+    """Tunes a smaller model of the recipe's base model. Returns: its KL to dense."""
+    teacher = load_base(recipe.model.id, recipe.model.dtype).model.float()
+    precision, like = resolve_precision(recipe.precision, small.device.type), recipe.end_to_end
+    settings = EndToEndSettings(
+        steps=recipe.structured_steps,
+        base_lr=recipe.structured.lr,
+        **like.model_dump(include={"batch_size", "adapter_lr", "warmup", "clip_norm", "gradient_checkpointing"}),
+    )
+    with weights_in(linears_of(teacher).values(), precision):
+        return tune_(
+            small,
+            teacher,
+            token_ids_ST,
+            settings,
+            autocast=autocast_factory(precision, small.device.type),
+            on_step=lambda done, total: progress(f"tuning {what}", done, total),
+            what=what,
+        )

@@ -184,8 +184,6 @@ def sliced_model(model: Any, kept: Sequence[Kept]) -> Any:
         kept: a block each. If the counts differ between blocks, the config says so in a field of ours; see `sized`.
     Raises: ShapeError: not as many as there are blocks.
     """
-    from accelerate import init_empty_weights  # slow import, only here
-
     blocks = decoder_blocks(model)
     if len(kept) != len(blocks):
         raise ShapeError(f"units that stay: found {len(kept)} for {len(blocks)} blocks.")
@@ -198,12 +196,24 @@ def sliced_model(model: Any, kept: Sequence[Kept]) -> Any:
     groups = [len(units["attention"]) if "attention" in units else most for units in kept]
     channels = [len(units["mlp"]) for units in kept]
     config = sliced_config(model.config, groups=groups, channels=channels, width=_width(model))
+    return _assembled(config, state, model, model.dtype)
+
+
+def in_dtype(model: Any, dtype: torch.dtype) -> Any:
+    """The same model, its state in another dtype; other buffers (rotary frequencies) keep theirs, unlike by `.to`."""
+    return _assembled(model.config, {name: x.to(dtype) for name, x in model.state_dict().items()}, model, dtype)
+
+
+def _assembled(config: Any, state: dict[str, Tensor], like: Any, dtype: torch.dtype) -> Any:
+    """A model of these very tensors, where `like` is, with what it generates by."""
+    from accelerate import init_empty_weights  # slow import, only here
+
     with init_empty_weights():  # computes the buffers, e.g. rotary frequencies
-        small = causal_lm(config, model.dtype)
-    small.load_state_dict(state, assign=True)
-    small.tie_weights()
-    small.generation_config = model.generation_config
-    return small.to(model.device).requires_grad_(False).eval()
+        made = causal_lm(config, dtype)
+    made.load_state_dict(state, assign=True)
+    made.tie_weights()
+    made.generation_config = like.generation_config
+    return made.to(like.device).requires_grad_(False).eval()
 
 
 def _cut(block: nn.Module, part: Part, units: Tensor) -> dict[str, Tensor]:

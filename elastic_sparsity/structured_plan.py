@@ -4,15 +4,16 @@ Letters: I inputs of a branch's last linear, S samples, T tokens, D width.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from elastic_sparsity.descent import DescentSettings
 from elastic_sparsity.model_shapes import LinearShape, ModelShapes
-from elastic_sparsity.plan_sizes import Sizes, Term, Work, backward_term, teacher_term
+from elastic_sparsity.plan_sizes import Sizes, Term, Work, backward_term, head_term, teacher_term
 from elastic_sparsity.structured_sizes import HELD_OUT
 from elastic_sparsity.wiring import WIRINGS
 
 PHASE = "structured"
-STAGE = (PHASE,)
+STAGE, TUNING = (PHASE,), ("tuning",)
 PASSES = 3  # of every sample through every block: the inputs of either branch's last linear, and the next block's
 
 
@@ -33,9 +34,11 @@ def structured_terms(z: Sizes) -> Iterator[Term]:
     )  # fmt: skip
     size = sum(round((1 - fraction) * s.depth * s.block_linears) for fraction in wanted.fractions)
     yield Term(
-        name="structured levels", bytes=s.stored * size, place="disk", stages=STAGE,
+        name="structured levels", bytes=s.stored * size, place="disk", stages=STAGE + TUNING,
         why=f"{size:,} weights of all of them x {s.stored}",
     )  # fmt: skip
+    if z.recipe.structured_steps:
+        yield from _tuning_terms(z, total, kept)
     if wanted.scores == "magnitude":
         return
     stream = z.recipe.block.samples * z.recipe.calibration.length * s.width * 4
@@ -57,6 +60,27 @@ def structured_terms(z: Sizes) -> Iterator[Term]:
         yield from _search_terms(z)
 
 
+def _tuning_terms(z: Sizes, total: int, kept: int) -> Iterator[Term]:
+    """Args: total: numbers of the whole model. kept: weights of the largest level."""
+    s, wanted = z.shapes, z.recipe.end_to_end
+    # What is not cut is in float32 by now; the term of the embeddings counts them as they were.
+    cast = z.product * s.depth * s.block_linears if z.product != 4 else 0
+    yield Term(
+        name="dense teacher", bytes=4 * total + (4 - z.weight) * s.rest + cast, place="device", stages=TUNING,
+        why=f"{total:,} numbers x 4" + (", its linears in products' dtype too" if cast else ""),
+    )  # fmt: skip
+    yield Term(
+        name="smaller model, gradients and Adam's moments", bytes=16 * kept, place="device", stages=TUNING,
+        why=f"4 x {kept:,} float32 numbers of the largest level",
+    )  # fmt: skip
+    tokens = wanted.batch_size * z.recipe.calibration.length
+    depth = 1 if wanted.gradient_checkpointing else s.depth
+    backward = backward_term(z, tokens, f"{tokens:,} tokens, as of whole blocks", TUNING)
+    hidden = tokens * s.width * 4 * s.depth if wanted.gradient_checkpointing else 0
+    yield replace(backward, bytes=backward.bytes * depth // s.depth + hidden)
+    yield head_term(z, tokens, TUNING)
+
+
 def _search_terms(z: Sizes) -> Iterator[Term]:
     s = z.shapes
     has_gradients = z.recipe.structured.search == "blocks"
@@ -73,12 +97,13 @@ def _search_terms(z: Sizes) -> Iterator[Term]:
 
 
 def structured_work(z: Sizes) -> list[Work]:
-    """Forward passes, and the greedy orders and refits, which are in float64 and no pass."""
+    """Forward passes; the greedy orders and refits, which are in float64 and no pass; the steps that tune."""
     s, wanted = z.shapes, z.recipe.structured
-    if not wanted.fractions or wanted.scores == "magnitude":
-        return []
-    passes = PASSES * s.depth * z.recipe.block.samples * z.recipe.calibration.length * len(wanted.fractions)
     forward = 2 * s.block_linears + 2 * z.recipe.calibration.length * s.heads * s.head_dim
+    tuning = list(_tuning_work(z, forward))
+    if not wanted.fractions or wanted.scores == "magnitude":
+        return tuning
+    passes = PASSES * s.depth * z.recipe.block.samples * z.recipe.calibration.length * len(wanted.fractions)
     rows = [Work(name="inputs of the branches' ends", phase=PHASE, direction="forward", passes=passes,
                  flops=passes * forward)]  # fmt: skip
     if wanted.scores == "obs":
@@ -87,7 +112,22 @@ def structured_work(z: Sizes) -> list[Work]:
         flops = each * s.depth * len(wanted.fractions)
         searches = 1 + (wanted.search is not None)
         rows.append(Work(name="orders and refits", phase=PHASE, direction="forward", passes=0, flops=flops * searches))
-    return [*rows, *_search_work(z, forward)]
+    return [*rows, *_search_work(z, forward), *tuning]
+
+
+def _tuning_work(z: Sizes, forward: int) -> Iterator[Work]:
+    """A smaller block's passes count by the weights that it keeps."""
+    s, like, fractions = z.shapes, z.recipe.end_to_end, z.recipe.structured.fractions
+    tokens = z.recipe.structured_steps * like.batch_size * z.recipe.calibration.length
+    if not tokens or not fractions:
+        return
+    dense, small = s.depth * tokens * len(fractions), round(s.depth * tokens * sum(1 - x for x in fractions))
+    yield Work(name="dense logits", phase=PHASE, direction="forward", passes=dense, flops=dense * forward)
+    both = "forward and backward"
+    yield Work(name="tuning", phase=PHASE, direction=both, passes=small, flops=3 * small * forward)
+    passes = 2 * tokens * len(fractions)
+    yield Work(name="head of tuning", phase=PHASE, direction=both, passes=passes, is_head=True,
+               flops=1.5 * passes * 2.0 * s.width * s.vocabulary)  # fmt: skip
 
 
 def _search_work(z: Sizes, forward: int) -> Iterator[Work]:

@@ -9,6 +9,7 @@ import allocation  # isort: skip  found by test_benchmarks
 import structured  # isort: skip
 
 from elastic_sparsity.allocating import Allocating, allocate
+from elastic_sparsity.allocation_file import load_plan, save_plan
 from elastic_sparsity.config import make_recipe
 
 
@@ -50,6 +51,17 @@ def test_allocation_fills_cells_and_goes_on(results, texts, place, tmp_path):  #
     started(allocation, plan, *few, "--methods", "wanda", "magnitude")
     found = json.loads((results / "allocation.json").read_text())
     assert {name: found["cells"][name] for name in before} == before and len(found["cells"]) == 4
+    other = load_plan(plan)  # of the same name, but one weight a row moved
+    first, second = ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj")
+    kept = {name: linear.kept[1] + (name == first) - (name == second) for name, linear in other.linears.items()}
+    for name, linear in other.linears.items():
+        linear.kept[1] = kept[name]
+    save_plan(plan, other)
+    started(allocation, plan, *few, "--methods", "wanda")
+    cells = json.loads((results / "allocation.json").read_text())["cells"]
+    assert cells["wanda/0.7/uniform"] == before["wanda/0.7/uniform"]
+    assert cells["wanda/0.7/arithmetic"]["plan"] != before["wanda/0.7/arithmetic"]["plan"]
+    assert cells["magnitude/0.7/arithmetic"] == found["cells"]["magnitude/0.7/arithmetic"], "not asked for"
     _, stopped = start(allocation, plan, *few, "--seed", "1")
     assert stopped is not None and "seed" in stopped
 

@@ -145,9 +145,10 @@ ALLOWED = {
         "torch", "allocation", "arch", "attention", "descent", "errors", "fused_layers", "sized", "structured_parts",
         "structured_sizes", "supernet", "unit_budget", "unit_net", "wiring",
     },
+    "structured_tuning": {"torch", "arch", "attention", "distill", "end_to_end", "fused_layers"},
     "pruning": {
-        "torch", "calibration_text", "config", "files", "models", "precision", "structured", "structured_parts",
-        "structured_search", "structured_sizes",
+        "torch", "arch", "calibration_text", "config", "end_to_end", "files", "models", "precision", "structured",
+        "structured_parts", "structured_search", "structured_sizes", "structured_tuning",
     },
     "structured_section": {
         "torch", "arch", "checkpoint", "errors", "ladder", "packing", "structured_parts", "structured_sizes",

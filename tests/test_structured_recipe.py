@@ -40,7 +40,7 @@ def recipe_of(tmp_path_factory):
     def make(**sections):
         return tiny_recipe(
             calibration={"source": str(path), "samples": 4}, ladder={"sparsities": [0.5, 0.7], "patterns": []},
-            block={"steps": 1}, end_to_end={"steps": 1}, evaluation={"source": str(path), "window": 16},
+            block={"steps": 1}, end_to_end={"steps": 3, "batch_size": 2}, evaluation={"source": str(path), "window": 16},
             **sections,
         )  # fmt: skip
 
@@ -69,7 +69,7 @@ def test_a_run_ends_with_what_could_have_been_added_later(made, recipe_of, tmp_p
     optimize(recipe, tmp_path / "c")
     add_structured(
         tmp_path / "c", [0.25, 0.5], calibration=recipe.calibration.source, samples=4, length=16, batch_size=2,
-        multiple=8, precision="float32",
+        multiple=8, precision="float32", steps=2,
     )  # fmt: skip
     assert checkpoint_files(tmp_path / "c") == checkpoint_files(made)
     assert [x.name for x in levels(made)] == ["0.5", "0.7", "structured-0.25", "structured-0.5"]
@@ -183,8 +183,8 @@ def test_streamed_weights_are_refused_and_auto_does_not_choose_them(recipe_of):
 def test_the_plan_counts_them(recipe_of):
     plain = plan(recipe_of(), gpu=False, probe=False)
     found = plan(recipe_of(structured=STRUCTURED), gpu=False, probe=False)
-    assert STAGES[-1] == "structured"
-    mine = {term.name: term.bytes for term in found.terms if term.stages == ("structured",)}
+    assert STAGES[-2:] == ("structured", "tuning")
+    mine = {term.name: term.bytes for term in found.terms if term.stages[0] == "structured"}
     numbers = 2 * (9216 + 2 * 32) + 2 * 260 * 32 + 32  # blocks (linears, norms), embeddings, head, last norm
     assert mine["base model, once more"] == 4 * numbers - 4 * (2 * 260 * 32 + 32)
     assert mine["what is cut out"] == 4 * 2 * 9216 * 3 // 4
@@ -194,7 +194,8 @@ def test_the_plan_counts_them(recipe_of):
     work = {x.name: x for x in found.work if x.phase == "structured"}
     assert work["inputs of the branches' ends"].passes == 2 * 3 * 2 * 4 * 16  # fractions, passes, blocks, tokens
     assert work["orders and refits"].flops > 0 == sum(x.phase == "structured" for x in plain.work)
-    by_magnitude = plan(recipe_of(structured={**STRUCTURED, "scores": "magnitude"}), gpu=False, probe=False)
+    untuned = {**STRUCTURED, "scores": "magnitude", "steps": 0}
+    by_magnitude = plan(recipe_of(structured=untuned), gpu=False, probe=False)
     assert not [x for x in by_magnitude.work if x.phase == "structured"]
 
 
