@@ -5,9 +5,11 @@
 All methods see the same calibration samples; all but the searched ones remove the same numbers of heads and MLP
 channels from every block, and the searched ones no fewer parameters than those.
 "obs, dense inputs" is what the published Tyr-the-Pruner code does: blocks calibrated on the dense stream. The searched
-ones judge by 16 of the samples. Speeds depend on the shapes alone, so methods of equal counts share theirs: dense and
-cut models take turns in one process, a ratio is the median of ratios within rounds. A cell goes into the JSON as soon
-as it is measured and is not measured again; `--restart` begins anew.
+ones judge by 16 of the samples. The tuned one is then trained, `--steps` of two samples each, towards the dense model's
+logits (a cell with other steps is measured anew).
+Speeds depend on the shapes alone, so methods of equal counts share theirs: dense and cut models take turns in one
+process, a ratio is the median of ratios within rounds. A cell goes into the JSON as soon as it is measured and is not
+measured again; `--restart` begins anew.
 """
 
 import argparse
@@ -27,19 +29,23 @@ from rich.table import Table
 from elastic_sparsity.calibration_text import calibration_tokens
 from elastic_sparsity.config import make_recipe
 from elastic_sparsity.data import read_text, tokenize, windows
+from elastic_sparsity.end_to_end import EndToEndSettings
 from elastic_sparsity.evaluate import evaluate
 from elastic_sparsity.files import write_json
 from elastic_sparsity.generating import empty_cache, greedy_stepper
 from elastic_sparsity.models import BaseModel, load_base
 from elastic_sparsity.pipeline import versions
 from elastic_sparsity.precision import autocast_factory, resolve_precision
+from elastic_sparsity.pruning import TUNING_BATCH
 from elastic_sparsity.structured import prune_structured_
 from elastic_sparsity.structured_parts import sizes_for, sliced_model, usual_multiple
 from elastic_sparsity.structured_search import search_sizes
+from elastic_sparsity.structured_tuning import tune_
 
 METHODS: dict[str, dict[str, Any]] = {
     "obs, searched": {"scores": "obs", "search": "blocks"},
     "obs, equal searched": {"scores": "obs", "search": "equal"},
+    "obs, tuned": {"scores": "obs", "is_tuned": True},
     "obs": {"scores": "obs"},
     "obs, dense inputs": {"scores": "obs", "accumulate": False},
     "flap": {"scores": "flap"},
@@ -58,6 +64,8 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512, help="tokens of a sample")
     parser.add_argument("--multiple", type=int, help="default: 32, or what of it divides")
     parser.add_argument("--damping", type=float, default=0.01)
+    parser.add_argument("--steps", type=int, default=200, help="that tune")
+    parser.add_argument("--lr", type=float, default=3e-4, help="of the tuning")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--window", type=int, default=2048)
     parser.add_argument(
@@ -82,7 +90,7 @@ def main() -> None:
 
 def begin_of(args: argparse.Namespace, file: Path) -> dict[str, Any]:
     new = {"date": datetime.date.today().isoformat(), "device": device(), "commit": commit(), "versions": versions()}
-    question = question_of(args, ("methods", "sparsities"))
+    question = question_of(args, ("methods", "sparsities", "steps", "lr"))
     return begin(args, file, question, {**new, "seed": args.seed, "cells": {}, "speed": {}})
 
 
@@ -102,7 +110,8 @@ def samples_of(args: argparse.Namespace, base: BaseModel) -> torch.Tensor:
 
 def measure_quality(args: argparse.Namespace, base: BaseModel, result: dict[str, Any], file: Path) -> None:
     wanted = ["dense", *(f"{sparsity:g}/{method}" for sparsity in args.sparsities for method in args.methods)]
-    if all(cell in result["cells"] for cell in wanted):
+    wanted = [cell for cell in wanted if not is_there(args, result["cells"].get(cell))]
+    if not wanted:
         return
     model = base.model
     ids = samples_of(args, base)
@@ -111,11 +120,18 @@ def measure_quality(args: argparse.Namespace, base: BaseModel, result: dict[str,
     result |= {"windows": list(windows_ST.shape), "precision": precision}
     autocast = autocast_factory(precision, model.device.type)
     for cell in wanted:
-        if cell in result["cells"]:
-            continue
         result["cells"][cell] = measured(args, cell, model, ids, windows_ST, autocast)
         log(f"{cell} {result['cells'][cell]}")
         write_json(file, result)
+
+
+def is_there(args: argparse.Namespace, cell: dict[str, Any] | None) -> bool:
+    """Whether a cell is measured, by the same tuning if there was any."""
+    return cell is not None and cell.get("tuning", tuning_of(args)) == tuning_of(args)
+
+
+def tuning_of(args: argparse.Namespace) -> dict[str, float]:
+    return {"steps": args.steps, "lr": args.lr}
 
 
 def measured(
@@ -126,7 +142,8 @@ def measured(
     if cell != "dense":
         share, _, method = cell.partition("/")
         options = dict(METHODS[method])
-        search, multiple = options.pop("search", None), args.multiple or usual_multiple(model)
+        search, is_tuned = options.pop("search", None), options.pop("is_tuned", False)
+        multiple = args.multiple or usual_multiple(model)
         masked = copy.deepcopy(model)
         if search is None:
             sizes = sizes_for(model, float(share), multiple)
@@ -139,6 +156,12 @@ def measured(
                                  **options)  # fmt: skip
         pruned = sliced_model(masked, kept)
         found |= {"sparsity": sizes.sparsity, "groups": sizes.groups, "channels": sizes.channels}
+        if is_tuned:
+            settings = EndToEndSettings(
+                steps=args.steps, base_lr=args.lr, batch_size=TUNING_BATCH, adapter_lr=0.0, warmup=0.05, clip_norm=1.0
+            )
+            kl = tune_(pruned, model, ids, settings, autocast=autocast)
+            found |= {"tuning": tuning_of(args), "kl_to_dense": kl}
     found["seconds"] = round(time.monotonic() - started, 1)
     found["perplexity"] = evaluate({cell: pruned}, windows_ST, autocast=autocast)[cell].perplexity
     size = num_bytes(pruned)

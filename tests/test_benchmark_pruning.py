@@ -68,8 +68,9 @@ def test_allocation_fills_cells_and_goes_on(results, texts, place, tmp_path):  #
 
 def test_structured_measures_quality_and_speed(results, texts):
     few = [*texts, "--model", "random:llama", "--samples", "20", "--length", "16", "--window", "32", "--multiple", "8"]
+    few += ["--steps", "3", "--lr", "1e-3"]
     speed = ["--prompt", "8", "--new-tokens", "2", "--rounds", "1"]
-    methods = ["obs, searched", "obs, equal searched", "obs", "magnitude"]
+    methods = ["obs, searched", "obs, equal searched", "obs, tuned", "obs", "magnitude"]
     text = started(structured, *few, *speed, "--sparsities", "0.4", "--methods", *methods)
     found = json.loads((results / "structured.json").read_text())
     assert list(found["cells"]) == ["dense", *(f"0.4/{method}" for method in methods)]
@@ -81,3 +82,9 @@ def test_structured_measures_quality_and_speed(results, texts):
     assert (results / "structured.png").read_bytes().startswith(b"\x89PNG")
     again = started(structured, *few, *speed, "--sparsities", "0.4", "--methods", *methods)
     assert json.loads((results / "structured.json").read_text())["cells"] == cells and "obs" in again
+    assert cells["0.4/obs, tuned"]["tuning"] == {"steps": 3, "lr": 1e-3} and cells["0.4/obs, tuned"]["kl_to_dense"] > 0
+    assert cells["0.4/obs, tuned"]["channels"] == cells["0.4/obs"]["channels"]
+    few[few.index("--steps") + 1] = "2"
+    started(structured, *few, *speed, "--sparsities", "0.4", "--methods", *methods)
+    other = json.loads((results / "structured.json").read_text())["cells"]
+    assert [name for name in cells if other[name] != cells[name]] == ["0.4/obs, tuned"], "of another tuning"

@@ -40,8 +40,8 @@ def recipe_of(tmp_path_factory):
     def make(**sections):
         return tiny_recipe(
             calibration={"source": str(path), "samples": 4}, ladder={"sparsities": [0.5, 0.7], "patterns": []},
-            block={"steps": 1}, end_to_end={"steps": 3, "batch_size": 2}, evaluation={"source": str(path), "window": 16},
-            **sections,
+            block={"steps": 1}, end_to_end={"steps": 3, "batch_size": 2},
+            evaluation={"source": str(path), "window": 16}, **sections,
         )  # fmt: skip
 
     return make
