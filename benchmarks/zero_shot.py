@@ -17,17 +17,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from cells import HERE, add_place, check_texts, exit_on_error, log, read_result, stamp
 from rich.console import Console
 
 from elastic_sparsity import ElasticCheckpoint
 from elastic_sparsity.baselines import prune_one_shot_
 from elastic_sparsity.calibration_text import calibration_tokens
-from elastic_sparsity.config import make_recipe
+from elastic_sparsity.config import Recipe, make_recipe
+from elastic_sparsity.data import token_hash
 from elastic_sparsity.errors import ConfigError
 from elastic_sparsity.files import write_json
 from elastic_sparsity.measure import zero_shot_protocol
-from elastic_sparsity.models import load_base
+from elastic_sparsity.models import BaseModel, load_base
 from elastic_sparsity.precision import autocast_factory
 from elastic_sparsity.report import plot_tasks, task_means, tasks_table
 from elastic_sparsity.slicing import load_level, load_tokenizer
@@ -144,7 +146,7 @@ def models(
 
     def one_shot(level: Any, method: str) -> Any:
         if "tokens" not in held:
-            held["tokens"] = calibration_tokens(recipe, base())[0][: args.baseline_samples]
+            held["tokens"] = calibration_of(checkpoint, recipe, base())[: args.baseline_samples]
         model = copy.deepcopy(base().model)
         prune_one_shot_(
             model, held["tokens"], level, method, damping=recipe.scores.damping, batch_size=recipe.block.batch_size,
@@ -160,6 +162,20 @@ def models(
     for level in levels:
         for method in args.baselines:
             yield level.name, method, lambda level=level, method=method: one_shot(level, method)  # type: ignore[misc]
+
+
+def calibration_of(checkpoint: ElasticCheckpoint, recipe: Recipe, base: BaseModel) -> torch.Tensor:
+    """(S, T) samples that a checkpoint was trained on.
+
+    Raises: ConfigError: if the text that is there gives others.
+    """
+    ids_ST, recorded = calibration_tokens(recipe, base)[0], checkpoint.config["data"]["calibration_sha256"]
+    if token_hash(ids_ST) != recorded:
+        raise ConfigError(
+            f"--calibration: {recipe.calibration.source} gives samples of sha256 {token_hash(ids_ST)[:12]}..., "
+            f"{checkpoint.folder} was trained on {recorded[:12]}...; name the text that it was trained on."
+        )
+    return ids_ST
 
 
 def show(result: dict[str, Any], picture: Path) -> None:

@@ -370,3 +370,9 @@ def test_zero_shot_goes_on_where_it_stopped(tiny_checkpoint, place):
     assert "goes on after 1 cells" in text and (place / "zero_shot.png").is_file()
     _, stopped = start(zero_shot, *common, "--limit", 2)
     assert stopped is not None and "has the protocol" in stopped
+    started(zero_shot, *common, "--levels", 0.6, "--baselines", "wanda")
+    rows = json.loads((place / "zero_shot.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == ["elastic", "dense", "wanda"]
+    other = [*common, "--levels", 0.7, "--baselines", "wanda", "--calibration", place / "evaluation.txt"]
+    _, stopped = start(zero_shot, *other)
+    assert stopped is not None and "gives samples of sha256" in stopped
