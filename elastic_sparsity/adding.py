@@ -1,8 +1,8 @@
 """Structured levels for a checkpoint that is there: the flow behind `elastic-sparsity add-structured`, and of a run.
 
-Each is the model that `prune` would make of the same base model and text, cut, refitted and tuned, in the checkpoint's
-dtype.
-It starts from the base model and not from a trained level, whose zeros would come along.
+`add_structured` adds the model that `prune` would make of the same base model and text, in the checkpoint's dtype.
+A run prunes by the block phase's samples, and tunes on all by the end-to-end phase's settings.
+Either starts from the base model and not from a trained level, whose zeros would come along.
 """
 
 from collections.abc import Sequence
@@ -92,8 +92,9 @@ def add_structured(
     check_base(checkpoint, base)
     check_sizes(base.model, fractions, multiple, checkpoint.structured)
     tokens_ST = pruning_tokens(recipe, base, scores, progress)
+    del base
     return write_levels(
-        checkpoint, recipe, base, tokens_ST, fractions,
+        checkpoint, recipe, tokens_ST, fractions,
         scores=scores, search=search, accumulate=accumulate, multiple=multiple, progress=progress,
     )  # fmt: skip
 
@@ -122,9 +123,8 @@ def add_levels(recipe: Recipe, folder: Path, token_ids_ST: Tensor, progress: Pro
     fractions = [fraction for fraction in wanted.fractions if fraction not in done]
     if not fractions:
         return False
-    base = load_base(recipe.model.id, recipe.model.dtype)
     write_levels(
-        checkpoint, recipe, base, token_ids_ST, fractions,
+        checkpoint, recipe, token_ids_ST, fractions,
         scores=wanted.scores, search=wanted.search, accumulate=True, multiple=wanted.multiple, progress=progress,
     )  # fmt: skip
     return True
@@ -133,7 +133,6 @@ def add_levels(recipe: Recipe, folder: Path, token_ids_ST: Tensor, progress: Pro
 def write_levels(
     checkpoint: ElasticCheckpoint,
     recipe: Recipe,
-    base: BaseModel,
     token_ids_ST: Tensor,
     fractions: Sequence[float],
     *,
@@ -146,14 +145,12 @@ def write_levels(
     """Prunes and adds, fraction by fraction. All has been checked.
 
     Args:
-        recipe: names the base model, which is loaded again for every fraction but the first.
-        base: is spent.
+        recipe: names the base model, which is loaded for every fraction.
     """
     levels: list[StructuredLevel] = []
-    model, pruning_ST = base.model, token_ids_ST[: 0 if scores == "magnitude" else recipe.block.samples]
+    pruning_ST = token_ids_ST[: 0 if scores == "magnitude" else recipe.block.samples]
     for fraction in fractions:
-        if levels:
-            model = load_base(recipe.model.id, recipe.model.dtype).model
+        model = load_base(recipe.model.id, recipe.model.dtype).model
         at_once = usual_multiple(model) if multiple is None else multiple
         made = smaller_model(
             recipe,
@@ -165,7 +162,6 @@ def write_levels(
             accumulate=accumulate,
             multiple=at_once,
             dtype=checkpoint.dtype,
-            what=f"structured {100 * fraction:g} %",
             progress=progress,
         )
         level = structured_level(fraction, made.model, made.sizes, biases=scores == "flap")
@@ -185,6 +181,7 @@ def write_levels(
         }
         add_section(checkpoint.folder, level, section_tensors(made.model, made.kept, made.sizes), record)
         levels.append(level)
+        del model, made  # before the next one is loaded
     return levels
 
 

@@ -74,7 +74,7 @@ def register(app: typer.Typer, progress: Callable[[bool], AbstractContextManager
         precision: Precision = "auto",
         quiet: Quiet = False,
     ) -> None:
-        """Remove whole heads and MLP channels, and refit what stays: a smaller Hugging Face model."""
+        """Remove whole heads and MLP channels, refit what stays, and tune it if asked: a smaller Hugging Face model."""
         from elastic_sparsity.pruning import prune as write_pruned
         from elastic_sparsity.sized import opened_by
         from elastic_sparsity.structured_sizes import counts_text

@@ -200,9 +200,9 @@ class StructuredSection(_Section):
     multiple: Positive | None = None
     """MLP channels stay in multiples of it; None = 32, or the power of two below that divides."""
     steps: NonNegative | None = None
-    """Optimiser steps that tune a level's linears towards the dense model's logits after the cut; None = as many as the
-    end-to-end phase spends on one level; 0 = none."""
-    lr: Rate = 3e-4
+    """Optimiser steps that tune a level's linears towards the dense model's logits after the cut; 0 = none; None = as
+    many as `end_to_end` gives one level, also where memory turns that phase off."""
+    lr: Above = 3e-4
     """Of that tuning."""
 
 

@@ -148,7 +148,7 @@ def sample_windows(token_ids: Tensor, samples: int, length: int, seed: int) -> T
 
 def token_hash(token_ids: Tensor) -> str:
     """sha256 of the token ids, for the checkpoint's record."""
-    return hashlib.sha256(token_ids.contiguous().numpy().tobytes()).hexdigest()
+    return hashlib.sha256(token_ids.cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
 @torch.no_grad()

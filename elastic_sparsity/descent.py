@@ -9,11 +9,12 @@ the papers that allocating.py follows. Knows no model.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from elastic_sparsity.allocation import Kept, Trade
 from elastic_sparsity.errors import ConfigError, NumericsError
 
+BACKTRACK, RELAX = 4.0, 2.0  # the curvature rises by this factor after a refused step, and falls after a kept one
 NOISE = 1e-9  # of a change of the loss: below it rounding could move one quantum to and fro for ever
 
 Prices = Sequence[Sequence[float]]  # by linear: predicted change of the loss if it keeps 0, 1, ... I weights a row
@@ -33,7 +34,7 @@ class DescentSettings:
     steps: int = 12
     radius: float = 0.15
     least_gain: float = 0.005
-    patience: int = 2
+    patience: int = 3
 
     def __post_init__(self) -> None:
         if self.steps < 0 or self.patience < 1 or not 0 < self.radius <= 1 or not 0 <= self.least_gain < 1:
@@ -88,7 +89,10 @@ def descend(
             found = prices(now.kept)
         kept = move(now.kept, found, now.curvature)
         if kept == now.kept:
-            break
+            if not now.curvature:
+                break
+            now = replace(now, curvature=now.curvature / RELAX, stalled=now.stalled + 1)
+            continue
         loss = judge(kept)
         if math.isnan(loss):
             raise NumericsError("descent: an allocation's loss is NaN; check the model and the calibration text.")
@@ -96,9 +100,10 @@ def descend(
         curvature = _measured_curvature(now, kept, loss, found, quanta)
         stalled = 0 if loss < (1 - settings.least_gain) * now.loss else now.stalled + 1
         if is_better:
-            now, found = Descended(kept, losses, curvature, stalled), None
+            relaxed = min(curvature, now.curvature / RELAX) if now.curvature else curvature
+            now, found = Descended(kept, losses, relaxed, stalled), None
         else:
-            now = Descended(now.kept, losses, max(curvature, 2 * now.curvature), stalled)
+            now = Descended(now.kept, losses, max(curvature, BACKTRACK * now.curvature), stalled)
         on_step(now)
     return now
 

@@ -190,12 +190,12 @@ def steps_(
     """Trains step by step; the groups' rates rise, and fall to zero along a cosine.
 
     Args:
-        order: name of the level of every step.
-        loss_of: a level's loss on (B, T) token ids.
+        order: what every step trains, by name.
+        loss_of: its loss on (B, T) token ids.
         token_ids_ST: calibration samples, used in order and again from the start when they run out.
         first: steps that are done.
         phase, rates: for messages: what trains, and the settings that hold its learning rates.
-    Yields: after each step: steps done, the level, and its loss before the step.
+    Yields: after each step: steps done, the name, and the loss before the step.
     Raises: NumericsError: if a loss is not finite.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]

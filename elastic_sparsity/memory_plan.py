@@ -175,7 +175,7 @@ def _allocation(z: Sizes) -> Iterator[Term]:
         why=f"L {s.largest_linear:,} x 28: products in float32 and float64, places of 8 bytes",
     )  # fmt: skip
     yield teacher_term(z, wanted.held_out, stage)
-    yield head_term(z, length, stage)
+    yield head_term(z, length, stage, z.weight)
 
 
 def _induction(z: Sizes) -> Iterator[Term]:
@@ -192,7 +192,7 @@ def _induction(z: Sizes) -> Iterator[Term]:
         name="scores of the largest linear", bytes=20 * s.largest_linear, place="device", stages=stage,
         why=f"L {s.largest_linear:,} x 20: scores, saliency, margins and temporaries in float32",
     )  # fmt: skip
-    yield head_term(z, tokens, stage)
+    yield head_term(z, tokens, stage, z.weight)
 
 
 def _streams(z: Sizes) -> Iterator[Term]:
@@ -320,14 +320,8 @@ def _end_to_end(z: Sizes) -> Iterator[Term]:
         stages=stage, why="largest linear in float32 and in products",
     )  # fmt: skip
     tokens = wanted.batch_size * z.recipe.calibration.length
-    hidden = tokens * s.width * z.weight * (s.depth if wanted.gradient_checkpointing else 0)
-    yield Term(
-        name="activations kept for the backward pass", bytes=depth * z.kept_for_backward(tokens) + hidden,
-        place="device", stages=stage,
-        why=f"{depth} block(s) x {z.kept_for_backward(tokens) // tokens:,} bytes a token x {tokens:,} tokens"
-        + (f", and {s.depth} blocks' inputs" if hidden else ""),
-    )  # fmt: skip
-    yield head_term(z, tokens, stage)
+    yield backward_term(z, tokens, f"{tokens:,} tokens", stage, checkpointed=wanted.gradient_checkpointing)
+    yield head_term(z, tokens, stage, z.weight)
 
 
 def _saving(z: Sizes) -> Iterator[Term]:

@@ -41,7 +41,7 @@ from elastic_sparsity.manifest import CONFIG_NAME, RUN_NAME
 from elastic_sparsity.model_shapes import read_shapes
 from elastic_sparsity.models import BaseModel, load_base, stream_base
 from elastic_sparsity.plan_sizes import Choices
-from elastic_sparsity.planning import choose, free_here
+from elastic_sparsity.planning import choose, free_here, structured_misfits
 from elastic_sparsity.precision import default_device, resolve_precision
 from elastic_sparsity.run_folder import RunFolder, is_unfinished, run_folder
 from elastic_sparsity.sharding import shard_block_, whole_tensors
@@ -199,9 +199,16 @@ def run_induction(job: Job) -> tuple[Job, dict[str, Any]]:
 def settle(recipe: Recipe, num_workers: int) -> Choices:
     """What "auto" becomes, by the plan's figures and the memory that is free."""
     shapes = read_shapes(recipe.model.id, recipe.model.dtype)
-    choices = choose(recipe, shapes, free_here(), default_device() == "cuda", num_workers)
+    limits = free_here()
+    choices = choose(recipe, shapes, limits, default_device() == "cuda", num_workers)
     if choices.trainable == "off" and recipe.end_to_end.trainable == "auto" and recipe.end_to_end.steps:
         log.warning("end-to-end phase is off: its training does not fit into memory; `elastic-sparsity plan` says more")
+    for peak in structured_misfits(recipe, shapes, choices, limits):
+        log.warning(
+            "structured levels, made last, may not fit: %s memory, stage %s, needs %.1f GB of %.1f GB; "
+            "`elastic-sparsity plan` says what helps (structured.steps = 0 leaves out their tuning)",
+            peak.place, peak.stage, peak.bytes / 1e9, limits[peak.place] / 1e9,
+        )  # fmt: skip
     return choices
 
 

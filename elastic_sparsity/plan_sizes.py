@@ -168,19 +168,27 @@ def teacher_term(z: Sizes, samples: int, stages: tuple[str, ...]) -> Term:
     )  # fmt: skip
 
 
-def backward_term(z: Sizes, tokens: int, times: str, stages: tuple[str, ...]) -> Term:
-    """What a gradient through all blocks keeps. Args: times: how the tokens are called."""
-    depth, kept = z.shapes.depth, z.kept_for_backward(tokens)
+def backward_term(z: Sizes, tokens: int, times: str, stages: tuple[str, ...], *, checkpointed: bool = False) -> Term:
+    """What a gradient through all blocks keeps.
+
+    Args:
+        times: how the tokens are called.
+        checkpointed: one block at a time, and all blocks' inputs.
+    """
+    blocks, kept = z.shapes.depth, z.kept_for_backward(tokens)
+    depth = 1 if checkpointed else blocks
+    inputs = tokens * z.shapes.width * z.weight * blocks if checkpointed else 0
     return Term(
-        name="activations kept for the backward pass", bytes=depth * kept, place="device", stages=stages,
-        why=f"{depth} blocks x {kept // tokens:,} bytes a token x {times}",
+        name="activations kept for the backward pass", bytes=depth * kept + inputs, place="device", stages=stages,
+        why=f"{depth} block(s) x {kept // tokens:,} bytes a token x {times}"
+        + (f", and {blocks} blocks' inputs" if inputs else ""),
     )  # fmt: skip
 
 
-def head_term(z: Sizes, tokens: int, stages: tuple[str, ...]) -> Term:
-    """What the KL to the dense model's logits takes."""
+def head_term(z: Sizes, tokens: int, stages: tuple[str, ...], weight: int) -> Term:
+    """What the KL to the dense model's logits takes. Args: weight: bytes of a number of the head."""
     s, p = z.shapes, z.product
-    head = s.vocabulary * s.width * p if p != z.weight else 0
+    head = s.vocabulary * s.width * p if p != weight else 0
     return Term(
         name="head and logits", bytes=head + 128 * s.vocabulary * (3 * 4 + 4 * p) + 6 * tokens * s.width * 4,
         place="device", stages=stages, why="128 tokens' logits of both models in float32, final hidden states"

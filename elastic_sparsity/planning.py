@@ -10,7 +10,7 @@ import psutil
 import torch
 
 from elastic_sparsity.adding import check_structured
-from elastic_sparsity.config import Recipe, make_recipe
+from elastic_sparsity.config import Recipe, StructuredSection, make_recipe
 from elastic_sparsity.errors import ConfigError, MemoryPlanError
 from elastic_sparsity.memory_plan import memory_terms, peaks
 from elastic_sparsity.model_shapes import ModelShapes, model_config, read_shapes, shapes_model
@@ -149,9 +149,20 @@ def choose(recipe: Recipe, shapes: ModelShapes, limits: dict[str, int], gpu: boo
 
 
 def fits(recipe: Recipe, shapes: ModelShapes, choices: Choices, limits: dict[str, int]) -> bool:
-    """Whether no place's peak is beyond its limit."""
-    found = peaks(memory_terms(shapes, recipe, choices))
+    """Whether no place's peak is beyond its limit.
+
+    Structured levels come after all that is chosen, and need what they need whatever it is: they are left out.
+    """
+    alone = recipe.model_copy(update={"structured": StructuredSection()})
+    found = peaks(memory_terms(shapes, alone, choices))
     return all(peak.bytes <= limits.get(peak.place, peak.bytes) for peak in found)
+
+
+def structured_misfits(recipe: Recipe, shapes: ModelShapes, choices: Choices, limits: dict[str, int]) -> list[Peak]:
+    """Peaks beyond their limit in the stages of structured levels, which `choose` passes over."""
+    found = peaks(memory_terms(shapes, recipe, choices))
+    late = [peak for peak in found if peak.stage in ("structured", "tuning")]
+    return [peak for peak in late if peak.bytes > limits.get(peak.place, peak.bytes)]
 
 
 def free_here() -> dict[str, int]:
@@ -200,6 +211,8 @@ def _knobs(recipe: Recipe, shapes: ModelShapes, found: Plan) -> Iterator[Knob]:
 
 def _settings(recipe: Recipe, choices: Choices) -> Iterator[tuple[str, dict[str, dict[str, Any]]]]:
     off = {"trainable": "off"}
+    if recipe.structured.fractions and recipe.structured_steps:
+        yield "structured.steps = 0", {"structured": {"steps": 0}}
     if recipe.induction.steps:
         yield "induction.steps = 0", {"induction": {"steps": 0}}
     if recipe.allocation.search:
@@ -216,6 +229,7 @@ def _settings(recipe: Recipe, choices: Choices) -> Iterator[tuple[str, dict[str,
         yield 'end_to_end.trainable = "adapters"', {"end_to_end": {"trainable": "adapters"}}
     if choices.trainable != "off":
         yield 'end_to_end.trainable = "off"', {"end_to_end": off}
+    if choices.trainable != "off" or (recipe.structured.fractions and recipe.structured_steps):
         if not recipe.end_to_end.gradient_checkpointing:
             yield "end_to_end.gradient_checkpointing = true", {"end_to_end": {"gradient_checkpointing": True}}
         if recipe.end_to_end.batch_size > 1:

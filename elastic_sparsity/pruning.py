@@ -11,9 +11,10 @@ from elastic_sparsity.arch import decoder_blocks, linears_of
 from elastic_sparsity.calibration_text import Progress, calibration_tokens, silent
 from elastic_sparsity.config import Recipe, make_recipe
 from elastic_sparsity.end_to_end import EndToEndSettings
+from elastic_sparsity.errors import NumericsError
 from elastic_sparsity.files import atomic_folder, check_output_folder
 from elastic_sparsity.models import BaseModel, load_base
-from elastic_sparsity.precision import autocast_factory, resolve_precision, weights_in
+from elastic_sparsity.precision import DTYPES, autocast_factory, resolve_precision
 from elastic_sparsity.structured import Scores, check_scores, prune_structured_
 from elastic_sparsity.structured_parts import Kept, in_dtype, sizes_for, sliced_model, usual_multiple
 from elastic_sparsity.structured_search import Search, Searched, check_search, search_sizes
@@ -63,7 +64,7 @@ def prune(
         model_id: as in `load_base`.
         sparsity: share of the parameters of the blocks' linears to remove; met as nearly as whole heads and the
             multiple allow.
-        calibration: text file, hub data set or "self"; "magnitude" reads none.
+        calibration: text file, hub data set or "self"; "magnitude" reads none, but to tune.
         scores, accumulate, damping, batch_size: as in `prune_structured_`.
         search: None = counts by rule; "equal" also tries other divisions between heads and channels; "blocks" lets
             blocks differ. Both judge by the last 16 samples, which the final refit uses like the others; they need
@@ -191,7 +192,6 @@ def smaller_model(
     accumulate: bool,
     multiple: int,
     dtype: torch.dtype,
-    what: str = "blocks",
     progress: Progress = silent,
 ) -> Smaller:
     """Prunes, cuts and tunes a model, which is spent then. Products, damping, batches and tuning are the recipe's.
@@ -201,8 +201,9 @@ def smaller_model(
         sparsity: checked already, as the multiple is.
         multiple: MLP channels that go before the costs of the rest are computed again.
         dtype: of the smaller model; the work is done in float32.
-        what: is pruned, for the progress.
+    Raises: NumericsError: bad statistics or losses, or a weight that `dtype` cannot hold.
     """
+    title = f"structured {100 * sparsity:g} %"
     device, searched, model = model.device.type, None, model.float()
     autocast = autocast_factory(resolve_precision(recipe.precision, device), device)
     damping, batch_size = recipe.scores.damping, recipe.block.batch_size
@@ -212,7 +213,7 @@ def smaller_model(
     else:
         searched = search_sizes(
             model, pruning_ST, sparsity, multiple, search=search, damping=damping, batch_size=batch_size,
-            autocast=autocast, what=what, progress=progress,
+            autocast=autocast, what=f"blocks, {title}", progress=progress,
         )  # fmt: skip
         sizes = searched.sizes
     kept = prune_structured_(
@@ -225,17 +226,24 @@ def smaller_model(
         damping=damping,
         batch_size=batch_size,
         autocast=autocast,
-        on_block=lambda done, total: progress(f"pruning {what}", done, total),
+        on_block=lambda done, total: progress(f"pruning blocks, {title}", done, total),
     )
     small, kl = sliced_model(model, kept), None
+    for block in decoder_blocks(model):
+        block.to("meta")  # its memory goes to what comes next
     if recipe.structured_steps:
-        for block in decoder_blocks(model):
-            block.to("meta")  # its memory goes to the teacher
-        kl = _tune_(recipe, small, token_ids_ST, what, progress)
-    return Smaller(model=in_dtype(small, dtype), kept=kept, sizes=sizes, searched=searched, tuned_kl=kl)
+        kl = _tune_(recipe, small, token_ids_ST, title, progress)
+    small = in_dtype(small, dtype)
+    bad = [name for name, weight in small.named_parameters() if not torch.isfinite(weight).all()]
+    if bad:
+        raise NumericsError(
+            f"{title}: {len(bad)} parameters are not finite in {dtype}, e.g. {bad[0]}; "
+            "use another dtype, or a lower structured.lr (--lr)."
+        )
+    return Smaller(model=small, kept=kept, sizes=sizes, searched=searched, tuned_kl=kl)
 
 
-def _tune_(recipe: Recipe, small: Any, token_ids_ST: Tensor, what: str, progress: Progress) -> float:
+def _tune_(recipe: Recipe, small: Any, token_ids_ST: Tensor, title: str, progress: Progress) -> float:
     """Tunes a smaller model of the recipe's base model. Returns: its KL to dense."""
     teacher = load_base(recipe.model.id, recipe.model.dtype).model.float()
     precision, like = resolve_precision(recipe.precision, small.device.type), recipe.end_to_end
@@ -244,13 +252,14 @@ def _tune_(recipe: Recipe, small: Any, token_ids_ST: Tensor, what: str, progress
         base_lr=recipe.structured.lr,
         **like.model_dump(include={"batch_size", "adapter_lr", "warmup", "clip_norm", "gradient_checkpointing"}),
     )
-    with weights_in(linears_of(teacher).values(), precision):
-        return tune_(
-            small,
-            teacher,
-            token_ids_ST,
-            settings,
-            autocast=autocast_factory(precision, small.device.type),
-            on_step=lambda done, total: progress(f"tuning {what}", done, total),
-            what=what,
-        )
+    for linear in linears_of(teacher).values():  # for good: nobody reads them in float32
+        linear.weight.data = linear.weight.data.to(DTYPES[precision])  # type: ignore[union-attr, assignment]
+    return tune_(
+        small,
+        teacher,
+        token_ids_ST,
+        settings,
+        autocast=autocast_factory(precision, small.device.type),
+        on_step=lambda done, total: progress(f"tuning, {title}", done, total),
+        title=title,
+    )

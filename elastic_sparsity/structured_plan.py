@@ -4,7 +4,6 @@ Letters: I inputs of a branch's last linear, S samples, T tokens, D width.
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 from elastic_sparsity.descent import DescentSettings
 from elastic_sparsity.model_shapes import LinearShape, ModelShapes
@@ -18,7 +17,7 @@ PASSES = 3  # of every sample through every block: the inputs of either branch's
 
 
 def structured_terms(z: Sizes) -> Iterator[Term]:
-    """The terms of the last stage; none if a recipe has no structured level."""
+    """The terms of the last two stages; none if a recipe has no structured level."""
     s, wanted = z.shapes, z.recipe.structured
     if not wanted.fractions:
         return
@@ -29,8 +28,8 @@ def structured_terms(z: Sizes) -> Iterator[Term]:
     )  # fmt: skip
     kept = round((1 - min(wanted.fractions)) * s.depth * s.block_linears)
     yield Term(
-        name="what is cut out", bytes=s.stored * kept, place="device", stages=STAGE,
-        why=f"{kept:,} weights of the largest level x {s.stored}, while the masked model is there",
+        name="what is cut out", bytes=4 * kept, place="device", stages=STAGE,
+        why=f"{kept:,} weights of the largest level x 4, while the masked model is there",
     )  # fmt: skip
     size = sum(round((1 - fraction) * s.depth * s.block_linears) for fraction in wanted.fractions)
     yield Term(
@@ -63,22 +62,21 @@ def structured_terms(z: Sizes) -> Iterator[Term]:
 def _tuning_terms(z: Sizes, total: int, kept: int) -> Iterator[Term]:
     """Args: total: numbers of the whole model. kept: weights of the largest level."""
     s, wanted = z.shapes, z.recipe.end_to_end
+    linears, p = s.depth * s.block_linears, z.product
     # What is not cut is in float32 by now; the term of the embeddings counts them as they were.
-    cast = z.product * s.depth * s.block_linears if z.product != 4 else 0
     yield Term(
-        name="dense teacher", bytes=4 * total + (4 - z.weight) * s.rest + cast, place="device", stages=TUNING,
-        why=f"{total:,} numbers x 4" + (", its linears in products' dtype too" if cast else ""),
+        name="dense teacher", bytes=4 * (total - linears) + p * linears + (4 - z.weight) * s.rest, place="device",
+        stages=TUNING, why=f"{linears:,} weights of linears x {p}, {total - linears:,} other numbers x 4",
     )  # fmt: skip
+    copies, also = (p, f", {p} bytes each in products") if p != 4 else (0, "")
     yield Term(
-        name="smaller model, gradients and Adam's moments", bytes=16 * kept, place="device", stages=TUNING,
-        why=f"4 x {kept:,} float32 numbers of the largest level",
+        name="smaller model, gradients and Adam's moments", bytes=(16 + copies) * kept, place="device", stages=TUNING,
+        why=f"4 x {kept:,} float32 numbers of the largest level{also}",
     )  # fmt: skip
     tokens = wanted.batch_size * z.recipe.calibration.length
-    depth = 1 if wanted.gradient_checkpointing else s.depth
-    backward = backward_term(z, tokens, f"{tokens:,} tokens, as of whole blocks", TUNING)
-    hidden = tokens * s.width * 4 * s.depth if wanted.gradient_checkpointing else 0
-    yield replace(backward, bytes=backward.bytes * depth // s.depth + hidden)
-    yield head_term(z, tokens, TUNING)
+    times = f"{tokens:,} tokens, as of whole blocks"
+    yield backward_term(z, tokens, times, TUNING, checkpointed=wanted.gradient_checkpointing)
+    yield head_term(z, tokens, TUNING, 4)
 
 
 def _search_terms(z: Sizes) -> Iterator[Term]:

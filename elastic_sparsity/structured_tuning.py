@@ -28,7 +28,7 @@ def tune_(
     *,
     autocast: Callable[[], Any],
     on_step: Callable[[int, int], None] = lambda done, total: None,
-    what: str = "smaller model",
+    title: str = "the smaller model",
 ) -> float:
     """Trains weights and biases of all linears by the mean KL from the teacher's distribution to its own.
 
@@ -37,7 +37,7 @@ def tune_(
         teacher: the dense model, in eval mode, without gradients; the two heads are the same.
         token_ids_ST: calibration samples, used in order and again from the start when they run out.
         settings: `base_lr` is the learning rate.
-        what: is tuned, for messages and log.
+        title: of what is tuned, for messages and log.
     Returns: mean KL (nats a token) over the last quarter of the steps.
     Raises: NumericsError: if a loss is not finite.
     """
@@ -61,14 +61,14 @@ def tune_(
             parameter.requires_grad_(True)
         optimizer = torch.optim.Adam(trained, lr=settings.base_lr, fused=True)
         share = Share(places=range(settings.batch_size), num_samples=ids_ST.shape[0])
-        order = [what] * settings.steps
+        order = [title] * settings.steps
         for done, _, value in steps_(
-            optimizer, order, loss_of, ids_ST, settings, share, phase="tuning", rates="the learning rate"
+            optimizer, order, loss_of, ids_ST, settings, share, phase="tuning", rates="structured.lr (--lr)"
         ):
             history.append(value)
             on_step(done, settings.steps)
             if done % max(1, settings.steps // 10) == 0:
-                log.info("%s, tuned %d/%d: KL to dense %.4g", what, done, settings.steps, last_quarter(history[-64:]))
+                log.info("%s, tuned %d/%d: KL to dense %.4g", title, done, settings.steps, last_quarter(history[-64:]))
     for parameter in trained:
         parameter.requires_grad_(False)
         parameter.grad = None

@@ -4,6 +4,7 @@ Sample s belongs to place s % B of every training batch of B samples; each worke
 same samples whatever the number N of workers, and hidden states never travel: statistics and gradients do.
 """
 
+import datetime
 import functools
 import gc
 import importlib
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from elastic_sparsity.errors import ConfigError
 
+LONGEST_WAIT = datetime.timedelta(days=2)  # NCCL's default is ten minutes
 _CACHED = type(functools.cache(lambda: None))
 
 
@@ -29,7 +31,8 @@ class Workers:
             importlib.import_module("torch.distributed.nn")
         from accelerate import PartialState  # slow import, only here
 
-        self._state = PartialState(cpu=not torch.cuda.is_available())
+        # The others wait while the main process works alone for long (structured levels, sampled text).
+        self._state = PartialState(cpu=not torch.cuda.is_available(), timeout=LONGEST_WAIT)
         self.rank: int = self._state.process_index
         self.count: int = self._state.num_processes
         self.traffic = 0

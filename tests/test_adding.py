@@ -160,7 +160,7 @@ def test_a_level_equals_the_masked_refitted_model_at_the_units_it_lists(variant,
     tokens = adding.pruning_tokens(
         adding.pruning_recipe(
             "test", model={"id": "x"}, calibration={"source": settings["calibration"], "samples": 6, "length": 16},
-            batch_size=4, damping=0.01, steps=0, lr=0.0, seed=0, precision="float32",
+            batch_size=4, damping=0.01, steps=0, lr=3e-4, seed=0, precision="float32",
         ), base, "obs", lambda *step: None,
     )  # fmt: skip
     masked = base.model

@@ -83,6 +83,19 @@ def test_what_a_step_cost_beyond_its_prices_is_charged_to_the_next():
     assert reaches[0] > reaches[1] > reaches[2] == 0
 
 
+def test_a_refused_step_makes_the_next_one_shorter():
+    seen = []
+    begun = Descended(START, [toy(START)], curvature=1e-3)
+    wanted = DescentSettings(steps=3, patience=3)
+    worse = lambda kept: toy(START) + 1e-6 * sum(a != b for a, b in zip(kept, START, strict=True))  # noqa: E731
+    hopeful = mover(RULES, LOW, HIGH, wanted)
+    descend(begun, worse, lambda kept: [[-x for x in curve] for curve in exact_slopes(kept)],
+            hopeful, RULES.steps, wanted, seen.append)  # fmt: skip
+    curvatures = [now.curvature for now in seen]
+    assert len(seen) >= 2 and all(now.kept == START for now in seen)
+    assert all(b >= 4 * a for a, b in itertools.pairwise([1e-3, *curvatures]))
+
+
 def test_goes_on_from_any_step_as_if_it_had_not_stopped():
     kept: list[Descended] = []
     begun = Descended(START, [toy(START)])

@@ -147,8 +147,8 @@ ALLOWED = {
     },
     "structured_tuning": {"torch", "arch", "attention", "distill", "end_to_end", "fused_layers"},
     "pruning": {
-        "torch", "arch", "calibration_text", "config", "end_to_end", "files", "models", "precision", "structured",
-        "structured_parts", "structured_search", "structured_sizes", "structured_tuning",
+        "torch", "arch", "calibration_text", "config", "end_to_end", "errors", "files", "models", "precision",
+        "structured", "structured_parts", "structured_search", "structured_sizes", "structured_tuning",
     },
     "structured_section": {
         "torch", "arch", "checkpoint", "errors", "ladder", "packing", "structured_parts", "structured_sizes",

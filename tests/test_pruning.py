@@ -60,7 +60,7 @@ def test_progress_and_self_calibration(tmp_path):
         "random:mistral", tmp_path / "small", sparsity=0.5, samples=4, length=16,
         progress=lambda *step: seen.append(step),
     )  # fmt: skip
-    assert ("pruning blocks", 2, 2) in seen
+    assert ("pruning blocks, structured 50 %", 2, 2) in seen
     assert len(found.sizes.groups) == 2 and found.sizes.sparsity == 0.5
     assert found.parameters_before - found.parameters_after == found.sizes.removed
 

@@ -2,15 +2,16 @@
 
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_recipe
-from test_adding import TEXT, logits, same_parameters
+from test_adding import TEXT, logits, same_parameters, save_base
 from transformers import AutoModelForCausalLM
 
-from elastic_sparsity import ElasticCheckpoint, ElasticModel, add_structured, optimize, plan, verify
+from elastic_sparsity import ElasticCheckpoint, ElasticModel, add_structured, optimize, plan, pruning, verify
 from elastic_sparsity.arch import decoder_blocks, linears_of
 from elastic_sparsity.end_to_end import EndToEndSettings
 from elastic_sparsity.errors import ConfigError, NumericsError
@@ -85,18 +86,33 @@ def test_it_comes_closer_to_the_dense_model():
     assert kl_of(small, teacher, IDS).item() < 0.5 * before
 
 
-def test_checkpointed_blocks_give_the_same():
-    found = []
+def test_checkpointed_blocks_give_the_same_and_run_twice():
+    found, calls = [], []
     for wanted in (False, True):
         small, teacher = cut("llama")
+        first, count = decoder_blocks(small)[0], []
+        first.mlp.register_forward_pre_hook(lambda *_, count=count: count.append(1))
+        calls.append(count)
         settings = EndToEndSettings(
             steps=3, batch_size=2, adapter_lr=0.0, base_lr=1e-2, warmup=0.0, clip_norm=1.0,
             gradient_checkpointing=wanted,
         )  # fmt: skip
         tune_(small, teacher, IDS, settings, autocast=AUTOCAST)
         found.append(small)
+    assert [len(count) for count in calls] == [3, 6]
     for a, b in zip(*(model.parameters() for model in found), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_bfloat16_products_come_near(family):
+    found = []
+    for precision in ("float32", "bfloat16"):
+        small, teacher = cut(family)
+        settings = EndToEndSettings(steps=4, batch_size=2, adapter_lr=0.0, base_lr=1e-3, warmup=0.0, clip_norm=1.0)
+        found.append(tune_(small, teacher, IDS, settings, autocast=autocast_factory(precision, "cpu")))
+        assert small.dtype == torch.float32
+    assert found[0] == pytest.approx(found[1], rel=0.1)
 
 
 def test_another_dtype_leaves_the_rotary_frequencies():
@@ -150,9 +166,79 @@ def test_a_loss_that_is_not_finite_leaves_the_checkpoint_as_it_was(tiny_checkpoi
     assert sorted(x.name for x in (tmp_path / "c").iterdir()) == sorted(x.name for x in tiny_checkpoint.iterdir())
 
 
+def test_the_pruned_model_makes_room_for_the_teacher(settings, tmp_path, monkeypatch):
+    """The masked blocks of full size are gone before the dense model is loaded once more."""
+    seen, real = [], pruning.load_base
+
+    def sliced(model, kept):
+        seen.append(decoder_blocks(model))
+        return sliced_model(model, kept)
+
+    def loaded(*names):
+        if seen:
+            assert {p.device.type for p in seen[0].parameters()} == {"meta"}
+            seen.append("teacher")
+        return real(*names)
+
+    monkeypatch.setattr(pruning, "sliced_model", sliced)
+    monkeypatch.setattr(pruning, "load_base", loaded)
+    prune("random:llama", tmp_path / "x", sparsity=0.5, steps=1, **settings)
+    assert seen[1:] == ["teacher"]
+
+
+def test_tuned_biases_of_flap_are_kept(tiny_checkpoint, settings, tmp_path):
+    shutil.copytree(tiny_checkpoint, tmp_path / "c")
+    add_structured(tmp_path / "c", [0.5, 0.25], scores="flap", steps=3, **settings)
+    base = ElasticCheckpoint(tiny_checkpoint).config["base_model"]["id"]
+    for fraction in (0.5, 0.25):
+        prune(base, tmp_path / str(fraction), sparsity=fraction, scores="flap", steps=3, **settings)
+        wanted = AutoModelForCausalLM.from_pretrained(tmp_path / str(fraction))
+        found = ElasticModel.from_pretrained(tmp_path / "c", f"structured-{fraction}")
+        assert same_parameters(found, wanted) and torch.equal(logits(found), logits(wanted))
+    assert found.model.layers[0].self_attn.o_proj.bias.abs().max() > 0
+
+
+def test_a_run_killed_while_it_tunes_goes_on(text_file, tmp_path, monkeypatch):
+    recipe = tiny_recipe(
+        calibration={"source": str(text_file), "samples": 6}, ladder={"sparsities": [0.5], "patterns": []},
+        block={"steps": 0, "samples": 2}, end_to_end={"steps": 2, "batch_size": 2},
+        structured={"fractions": [0.25, 0.5], "multiple": 8},
+    )  # fmt: skip
+
+    def killed(what, done, total):
+        if (what, done) == ("tuning, structured 50 %", 1):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        optimize(recipe, tmp_path / "c", progress=killed)
+    assert [level.name for level in ElasticCheckpoint(tmp_path / "c").structured] == ["structured-0.25"]
+    assert all(check.passed for check in verify(tmp_path / "c"))
+    optimize(recipe, tmp_path / "c")
+    optimize(recipe, tmp_path / "whole")
+    for name in (LEVEL, "structured-0.25"):
+        file = f"{name}.safetensors"
+        assert (tmp_path / "c" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+@pytest.mark.parametrize("value", [1e6, math.nan])
+def test_what_a_dtype_cannot_hold_is_no_model(value, settings, tmp_path, monkeypatch):
+    def spoiled(small, *_, **__):
+        with torch.no_grad():
+            linears_of(small)["model.layers.0.mlp.up_proj"].weight[0, 0] = value
+        return 1.0
+
+    save_base(tmp_path / "base", "llama", torch.float32)
+    monkeypatch.setattr(pruning, "tune_", spoiled)
+    with pytest.raises(
+        NumericsError, match="structured 50 %: 1 parameters are not finite in torch.float16, e.g. model"
+    ):
+        prune(str(tmp_path / "base"), tmp_path / "x", sparsity=0.5, steps=1, dtype="float16", **settings)
+    assert not (tmp_path / "x").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"steps": -1}, "structured.steps"), ({"lr": -1.0}, "structured.lr"), ({"lr": math.nan}, "structured.lr")],
+    [({"steps": -1}, "structured.steps"), ({"lr": 0.0}, "structured.lr"), ({"lr": math.nan}, "structured.lr")],
 )
 def test_bad_options_are_refused_by_name(options, message, settings, tmp_path):
     with pytest.raises(ConfigError, match=message):
@@ -183,7 +269,7 @@ def test_a_run_tunes_its_levels_on_all_samples(text_file, tmp_path):
     )  # fmt: skip
     seen = []
     config = optimize(recipe, tmp_path / "c", progress=lambda *step: seen.append(step)).config
-    assert ("tuning structured 50 %", 3, 3) in seen
+    assert ("tuning, structured 50 %", 3, 3) in seen
     record = config["structured"][LEVEL]
     assert record["calibration_tokens"] == 2 * 16 and record["tuning"]["steps"] == 3
     assert record["tuning"]["calibration_sha256"] == config["data"]["calibration_sha256"]
@@ -211,7 +297,32 @@ def test_the_plan_counts_it():
     assert {name: work.passes for name, work in new.items()} == {
         "dense logits": 2 * 2 * tokens, "tuning": 2 * tokens * 5 // 4, "head of tuning": 2 * 2 * tokens
     }  # fmt: skip
-    assert found[5].misfits == []
+
+
+def test_a_plan_that_lacks_memory_for_tuning_alone_leaves_the_training_on():
+    """A limit between the peaks of training and of tuning: the phase stays on, and the plan says what helps."""
+    config_file = Path(__file__).parent / "configs" / "llama-3.1-70b.json"
+
+    def planned(**structured):
+        recipe = tiny_recipe(
+            model={"id": "meta-llama/Llama-3.1-70B", "dtype": "bfloat16"}, structured=structured,
+            end_to_end={"trainable": "auto", "steps": 8}, precision="bfloat16",
+        )  # fmt: skip
+        return plan(recipe, config_file=config_file, limits={"device": 600 * 10**9}, probe=False)
+
+    plain, tuned = planned(), planned(fractions=[0.25])
+    assert plain.choices == tuned.choices and plain.choices.trainable == "adapters" and not plain.misfits
+    assert [peak.stage for peak in tuned.misfits] == ["tuning"]
+    best = tuned.knobs[0]
+    assert best.setting == "structured.steps = 0" and best.fits
+    assert not planned(fractions=[0.25], steps=0).misfits
+    terms = {term.name: term.bytes for term in tuned.terms if term.stages == ("tuning",)}
+    weights = 80 * (2 * 8192 * 8192 + 2 * 1024 * 8192 + 3 * 8192 * 28672)
+    other = 2 * 128256 * 8192 + 8192 + 80 * 2 * 8192
+    rest = 2 * 128256 * 8192 + 8192
+    assert terms["dense teacher"] == 2 * weights + 4 * other + 2 * rest
+    assert terms["smaller model, gradients and Adam's moments"] == 18 * weights * 3 // 4
+    assert terms["head and logits"] > 2 * 128256 * 8192, "always cast: what is tuned is in float32"
 
 
 def test_blocks_that_differ_are_tuned():
