@@ -256,7 +256,8 @@ def inspect(
         console.print(layer_table(types, [level["title"] for level in found if not level["structured"]]))
         for level in (level for level in found if level["structured"]):
             heads, channels = counts_text(level["key_value_heads"]), counts_text(level["channels"])
-            console.print(f"{level['title']}: {heads} key/value heads and {channels} MLP channels a block")
+            tuned = f"tuned by {level['tuning_steps']} steps" if level["tuning_steps"] else "not tuned"
+            console.print(f"{level['title']}: {heads} key/value heads and {channels} MLP channels a block, {tuned}")
         if verify:
             console.print(checks_table(checks))
     if not all(check["passed"] for check in checks):

@@ -26,6 +26,7 @@ class LevelInfo:
         perplexity, kl: as measured when the checkpoint was made (text in its record), None if not measured.
         structured: whether it is a smaller model, and no mask.
         key_value_heads, channels: what each of its blocks keeps, one number if all are alike; None with a mask.
+        tuning_steps: of a structured level, as recorded; 0 if it was only cut and refitted.
     """
 
     name: str
@@ -38,6 +39,7 @@ class LevelInfo:
     structured: bool = False
     key_value_heads: int | tuple[int, ...] | None = None
     channels: int | tuple[int, ...] | None = None
+    tuning_steps: int = 0
 
 
 def levels(path: str | Path, **hub: Any) -> list[LevelInfo]:
@@ -68,7 +70,16 @@ def level_info(checkpoint: ElasticCheckpoint, level: AnyLevel) -> LevelInfo:
         structured=isinstance(level, StructuredLevel),
         key_value_heads=level.key_value_heads if isinstance(level, StructuredLevel) else None,
         channels=level.channels if isinstance(level, StructuredLevel) else None,
+        tuning_steps=_tuning_steps(checkpoint.config, level.name),
     )
+
+
+def _tuning_steps(config: dict[str, Any], level: str) -> int:
+    """From the record of a structured level, which need not be there."""
+    found: Any = config
+    for key in ("structured", level, "tuning", "steps"):
+        found = found.get(key) if isinstance(found, dict) else None
+    return found if isinstance(found, int) else 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from conftest import tiny_recipe
 from test_adding import TEXT, logits, same_parameters, save_base
+from test_cli import run
 from transformers import AutoModelForCausalLM
 
-from elastic_sparsity import ElasticCheckpoint, ElasticModel, add_structured, optimize, plan, pruning, verify
+from elastic_sparsity import ElasticCheckpoint, ElasticModel, add_structured, levels, optimize, plan, pruning, verify
 from elastic_sparsity.arch import decoder_blocks, linears_of
 from elastic_sparsity.end_to_end import EndToEndSettings
 from elastic_sparsity.errors import ConfigError, NumericsError
@@ -138,7 +139,7 @@ def settings(text_file):
 
 
 @pytest.mark.parametrize("scores", ["obs", "magnitude"])
-def test_a_tuned_level_is_what_a_tuned_prune_makes(scores, tiny_checkpoint, settings, tmp_path):
+def test_a_tuned_level_is_what_a_tuned_prune_makes(scores, tiny_checkpoint, settings, tmp_path, capsys):
     base = ElasticCheckpoint(tiny_checkpoint).config["base_model"]["id"]
     shutil.copytree(tiny_checkpoint, tmp_path / "c")
     for name, steps in (("plain", 0), ("tuned", 4)):
@@ -153,6 +154,14 @@ def test_a_tuned_level_is_what_a_tuned_prune_makes(scores, tiny_checkpoint, sett
     assert record["calibration_tokens"] == (96 if scores == "obs" else 0), "what pruned it"
     tuning = record["tuning"]
     assert (tuning["steps"], tuning["lr"], tuning["batch_size"]) == (4, 1e-3, 2) and tuning["kl_to_dense"] > 0
+    assert {x.name: x.tuning_steps for x in levels(tmp_path / "c")}[LEVEL] == 4
+    _, stdout, _ = run(capsys, "inspect", tmp_path / "c")
+    assert "MLP channels a block, tuned by 4 steps" in stdout
+    _, stdout, _ = run(
+        capsys, "prune", base, "--structured", 0.5, "--output", tmp_path / "cli", "--scores", scores, "--steps", 4,
+        "--lr", 1e-3, *(word for name, value in settings.items() for word in (f"--{name}", value)),
+    )  # fmt: skip
+    assert same_parameters(AutoModelForCausalLM.from_pretrained(tmp_path / "cli"), tuned)
     add_structured(tmp_path / "c", [0.25], scores=scores, **settings)
     assert ElasticCheckpoint(tmp_path / "c").config["structured"]["structured-0.25"]["tuning"] is None
 
