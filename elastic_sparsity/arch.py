@@ -117,9 +117,14 @@ def linears_of(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def not_finite(model: nn.Module) -> list[str]:
+    """Names of the parameters that hold NaN or infinity."""
+    return [name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()]
+
+
 def check_finite_weights(model: nn.Module) -> None:
     """Raises: NumericsError: listing every parameter that holds NaN or infinity."""
-    bad = [name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()]
+    bad = not_finite(model)
     if bad:
         raise NumericsError(
             f"base model: {len(bad)} parameters hold NaN or infinity: {', '.join(bad[:5])}"

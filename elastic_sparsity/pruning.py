@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elastic_sparsity.arch import decoder_blocks, linears_of
+from elastic_sparsity.arch import decoder_blocks, linears_of, not_finite
 from elastic_sparsity.calibration_text import Progress, calibration_tokens, silent
 from elastic_sparsity.config import Recipe, make_recipe
 from elastic_sparsity.end_to_end import EndToEndSettings
@@ -234,7 +234,7 @@ def smaller_model(
     if recipe.structured_steps:
         kl = _tune_(recipe, small, token_ids_ST, title, progress)
     small = in_dtype(small, dtype)
-    bad = [name for name, weight in small.named_parameters() if not torch.isfinite(weight).all()]
+    bad = not_finite(small)
     if bad:
         raise NumericsError(
             f"{title}: {len(bad)} parameters are not finite in {dtype}, e.g. {bad[0]}; "

@@ -43,6 +43,20 @@ def merging_tokenizer(size=290, pre_tokenizer=None, text="", ignore_merges=False
     )
 
 
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory):
+    """Text for a few short samples; files with other needs have a fixture of this name of their own."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    return path
+
+
+@pytest.fixture(scope="module")
+def settings(text_file):
+    """How the tests of structured levels prune tiny models."""
+    return {"calibration": str(text_file), "samples": 6, "length": 16, "multiple": 8, "precision": "float32"}
+
+
 def pytest_collection_modifyitems(items):
     """Over several processes a file stays in one, and so do all files with bad inputs, which fill one ledger."""
     for item in items:

@@ -65,24 +65,11 @@ from elastic_sparsity.structured_search import Searched
 from elastic_sparsity.structured_sizes import Sizes
 from elastic_sparsity.tiny import byte_tokenizer, tiny_model
 
-TEXT = "The quick brown fox jumps over the lazy dog. " * 40
 IDS = torch.randint(4, 260, (2, 16), generator=torch.Generator().manual_seed(0))
 HALF, QUARTER = "structured-0.5", "structured-0.25"
 FILE = f"{HALF}.safetensors"
 DOWN, OUT = "model.layers.1.mlp.down_proj", "model.layers.0.self_attn.o_proj"
 NO_TRAINING = {"block": {"steps": 0}, "end_to_end": {"trainable": "off"}}
-
-
-@pytest.fixture(scope="module")
-def text_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(TEXT)
-    return path
-
-
-@pytest.fixture(scope="module")
-def settings(text_file):
-    return {"calibration": str(text_file), "samples": 6, "length": 16, "multiple": 8, "precision": "float32"}
 
 
 @pytest.fixture(scope="module")

@@ -4,19 +4,11 @@ import json
 import shutil
 
 import pytest
-from test_adding import TEXT
 from test_cli import run
 from test_transfer import contents
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 QUICK = ("--samples", 4, "--length", 16, "--precision", "float32", "-q")
-
-
-@pytest.fixture
-def text_file(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text(TEXT)
-    return path
 
 
 def test_add_slice_and_inspect(capsys, tiny_checkpoint, text_file, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_recipe
-from test_adding import TEXT, logits, same_parameters, save_base
+from test_adding import logits, same_parameters, save_base
 from test_cli import run
 from transformers import AutoModelForCausalLM
 
@@ -124,18 +124,6 @@ def test_another_dtype_leaves_the_rotary_frequencies():
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in found.named_buffers())
     for a, b in zip(found.parameters(), small.parameters(), strict=True):
         assert torch.equal(a, b.bfloat16())
-
-
-@pytest.fixture(scope="module")
-def text_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(TEXT)
-    return path
-
-
-@pytest.fixture(scope="module")
-def settings(text_file):
-    return {"calibration": str(text_file), "samples": 6, "length": 16, "multiple": 8, "precision": "float32"}
 
 
 @pytest.mark.parametrize("scores", ["obs", "magnitude"])
