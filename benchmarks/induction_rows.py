@@ -1,0 +1,191 @@
+"""The rows of induction_parts.py: what each does to a model before it is pruned."""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from induction_made import COSTS, Source
+from refresh import norms_anew
+from spent import spent, together
+from torch import Tensor
+
+from elastic_sparsity.arch import architecture_of, decoder_blocks, linears_of, weight_OI
+from elastic_sparsity.channel_order import improved_order
+from elastic_sparsity.config import Recipe
+from elastic_sparsity.errors import AbsorptionError
+from elastic_sparsity.fold_choice import FOLDS, ORDERS
+from elastic_sparsity.folding import check_function_kept
+from elastic_sparsity.head_basis import principal_basis
+from elastic_sparsity.importance import wanda_scores
+from elastic_sparsity.inducing import absorb_importance_
+from elastic_sparsity.ladder import Level
+from elastic_sparsity.models import BaseModel
+from elastic_sparsity.residual import permute_residual_, rotate_residual_
+from elastic_sparsity.wiring import wiring_of
+
+TRIED_TOKENS = 64
+THINNED = 8  # of a linear's rows every eighth chooses the residual order: all of a model's would take gigabytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """What is done, in this order.
+
+    Attributes:
+        residual: "order" of the residual channels for N:M, or "rotation" of the stream to its principal axes.
+        folds: of `fold_choice`.
+        absorbed: settings of reading A; None = not done.
+        scores: "learned" = reading B; "norms" = |X| in closed form, which is Wanda's score and so for magnitude alone.
+        gains: reading C, of the pruned model.
+    """
+
+    residual: str | None = None
+    folds: tuple[str, ...] = ()
+    absorbed: dict[str, Any] | None = None
+    scores: str | None = None
+    gains: bool = False
+
+    @property
+    def needs_pattern(self) -> bool:
+        """Whether nothing of it means anything without an N:M level."""
+        return self.residual == "order" or bool(self.folds and set(self.folds) <= set(ORDERS))
+
+
+ROWS: dict[str, Row] = {
+    "none": Row(),
+    "absorbed": Row(absorbed={}),
+    "absorbed, from ones": Row(absorbed={"start": "ones"}),
+    "absorbed, no penalty": Row(absorbed={"spectral": 0.0}),
+    "scores": Row(scores="learned"),
+    "gains": Row(gains=True),
+    "scales": Row(scores="norms"),
+    **{kind: Row(folds=(kind,)) for kind in FOLDS},
+    "folds": Row(folds=FOLDS),
+    "residual order": Row(residual="order"),
+    "residual rotation": Row(residual="rotation"),
+    "all": Row(folds=FOLDS, scores="learned"),
+    "all, gains": Row(folds=FOLDS, scores="learned", gains=True),
+}
+
+
+def variant_of(row: Row, method: str) -> str:
+    """Which variant of a row a method prunes: scales are another for magnitude than for scores that know the inputs."""
+    if row.absorbed is None and row.scores is None:
+        return "any"
+    return "magnitude" if method == "magnitude" else "wanda"
+
+
+@dataclass(frozen=True, slots=True)
+class Induced:
+    """A model with a row's induction.
+
+    Attributes:
+        scales: for scores that know the inputs; None if there are none, or the weights hold them.
+        note: what became of the row's parts, and what they took together.
+    """
+
+    base: BaseModel
+    scales: dict[str, Tensor] | None
+    note: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Inducer:
+    """Makes rows.
+
+    Attributes:
+        recipe: settings of an induction section, to a recipe.
+        samples: of the tokens, the first ones, that give input norms.
+    """
+
+    base: BaseModel
+    source: Source
+    levels: Sequence[Level]
+    recipe: Callable[..., Recipe]
+    steps: dict[str, int]
+    samples: int
+
+    def make(self, row: Row, variant: str) -> Induced:
+        """The base model's copy with a row's induction, for the methods of a variant.
+
+        Raises: AbsorptionError: if the architecture has no exact form of it, or the logits moved.
+        """
+        patterns = [level.pattern for level in self.levels if level.pattern]
+        if row.needs_pattern and not patterns:
+            raise AbsorptionError("an order of channels changes N:M masks alone, and --levels has none.")
+        base, scales, note = replace(self.base, model=copy.deepcopy(self.base.model)), None, {}
+        if row.residual:
+            note["residual"] = self._change_residual_(base.model, row.residual, patterns)
+        if row.folds:
+            kinds = [kind for kind in row.folds if patterns or kind not in ORDERS]
+            base, note["folds"] = self.source.folded(self.recipe(folds=kinds), base)
+        if row.absorbed is not None:
+            wanted = self.recipe(reading="absorbed", steps=self.steps["block"], method=variant, **row.absorbed)
+            base, note["absorbed"] = self.source.absorbed(wanted, base)
+        if row.scores == "learned":
+            found, note["scores"] = self.source.learned(self.recipe(steps=self.steps["scores"]), base)
+            scales = found.scales
+            if variant == "magnitude":
+                absorb_importance_(base.model, {name: found.input_norms[name] * x for name, x in scales.items()})
+                scales = None
+        elif row.scores == "norms":
+            with spent() as cost:
+                absorb_importance_(base.model, {name: x.sqrt() for name, x in self._square_sums(base.model).items()})
+            note["scores"] = cost
+        costs = [{key: part[key] for key in COSTS if key in part} for part in note.values()]
+        if note:
+            note["logits_moved"] = check_function_kept(self._logits(self.base.model), self._logits(base.model),
+                                                       torch.float32)  # fmt: skip
+        return Induced(base, scales, note | together(*costs))
+
+    @torch.no_grad()
+    def _logits(self, model: Any) -> Tensor:
+        logits: Tensor = model(self.source.ids_ST[:1, :TRIED_TOKENS], use_cache=False).logits
+        return logits
+
+    @torch.no_grad()
+    def _square_sums(self, model: Any) -> dict[str, Tensor]:
+        found = norms_anew(model, linears_of(model), self.source.ids_ST[: self.samples])
+        return {name: statistics.checked(name).square_sum_I for name, statistics in found.items()}
+
+    def _change_residual_(self, model: Any, kind: str, patterns: list[tuple[int, int]]) -> dict[str, Any]:
+        """Principal axes lie side by side, strong ones first, which N:M cannot use: they get an order too."""
+        added = 0
+        with spent() as cost:
+            if kind == "rotation":
+                added = rotate_residual_(model, residual_axes(model, self.source.ids_ST[: self.samples]))
+            if patterns:
+                permute_residual_(model, residual_order(model, self._square_sums(model), patterns[0]))
+        return {"added_parameters": added, **cost}
+
+
+@torch.no_grad()
+def residual_axes(model: Any, token_ids_ST: Tensor) -> Tensor:
+    """(D, D) float64 orthogonal, principal axes of what the blocks' norms make of the residual stream, gains apart."""
+    width = model.config.hidden_size
+    gram_DD = torch.zeros(width, width, dtype=torch.float64, device=token_ids_ST.device)
+    for ids_T in token_ids_ST:
+        streams = model.base_model(ids_T[None], use_cache=False, output_hidden_states=True).hidden_states[:-1]
+        for hidden_BTD in streams:
+            x_TD = hidden_BTD[0].double()
+            x_TD /= x_TD.square().mean(dim=1, keepdim=True).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+            gram_DD.addmm_(x_TD.T, x_TD)
+    return principal_basis(gram_DD).T.contiguous()
+
+
+def residual_order(model: Any, square_sums: dict[str, Tensor], pattern: tuple[int, int]) -> Tensor:
+    """(D,) an order of the residual channels under which the linears that read them keep more of Wanda's scores.
+
+    Args:
+        square_sums: of the linears' inputs, by name.
+    """
+    wiring, linears, scores = wiring_of(model.config), linears_of(model), []
+    prefix = architecture_of(model.config.model_type).blocks
+    for index in range(len(decoder_blocks(model))):
+        for path in (*wiring.attention_inputs, *wiring.mlp_inputs):
+            name = f"{prefix}.{index}.{path}"
+            found_OI = wanda_scores(weight_OI(linears[name])[::THINNED], square_sums[name]).square()
+            scores.append(found_OI / found_OI.sum())  # every linear counts as much
+    return improved_order(torch.cat(scores), *pattern)
