@@ -303,6 +303,9 @@ def test_quality_decides_once_it_is_recorded(whole, tmp_path):
     assert choose_level(tmp_path / "c", min_quality=0.5).level == "0.5", "the smallest that is known to have it"
     with pytest.raises(LevelError, match="no level reaches quality 0.99"):
         choose_level(tmp_path / "c", min_quality=0.99)
+    copy_level(tmp_path / "c", HALF, tmp_path / "device")  # of no level that it has is any quality recorded
+    with pytest.raises(LevelError, match="no level meets all budgets.* its quality is not recorded"):
+        choose_level(tmp_path / "device", min_quality=0.5)
     rows.append({"level": HALF, "method": "elastic", "perplexity": 11.0})
     checkpoint.update_record({"quality": {"rows": [dense, *rows]}})
     assert choose_level(tmp_path / "c", min_quality=0.5).level == HALF
