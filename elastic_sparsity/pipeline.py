@@ -77,7 +77,7 @@ def optimize(
             train_and_save(job, output, identity, stored_dtype)
         del job  # the trained model, before the base model is loaded again
         if workers.is_main:
-            is_extended = add_levels(recipe, output, token_ids, progress)
+            is_extended = add_levels(recipe, output, token_ids, folder.structured, progress)
             if is_extended or not is_trained:
                 record_run(output, time.monotonic() - started, workers)
         workers.wait()
