@@ -440,7 +440,9 @@ def test_an_overlay_leaves_structured_levels_out(settings, tmp_path):
 
 
 @pytest.mark.parametrize("moment", ["prune", "write", "rename", "config"])
-def test_an_interrupted_addition_leaves_the_old_checkpoint(moment, tiny_checkpoint, settings, tmp_path, monkeypatch):
+def test_an_interrupted_addition_leaves_the_old_checkpoint(
+    moment, tiny_checkpoint, whole, settings, tmp_path, monkeypatch
+):
     folder = tmp_path / "c"
     shutil.copytree(tiny_checkpoint, folder)
 
@@ -465,7 +467,7 @@ def test_an_interrupted_addition_leaves_the_old_checkpoint(moment, tiny_checkpoi
     assert after.keys() - before.keys() <= {FILE}, "a file that nothing lists"
     assert all(check.passed for check in verify(folder)) and len(levels(folder)) == 4
     add_structured(folder, [0.5], **settings)
-    assert same_parameters(ElasticModel.from_pretrained(folder, HALF), ElasticModel.from_pretrained(folder, HALF))
+    assert same_parameters(ElasticModel.from_pretrained(folder, HALF), ElasticModel.from_pretrained(whole, HALF))
     assert all(check.passed for check in verify(folder)) and len(levels(folder)) == 5
 
 

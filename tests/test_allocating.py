@@ -566,6 +566,15 @@ def test_the_command(tmp_path):
     assert "70 %" in result.output
     assert load_plan(path).sparsities == [0.5, 0.7]
     assert (tmp_path / "plan.json.png").read_bytes().startswith(b"\x89PNG")
+    other = ["search", "random:llama", "--output", str(tmp_path / "other.json"), "--levels", "0.6", "-q"]
+    for method, option in (("owl", "--steps"), ("descent", "--generations")):
+        result = run(app, [*other, "--method", method, option, "3"])
+        assert result.exit_code == 1 and f"{option}: method '{method}' has none" in str(result.exception)
+    few = ["--samples", "4", "--length", "16", "--held-out", "2", "--steps", "1", "--scores", "magnitude"]
+    result = run(app, [*other, *few, "--precision", "float32"])
+    assert result.exit_code == 0, result.output
+    made = load_plan(tmp_path / "other.json").made
+    assert (made["scores"], made["precision"], made["dtype"]) == ("magnitude", "float32", "float32")
     for arguments, message in (
         (["--levels", "0.5,much"], "ladder.sparsities"),
         (["--levels", "0.5", "--preset", "slow"], "--preset: 'slow' is unknown"),
