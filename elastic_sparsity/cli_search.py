@@ -55,14 +55,14 @@ def register(app: typer.Typer, progress: Callable[[bool], AbstractContextManager
         """
         if preset not in PRESETS:
             raise ConfigError(f"--preset: {preset!r} is unknown; expected one of {', '.join(PRESETS)}.")
+        from elastic_sparsity.allocating import METHODS, Allocating, allocate  # torch, only here
+        from elastic_sparsity.allocation_plot import plot_plan
+
         for option, value, takers in (
             ("--steps", steps, ("search", "descent")), ("--generations", generations, ("search",)),
         ):  # fmt: skip
-            if value is not None and method not in takers:
+            if value is not None and method in METHODS and method not in takers:
                 raise ConfigError(f"{option}: method {method!r} has none; give it with {' or '.join(takers)}.")
-        from elastic_sparsity.allocating import Allocating, allocate  # torch, only here
-        from elastic_sparsity.allocation_plot import plot_plan
-
         descent, settings = PRESETS[preset]
         if steps is not None:
             descent = replace(descent, steps=steps)
