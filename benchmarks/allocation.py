@@ -22,11 +22,12 @@ from cells import RESULTS, begin, check_texts, device, exit_on_error, log, quest
 from rich.console import Console
 from rich.table import Table
 
-from elastic_sparsity.allocation_file import AllocationPlan, allocation_of, load_plan
+from elastic_sparsity.allocation_file import AllocationPlan, allocation_of, check_model, load_plan
 from elastic_sparsity.baselines import prune_one_shot_
 from elastic_sparsity.calibration_text import calibration_tokens
 from elastic_sparsity.config import make_recipe
 from elastic_sparsity.data import read_text, tokenize, windows
+from elastic_sparsity.errors import ConfigError
 from elastic_sparsity.evaluate import evaluate
 from elastic_sparsity.files import write_json
 from elastic_sparsity.ladder import Ladder
@@ -55,14 +56,18 @@ def main() -> None:
     )
     parser.add_argument("--name", default="allocation")
     parser.add_argument("--restart", action="store_true")
+    parser.add_argument("--show", action="store_true", help="measure nothing: table and plot of what is there")
     args = parser.parse_args()
     check_texts(args.calibration, args.evaluation)
     plans = {path.stem: load_plan(path) for path in args.plans}
     file = RESULTS / f"{args.name}.json"
-    question = question_of(args, ("plans", "methods", "levels"))
+    question = question_of(args, ("plans", "methods", "levels", "show"))
     result = begin(args, file, question, {"dense": None, "plans": {}, "cells": {}})
     result["plans"] |= {name: {"made": plan.made, "held_out_kl": plan.held_out_kl} for name, plan in plans.items()}
-    measure_cells(args, plans, result, file)
+    if not args.show:
+        measure_cells(args, plans, result, file)
+    elif not result["cells"]:
+        raise ConfigError(f"{file}: holds nothing to show; run the script without --show.")
     show(result)
     plot(result, file.with_suffix(".png"))
 
@@ -71,6 +76,8 @@ def measure_cells(
     args: argparse.Namespace, plans: dict[str, AllocationPlan], result: dict[str, Any], file: Path
 ) -> None:
     base = load_base(args.model)
+    for name, plan in plans.items():
+        check_model(plan, Path(f"{name}.json"), base.identity, str(base.model.dtype).removeprefix("torch."))
     model = base.model.float()
     recipe = make_recipe(
         {
@@ -105,6 +112,7 @@ def measure_cells(
         result["cells"][cell] = {
             "perplexity": quality.perplexity,
             "plan": asked,
+            "made": None if name == UNIFORM else plans[name].made,
             "seconds": round(seconds, 1),
             "date": datetime.date.today().isoformat(),
             "device": device(),
@@ -131,7 +139,7 @@ def show(result: dict[str, Any]) -> None:
     """Perplexities, and how much lower than uniform."""
     table = Table(
         title=f"{result['question']['evaluation']}, {result['windows'][0]} windows of {result['windows'][1]} tokens, "
-        f"dense {result['dense']:.2f}"
+        f"dense {'not measured' if result['dense'] is None else round(result['dense'], 2)}"
     )
     names = list(dict.fromkeys(cell.split("/")[2] for cell in result["cells"]))
     for column in ("method", "level", *names):
@@ -164,7 +172,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
         found = [result["cells"].get(f"{group}/{name}", {}).get("perplexity", float("nan")) for group in groups]
         bars = axis.bar([x + width * (number + 0.5) - 0.45 for x in range(len(groups))], found, width, label=name)
         axis.bar_label(bars, [f"{x:.0f}" if x == x else "" for x in found], fontsize=8)
-    axis.axhline(result["dense"], color="black", linestyle="--", label="dense")
+    if result["dense"] is not None:
+        axis.axhline(result["dense"], color="black", linestyle="--", label="dense")
     axis.set_yscale("log")
     axis.set_ylabel("perplexity")
     axis.set_xticks(range(len(groups)), [f"{m}, {100 * float(s):g} %" for m, s in (g.split("/") for g in groups)])

@@ -31,7 +31,7 @@ from elastic_sparsity.functional_fold import folded_parameters, outputs_inputs
 from elastic_sparsity.importance import InputStatistics
 from elastic_sparsity.ladder import Ladder, Level
 from elastic_sparsity.metric_refresh import scaled_square_sum
-from elastic_sparsity.soft_mask import straight_through
+from elastic_sparsity.soft_mask import Choice, straight_through
 from elastic_sparsity.spectral_loss import initial_scales
 
 METHODS = ("magnitude", "wanda")
@@ -153,8 +153,13 @@ class _Learner:
                     # A ReLU may leave a channel at zero, where a square root has no derivative.
                     squares_I = self._norms(path, scales, shifts).clamp_min(torch.finfo(torch.float32).tiny)
                     scores_OI = scores_OI * squares_I.sqrt()
-                choice = choice_of(level, folded_OI.shape[1])
-                mask_OI = straight_through(scores_OI, choice, self.temperature)
+                if self.method == "magnitude" and level.pattern is None:  # as it is pruned: over the whole matrix
+                    size = scores_OI.numel()
+                    choice = Choice(size - int(size * level.sparsity), size)
+                    mask_OI = straight_through(scores_OI.reshape(1, size), choice, self.temperature).view_as(scores_OI)
+                else:
+                    choice = choice_of(level, folded_OI.shape[1])
+                    mask_OI = straight_through(scores_OI, choice, self.temperature)
                 if not with_graph:
                     mask_OI = mask_OI.detach()
                 found[name] = outputs_inputs(self.block, path, folded_OI * mask_OI)

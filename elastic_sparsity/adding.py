@@ -5,7 +5,7 @@ A run prunes by the block phase's samples, and tunes on all by the end-to-end ph
 Either starts from the base model and not from a trained level, whose zeros would come along.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,10 @@ from elastic_sparsity.checkpoint_writer import add_section
 from elastic_sparsity.config import Recipe
 from elastic_sparsity.data import token_hash
 from elastic_sparsity.errors import CheckpointError, ConfigError
+from elastic_sparsity.files import check_output_file
 from elastic_sparsity.hub import is_hub_id
-from elastic_sparsity.ladder import StructuredLevel
+from elastic_sparsity.ladder import StructuredLevel, structured_name
+from elastic_sparsity.manifest import CONFIG_NAME
 from elastic_sparsity.models import BaseModel, load_base
 from elastic_sparsity.precision import resolve_precision
 from elastic_sparsity.pruning import pruning_recipe, pruning_tokens, smaller_model
@@ -56,7 +58,8 @@ def add_structured(
     """Adds structured levels to an elastic checkpoint, in its folder, one after the other.
 
     Each is there or not there: a call that is interrupted leaves a whole checkpoint with those that were finished. No
-    file but elastic_config.json changes, and no other level.
+    file but elastic_config.json changes, and no other level. An interrupted search of counts leaves its steps in
+    `<path>.structured-0.5.search.json`, and the same call goes on from there.
 
     Args:
         path: folder of an elastic checkpoint; of its tensors only `shared` is read.
@@ -74,9 +77,10 @@ def add_structured(
     check_search(search, scores, samples)
     if is_hub_id(path):
         raise ConfigError(f"{path}: is no folder; download the checkpoint and name its folder.")
-    checkpoint = ElasticCheckpoint(path)
+    checkpoint, folder = ElasticCheckpoint(path), Path(path).absolute()
     for fraction in fractions:
         _check_new(checkpoint, fraction)
+    check_output_file(folder / CONFIG_NAME)  # a folder that cannot be written to should not cost the work
     recipe = pruning_recipe(
         "add-structured",
         model=_base_model(checkpoint, model),
@@ -95,7 +99,8 @@ def add_structured(
     del base
     return write_levels(
         checkpoint, recipe, tokens_ST, fractions,
-        scores=scores, search=search, accumulate=accumulate, multiple=multiple, progress=progress,
+        scores=scores, search=search, accumulate=accumulate, multiple=multiple,
+        search_path=lambda name: folder.with_name(f"{folder.name}.{name}.search.json"), progress=progress,
     )  # fmt: skip
 
 
@@ -110,11 +115,14 @@ def check_structured(recipe: Recipe, model: Any) -> None:
         check_search(wanted.search, wanted.scores, recipe.block.samples)
 
 
-def add_levels(recipe: Recipe, folder: Path, token_ids_ST: Tensor, progress: Progress) -> bool:
+def add_levels(
+    recipe: Recipe, folder: Path, token_ids_ST: Tensor, search_path: Callable[[str], Path], progress: Progress
+) -> bool:
     """Adds a recipe's structured levels to the checkpoint that a run made; those that are there are done.
 
     Args:
         token_ids_ST: the run's calibration samples.
+        search_path: where the search of a level's counts keeps its steps, by the level's name.
     Returns: whether there was anything to do.
     Raises: NumericsError, OutputError; the checkpoint is whole then, and the same call goes on.
     """
@@ -125,7 +133,8 @@ def add_levels(recipe: Recipe, folder: Path, token_ids_ST: Tensor, progress: Pro
         return False
     write_levels(
         checkpoint, recipe, token_ids_ST, fractions,
-        scores=wanted.scores, search=wanted.search, accumulate=True, multiple=wanted.multiple, progress=progress,
+        scores=wanted.scores, search=wanted.search, accumulate=True, multiple=wanted.multiple,
+        search_path=search_path, progress=progress,
     )  # fmt: skip
     return True
 
@@ -140,12 +149,14 @@ def write_levels(
     search: Search | None,
     accumulate: bool,
     multiple: int | None,
+    search_path: Callable[[str], Path],
     progress: Progress,
 ) -> list[StructuredLevel]:
     """Prunes and adds, fraction by fraction. All has been checked.
 
     Args:
         recipe: names the base model, which is loaded for every fraction.
+        search_path: where the search of a level's counts keeps its steps, by the level's name; gone once it is added.
     """
     levels: list[StructuredLevel] = []
     pruning_ST = token_ids_ST[: 0 if scores == "magnitude" else recipe.block.samples]
@@ -162,6 +173,7 @@ def write_levels(
             accumulate=accumulate,
             multiple=at_once,
             dtype=checkpoint.dtype,
+            search_path=search_path(structured_name(fraction)),
             progress=progress,
         )
         level = structured_level(fraction, made.model, made.sizes, biases=scores == "flap")
@@ -180,6 +192,7 @@ def write_levels(
             "tuning": _tuning(recipe, token_ids_ST, made.tuned_kl),
         }
         add_section(checkpoint.folder, level, section_tensors(made.model, made.kept, made.sizes), record)
+        search_path(level.name).unlink(missing_ok=True)
         levels.append(level)
         del model, made  # before the next one is loaded
     return levels

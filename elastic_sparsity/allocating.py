@@ -5,12 +5,13 @@ What `elastic-sparsity search` does, and the first stage of a recipe that asks f
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from elastic_sparsity.allocation import (
@@ -29,6 +30,7 @@ from elastic_sparsity.allocation_file import (
     AllocationPlan,
     DescentPlan,
     LinearPlan,
+    check_made,
     check_unfinished,
     load_plan,
     save_plan,
@@ -75,6 +77,11 @@ class Allocating:
         if self.method not in METHODS:
             raise ConfigError(f"method {self.method!r} is unknown; expected one of {', '.join(METHODS)}.")
 
+    @property
+    def generations(self) -> int:
+        """Of each level's evolution."""
+        return self.search.generations if self.method == "search" else 0
+
 
 def allocate(recipe: Recipe, wanted: Allocating, output: Path, progress: Progress = silent) -> AllocationPlan:
     """Writes the plan for a recipe's model, text and unstructured levels; goes on with an unfinished one.
@@ -84,16 +91,36 @@ def allocate(recipe: Recipe, wanted: Allocating, output: Path, progress: Progres
     """
     _check_samples(recipe, wanted)
     begun = _unfinished(output)
+    if begun is not None:  # before the model is loaded, and text is sampled
+        check_made(begun, _asked(recipe, wanted), recipe.ladder.sparsities, output)
     base = load_base(recipe.model.id, recipe.model.dtype)
     check_equal_blocks(base.model.config, "search")
     token_ids_ST, _ = calibration_tokens(recipe, base, progress)
-    return allocate_on(base, token_ids_ST, recipe, wanted, output, begun, progress)
+    dtype = base.model.dtype
+    if resolve_precision(recipe.precision, base.model.device.type) == "float32":
+        base.model.float()  # as a run does
+    scales = {} if recipe.scores.method == "magnitude" else base.channel_scales
+    return allocate_on(base, token_ids_ST, recipe, wanted, output, begun, progress, dtype=dtype, channel_scales=scales)
+
+
+def _asked(recipe: Recipe, wanted: Allocating) -> dict[str, Any]:
+    """What of a plan's `made` is known before there is a model."""
+    return {
+        "method": wanted.method,
+        "descent": asdict(wanted.descent) if wanted.method in DESCENDING else None,
+        "search": asdict(wanted.search) if wanted.method == "search" else None,
+        "held_out": wanted.held_out,
+        "scores": recipe.scores.method,
+        "damping": recipe.scores.damping,
+        "samples": recipe.block.samples,
+        "seed": recipe.seed,
+    }
 
 
 def _check_samples(recipe: Recipe, wanted: Allocating) -> None:
     if not recipe.ladder.sparsities:
         raise ConfigError("allocation: only unstructured levels have one; name at least one, e.g. 0.6.")
-    stage = max(wanted.search.windows) if wanted.method == "search" else 1
+    stage = max(wanted.search.windows) if wanted.generations else 1
     if recipe.calibration.samples <= wanted.held_out or wanted.held_out < stage:
         raise ConfigError(
             f"allocation: {recipe.calibration.samples} calibration samples, {wanted.held_out} of them held out; a "
@@ -109,60 +136,75 @@ def allocate_on(
     output: Path,
     begun: AllocationPlan | None,
     progress: Progress,
+    *,
+    dtype: torch.dtype,
+    channel_scales: Mapping[str, Tensor],
 ) -> AllocationPlan:
     """`allocate` on a model that is whole in memory; its weights come back as they were.
 
     Args:
         begun: the unfinished plan at `output`, if there is one.
+        dtype: in which the model was loaded, which its hash depends on.
+        channel_scales: learned scales of the scores, by linear.
     """
     sparsities, scored = recipe.ladder.sparsities, recipe.calibration.samples - wanted.held_out
     device = base.model.device.type
-    autocast = autocast_factory(resolve_precision(recipe.precision, device), device)
+    precision = resolve_precision(recipe.precision, device)
+    autocast = autocast_factory(precision, device)
     made = {
-        "method": wanted.method,
-        "descent": asdict(wanted.descent) if wanted.method in DESCENDING else None,
-        "search": asdict(wanted.search) if wanted.method == "search" else None,
-        "held_out": wanted.held_out,
-        "scores": recipe.scores.method,
+        **_asked(recipe, wanted),
         "base_model": base.identity,
+        "dtype": str(dtype).removeprefix("torch."),
         "calibration_sha256": token_hash(token_ids_ST),
-        "seed": recipe.seed,
+        "precision": precision,
+        "device": device,
     }
     net = Supernet(base.model)
     plan = _new_plan(net, sparsities, json.loads(json.dumps(made)))
     if begun is not None:
         check_unfinished(begun, plan, output)
         plan = begun
-    with training_attention(base.model), fused_layers(base.model):
-        loss = TopKL(base.model, token_ids_ST[scored:], autocast)
-        net.score_(
-            token_ids_ST[: min(scored, recipe.block.samples)],
-            sparsities,
-            recipe.scores.method,
-            recipe.scores.damping,
-            recipe.block.batch_size,
-            autocast,
-            lambda done, total: progress("scores", done, total),
-        )
+    try:
+        with training_attention(base.model), fused_layers(base.model):
+            loss = TopKL(base.model, token_ids_ST[scored:], autocast)
+            net.score_(
+                token_ids_ST[: min(scored, recipe.block.samples)],
+                sparsities,
+                recipe.scores.method,
+                recipe.scores.damping,
+                recipe.block.batch_size,
+                autocast,
+                lambda done, total: progress("scores", done, total),
+                channel_scales=channel_scales,
+            )
 
-        def judge(kept: Sequence[int], windows: Sequence[int]) -> float:
-            net.apply_(kept)
-            return loss(windows)
+            def judge(kept: Sequence[int], windows: Sequence[int]) -> float:
+                net.apply_(kept)
+                return loss(windows)
 
-        def prices(kept: Sequence[int]) -> Prices:
-            net.apply_(kept)
-            return [curve.tolist() for curve in net.prices(lambda: loss.backward(range(wanted.held_out)))]
+            def prices(kept: Sequence[int]) -> Prices:
+                net.apply_(kept)
+                return [curve.tolist() for curve in net.prices(lambda: loss.backward(range(wanted.held_out)))]
 
-        plan = _levels(net, plan, wanted, judge, prices, recipe.seed, output, progress)
-    net.restore_()
-    return plan
+            return _levels(net, plan, wanted, judge, prices, recipe.seed, output, progress)
+    finally:
+        net.restore_()
 
 
 def plan_in_run(
-    base: BaseModel, token_ids_ST: Tensor, recipe: Recipe, file: Path, progress: Progress
+    base: BaseModel,
+    token_ids_ST: Tensor,
+    recipe: Recipe,
+    file: Path,
+    progress: Progress,
+    *,
+    dtype: torch.dtype,
+    channel_scales: Mapping[str, Tensor],
 ) -> AllocationPlan:
     """The plan that a recipe's `[allocation] search` asks for: the one in the file, made or finished there if need be.
 
+    Args:
+        dtype, channel_scales: as in `allocate_on`.
     Raises: ConfigError, OutputError: damaged.
     """
     wanted = Allocating(method="descent", held_out=recipe.allocation.held_out)
@@ -170,7 +212,9 @@ def plan_in_run(
     begun = load_plan(file) if file.exists() else None
     if begun is not None and begun.finished:
         return begun
-    return allocate_on(base, token_ids_ST, recipe, wanted, file, begun, progress)
+    return allocate_on(
+        base, token_ids_ST, recipe, wanted, file, begun, progress, dtype=dtype, channel_scales=channel_scales
+    )
 
 
 def _unfinished(output: Path) -> AllocationPlan | None:
@@ -210,7 +254,6 @@ def _levels(
 ) -> AllocationPlan:
     """Level after level from the middle one, each from its best cheap allocation."""
     done: dict[int, Kept] = {}
-    generations = wanted.search.generations if wanted.method == "search" else 0
     for level in from_the_middle(len(plan.sparsities)):
         name, (low, high) = repr(plan.sparsities[level]), bounds(net.sizes, done, level, plan.sparsities)
 
@@ -226,24 +269,15 @@ def _levels(
             if wanted.method in DESCENDING and not plan.losses[name]:
                 _descend(net, plan, level, wanted, judge, prices, low, high, keep, progress)
 
-            def on_generation(now: Generation, name: str = name, keep: Keep = keep) -> None:
-                keep({"losses": now.losses}, now.kept)
-                log.info("search %s: generation %d, KL %.4f", name, len(now.losses), now.losses[-1])
-                progress(f"search {name}", len(now.losses), generations)
-
-            start = Generation(plan.level(level), plan.losses[name])
-            if generations:
-                found = evolve(
-                    start, judge, wanted.held_out, partial(_moves, net, generations), low, high, wanted.search,
-                    f"{seed} {name}", on_generation,
-                )  # fmt: skip
-                loss = judge(found.kept, range(wanted.held_out))
-            else:  # judged on all of it already
-                descended = plan.descents.get(name)
-                found, loss = start, min(descended.losses if descended else plan.held_out_kl[name])
-            keep({"losses": found.losses, "held_out_kl": [*plan.held_out_kl[name], loss]}, found.kept)
+            descended = plan.descents.get(name)
+            loss, kept = min(descended.losses if descended else plan.held_out_kl[name]), plan.level(level)
+            if wanted.generations:
+                kept = plan.before.get(name, kept)
+                keep({"before": kept}, plan.level(level))
+                loss, kept = _evolved(net, plan, level, wanted, judge, (loss, kept), low, high, seed, keep, progress)
+            keep({"held_out_kl": [*plan.held_out_kl[name], loss]}, kept)
         done[level] = plan.level(level)
-    plan = plan.model_copy(update={"finished": True})
+    plan = plan.model_copy(update={"finished": True, "before": {}})
     save_plan(output, plan)
     return plan
 
@@ -266,7 +300,7 @@ def _descend(
 
     def on_step(now: Descended) -> None:
         keep({"descents": DescentPlan(losses=now.losses, curvature=now.curvature, stalled=now.stalled)}, now.kept)
-        log.info("descent %s: step %d, KL %.4f", name, len(now.losses) - 1, now.losses[-1])
+        log.info("descent %s: step %d, KL %.4f, best %.4f", name, len(now.losses) - 1, now.losses[-1], now.loss)
         progress(f"descent {name}", len(now.losses) - 1, steps)
 
     rules = trade(net.sizes)
@@ -278,6 +312,37 @@ def _descend(
         Descended(plan.level(level), *state), lambda kept: judge(kept, range(wanted.held_out)), prices,
         move, rules.steps, wanted.descent, on_step,
     )  # fmt: skip
+
+
+def _evolved(
+    net: Supernet,
+    plan: AllocationPlan,
+    level: int,
+    wanted: Allocating,
+    judge: Judge,
+    start: tuple[float, Kept],
+    low: Kept,
+    high: Kept,
+    seed: int,
+    keep: Keep,
+    progress: Progress,
+) -> tuple[float, Kept]:
+    """The best of evolution and of what it starts from, with its loss on all held-out windows, as `start` has it.
+
+    Generations are judged on some of the windows: what is best on them may be worse on all.
+    """
+    name = repr(plan.sparsities[level])
+
+    def on_generation(now: Generation) -> None:
+        keep({"losses": now.losses}, now.kept)
+        log.info("search %s: generation %d, KL %.4f", name, len(now.losses), now.losses[-1])
+        progress(f"search {name}", len(now.losses), wanted.generations)
+
+    found = evolve(
+        Generation(plan.level(level), plan.losses[name]), judge, wanted.held_out,
+        partial(_moves, net, wanted.generations), low, high, wanted.search, f"{seed} {name}", on_generation,
+    )  # fmt: skip
+    return min(start, (judge(found.kept, range(wanted.held_out)), found.kept), key=lambda x: x[0])
 
 
 def _moves(net: Supernet, generations: int, number: int) -> Moves:

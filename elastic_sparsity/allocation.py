@@ -203,17 +203,22 @@ def from_the_middle(count: int) -> list[int]:
 def bounds(sizes: Sequence[Size], done: dict[int, Kept], level: int, sparsities: Sequence[float]) -> tuple[Kept, Kept]:
     """What a level may keep at least and at most, given the levels that are done; level 0 is the densest.
 
-    Leaves room for the levels that are not: as far from their uniform allocation as this one, they are within bounds.
+    Leaves room for the levels that are not: in whole quanta from their uniform allocations they can follow this one
+    wherever it goes within its bounds, and keep their own total.
     """
-    flat = [uniform(sizes, sparsity) for sparsity in sparsities]
+    flat, steps = [uniform(sizes, sparsity) for sparsity in sparsities], trade(sizes).steps
     low, high = [1] * len(sizes), [size.width for size in sizes]
-    for other in range(len(sparsities)):
-        for i, size in enumerate(sizes):
-            if other > level:
-                low[i] = max(low[i], done[other][i] if other in done else 1 + flat[level][i] - flat[other][i])
-            elif other < level:
-                room = size.width - flat[other][i] + flat[level][i]
-                high[i] = min(high[i], done[other][i] if other in done else room)
+    for i, (size, step) in enumerate(zip(sizes, steps, strict=True)):
+        reach = 0  # quanta between this level's uniform allocation and that of a denser or sparser one
+        for other in range(level - 1, -1, -1):
+            reach += (flat[other][i] - flat[other + 1][i]) // step
+            room = flat[level][i] + step * (reach + (size.width - flat[other][i]) // step)
+            high[i] = min(high[i], done[other][i] if other in done else room)
+        reach = 0
+        for other in range(level + 1, len(sparsities)):
+            reach += (flat[other - 1][i] - flat[other][i]) // step
+            room = flat[level][i] - step * (reach + (flat[other][i] - 1) // step)
+            low[i] = max(low[i], done[other][i] if other in done else room)
     return low, high
 
 

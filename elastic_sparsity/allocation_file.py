@@ -5,7 +5,7 @@ An unfinished search keeps its state in the same file, after every generation.
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,8 +61,9 @@ class AllocationPlan(BaseModel):
         losses: the parent's KL to the dense model after each generation, by level; other text in every generation.
         held_out_kl: of the start and of what was found, on all held-out text, by level.
         descents: KL of every step on all held-out text, and what the next step goes by, by level.
+        before: what an evolution that is under way began with, by level.
         finished: whether all levels are final.
-        made: how it was made: method, model, text, seed, versions.
+        made: how it was made: method, model, text, seed, arithmetic.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -73,6 +74,7 @@ class AllocationPlan(BaseModel):
     losses: dict[str, list[FiniteFloat]]
     held_out_kl: dict[str, list[FiniteFloat]]
     descents: dict[str, DescentPlan] = {}
+    before: dict[str, list[int]] = {}
     finished: bool
     made: dict[str, Any]
 
@@ -83,7 +85,7 @@ class AllocationPlan(BaseModel):
 
 def save_plan(path: Path, plan: AllocationPlan) -> None:
     """Raises: OutputError: the path cannot be written."""
-    write_json(path, plan.model_dump())
+    write_json(path, plan.model_dump(exclude=None if plan.before else {"before"}))
 
 
 def load_plan(path: Path) -> AllocationPlan:
@@ -113,8 +115,7 @@ def check_unfinished(plan: AllocationPlan, fresh: AllocationPlan, path: Path) ->
                 f"{path}: holds an unfinished search of an older version, which did not note curvature and stalled "
                 f"(descents.{brief(level)}); it cannot go on: delete it or name another output."
             )
-    if (plan.made, plan.sparsities) != (fresh.made, fresh.sparsities):
-        raise OutputError(f"{path}: holds an unfinished search of other settings; name another output.")
+    check_made(plan, fresh.made, fresh.sparsities, path)
     names = [repr(sparsity) for sparsity in fresh.sparsities]
     sizes = [Size(name=name, rows=x.shape[0], width=x.shape[1]) for name, x in fresh.linears.items()]
     intact = list(plan.linears) == list(fresh.linears) and all(
@@ -124,8 +125,47 @@ def check_unfinished(plan: AllocationPlan, fresh: AllocationPlan, path: Path) ->
     begun = plan.held_out_kl.keys()
     intact = intact and begun == plan.losses.keys() and begun <= set(names) and plan.descents.keys() <= begun
     intact = intact and all(len(kl) in (1, 2) for kl in plan.held_out_kl.values())
-    if not intact or any(total(sizes, plan.level(i)) != total(sizes, fresh.level(i)) for i in range(len(names))):
+    intact = intact and plan.before.keys() <= begun
+    for i, name in enumerate(names):
+        budget = total(sizes, fresh.level(i))
+        for kept in (plan.level(i), plan.before.get(name, plan.level(i))) if intact else ():
+            intact = intact and len(kept) == len(sizes) and total(sizes, kept) == budget
+    if not intact:
         raise OutputError(f"{path}: holds a damaged search; delete it or name another output.")
+
+
+def check_made(plan: AllocationPlan, made: dict[str, Any], sparsities: Sequence[float], path: Path) -> None:
+    """That an unfinished search is of these settings, as far as they are known.
+
+    Raises: OutputError.
+    """
+    other = [
+        key for key, value in json.loads(json.dumps(made)).items() if key not in plan.made or plan.made[key] != value
+    ]
+    other += ["levels"] if plan.sparsities != list(sparsities) else []
+    if other:
+        raise OutputError(
+            f"{path}: holds an unfinished search of other settings ({', '.join(sorted(other))}); name another output."
+        )
+
+
+def check_model(plan: AllocationPlan, path: Path, identity: Mapping[str, str], dtype: str) -> None:
+    """That a plan was made for these weights: another model's may have the same names and shapes.
+
+    A plan that does not say is not refused.
+
+    Args:
+        identity: of the base model, see `models.BaseModel`.
+        dtype: in which it is loaded; the same weights of another dtype have another hash, and are not compared.
+    Raises: ConfigError.
+    """
+    recorded = plan.made.get("base_model")
+    sha256 = recorded.get("sha256") if isinstance(recorded, dict) else None
+    if sha256 not in (None, identity["sha256"]) and plan.made.get("dtype", dtype) == dtype:
+        raise ConfigError(
+            f"{path}: is of another model: of weights with sha256 {brief(str(sha256)[:12])}..., those of "
+            f"{identity['id']} have {identity['sha256'][:12]}...; search again."
+        )
 
 
 def allocation_of(
@@ -133,12 +173,16 @@ def allocation_of(
 ) -> dict[str, tuple[int, ...]]:
     """Weights kept a row at every level by linear, checked against the model and the ladder that shall use them.
 
-    Raises: ConfigError: unfinished, another model's, other levels, not nested, or not the budget.
+    Args:
+        sparsities: of the ladder, densest first; some of the plan's, or all.
+    Raises: ConfigError: unfinished, of linears of other names or shapes, without one of the levels, not nested, or not
+        the budget.
     """
     if not plan.finished:
         raise ConfigError(f"{path}: its search is unfinished; start it again with the same output to go on.")
-    if list(plan.sparsities) != list(sparsities):
+    if not set(sparsities) <= set(plan.sparsities):
         raise ConfigError(f"{path}: is for the levels {brief(plan.sparsities)}, the ladder has {list(sparsities)}.")
+    places = [plan.sparsities.index(sparsity) for sparsity in sparsities]
     if plan.linears.keys() != {size.name for size in sizes}:
         odd = min(plan.linears.keys() ^ {size.name for size in sizes})
         raise ConfigError(f"{path}: is of another model: {brief(odd)} is in one of them only; search again.")
@@ -149,13 +193,13 @@ def allocation_of(
                 f"{path}: {size.name} has shape {brief(linear.shape)}, the model's {expected}; search again."
             )
         counts = (size.width, *linear.kept, 1)
-        if len(linear.kept) != len(sparsities) or any(a < b for a, b in itertools.pairwise(counts)):
+        if len(linear.kept) != len(plan.sparsities) or any(a < b for a, b in itertools.pairwise(counts)):
             raise ConfigError(f"{path}: {size.name} keeps {brief(linear.kept)} of {size.width}: not nested levels.")
-    for index, sparsity in enumerate(sparsities):
-        kept = total(sizes, [plan.linears[size.name].kept[index] for size in sizes])
+    for place, sparsity in zip(places, sparsities, strict=True):
+        kept = total(sizes, [plan.linears[size.name].kept[place] for size in sizes])
         budget = total(sizes, uniform(sizes, sparsity))
         if kept != budget:
             raise ConfigError(
                 f"{path}: keeps {kept} weights at level {sparsity}, the budget is {budget}; search again."
             )
-    return {size.name: tuple(plan.linears[size.name].kept) for size in sizes}
+    return {size.name: tuple(plan.linears[size.name].kept[place] for place in places) for size in sizes}

@@ -223,8 +223,9 @@ def _nothing_fits(budget: _Budget, candidates: list[_Candidate]) -> str:
                 f"is {verb} at {found.ms_per_token:.3g} ms{note}."
             )
     if budget.min_quality is not None:
-        best, quality = max(((x, x.quality) for x in candidates if x.quality is not None), key=lambda pair: pair[1])
-        if quality < budget.min_quality:
+        known = [(x, x.quality) for x in candidates if x.quality is not None]
+        if known and max(known, key=lambda pair: pair[1])[1] < budget.min_quality:
+            best, quality = max(known, key=lambda pair: pair[1])
             return f"no level reaches quality {budget.min_quality:g}; the best, {best.level.title}, has {quality:.3g}."
     nearest = min(candidates, key=lambda found: max(factor for factor, _ in budget.excess(found)))
     rows = [f"{x.title}: {' and '.join(words for _, words in budget.excess(x))}" for x in candidates]

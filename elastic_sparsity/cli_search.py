@@ -43,7 +43,10 @@ def register(app: typer.Typer, progress: Callable[[bool], AbstractContextManager
         samples: Annotated[int, typer.Option(help="Calibration samples that choose the masks.")] = 128,
         length: Annotated[int, typer.Option(help="Tokens of a sample.")] = 256,
         held_out: Annotated[int | None, typer.Option(help="More samples, that judge allocations.")] = None,
+        scores: Annotated[str, typer.Option(help="Which weights go first: wanda, magnitude, ria or obs.")] = "wanda",
         seed: Annotated[int, typer.Option(help="Of the samples and of the moves.")] = 0,
+        dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
+        precision: Annotated[str, typer.Option(help="Of products: auto, float32 or bfloat16.")] = "auto",
         quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No bars and no log, only the result.")] = False,
     ) -> None:
         """Find how many weights each linear keeps at each level, nested, with exactly the levels' number in all.
@@ -52,9 +55,14 @@ def register(app: typer.Typer, progress: Callable[[bool], AbstractContextManager
         """
         if preset not in PRESETS:
             raise ConfigError(f"--preset: {preset!r} is unknown; expected one of {', '.join(PRESETS)}.")
-        from elastic_sparsity.allocating import Allocating, allocate  # torch, only here
+        from elastic_sparsity.allocating import METHODS, Allocating, allocate  # torch, only here
         from elastic_sparsity.allocation_plot import plot_plan
 
+        for option, value, takers in (
+            ("--steps", steps, ("search", "descent")), ("--generations", generations, ("search",)),
+        ):  # fmt: skip
+            if value is not None and method in METHODS and method not in takers:
+                raise ConfigError(f"{option}: method {method!r} has none; give it with {' or '.join(takers)}.")
         descent, settings = PRESETS[preset]
         if steps is not None:
             descent = replace(descent, steps=steps)
@@ -64,7 +72,9 @@ def register(app: typer.Typer, progress: Callable[[bool], AbstractContextManager
         recipe = make_recipe(
             {
                 "seed": seed,
-                "model": {"id": model},
+                "precision": precision,
+                "model": {"id": model, "dtype": dtype},
+                "scores": {"method": scores},
                 "calibration": {"source": calibration, "samples": samples + judged, "length": length},
                 "ladder": {"sparsities": [number_or_text(text) for text in levels.split(",")]},
                 "block": {"samples": samples},

@@ -10,7 +10,7 @@ The scales are shared by all levels, so that one order of weights still serves t
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,12 +24,13 @@ from elastic_sparsity.blocks import input_hooks
 from elastic_sparsity.distill import Share, cosine, own_samples
 from elastic_sparsity.end_to_end import HeadFn, balanced_order, kl_to_dense
 from elastic_sparsity.errors import ConfigError, NumericsError
-from elastic_sparsity.feature_stage import BlockResult
+from elastic_sparsity.feature_stage import LEAST_GAIN, BlockResult
 from elastic_sparsity.importance import InputStatistics, importance_scores
 from elastic_sparsity.ladder import Ladder, Level, keep_count
 from elastic_sparsity.soft_mask import Choice, channel_gradient, hard_mask, thresholds
 
 log = logging.getLogger(__name__)
+ATTEMPTS = 3  # at using what was learned: whole, by half, by a quarter
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -161,10 +162,16 @@ def learn_channel_scales(
                 start_I = norms[name].square_sum_I.clamp_min(torch.finfo(torch.float32).tiny).log() / 2
                 linear.log_scale_I.data.copy_(start_I - start_I.mean())
         _train_(model, linears, head, ladder, train_ST, settings, generator, autocast, share, on_step)
-        after = _held_out_kl(model, linears, head, ladder, held_ST, share, settings.batch_size, autocast)
         if not all(torch.isfinite(linear.log_scale_I).all() for linear in linears.values()):
             raise NumericsError("induction: the scales are not finite any more; lower induction.lr.")
-        used = sum(math.log(after[x.name] / max(before[x.name], 1e-30) + 1e-30) for x in ladder.levels) < 0
+        for attempt in range(ATTEMPTS):
+            if attempt:  # half as strong: what helps most levels may be too much for one
+                for linear in linears.values():
+                    linear.log_scale_I.data.mul_(0.5)
+            after = _held_out_kl(model, linears, head, ladder, held_ST, share, settings.batch_size, autocast)
+            used = _is_gain([math.log(after[x.name] / max(before[x.name], 1e-30) + 1e-30) for x in ladder.levels])
+            if used:
+                break
         scales = {name: _normalised(linear.log_scale_I) if used else torch.ones_like(linear.log_scale_I.detach())
                   for name, linear in linears.items()}  # fmt: skip
     shown = " ".join(f"{name} {before[name]:.3g} -> {after[name]:.3g}" for name in before)
@@ -181,6 +188,11 @@ def _split(token_ids_ST: Tensor, settings: InductionSettings) -> tuple[Tensor, T
             f"a batch of {settings.batch_size}; raise calibration.samples or lower it."
         )
     return token_ids_ST[:trained], token_ids_ST[trained:]
+
+
+def _is_gain(changes: Sequence[float]) -> bool:
+    """Of the logarithm of each level's KL: less on average, and at no level more than rounding. Nobody should lose."""
+    return sum(changes) < 0 and max(changes) <= LEAST_GAIN
 
 
 def _normalised(log_scale_I: Tensor) -> Tensor:

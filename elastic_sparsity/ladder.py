@@ -61,7 +61,7 @@ class StructuredLevel:
 
     @property
     def name(self) -> str:
-        return f"{STRUCTURED}{float(self.fraction)!r}"
+        return structured_name(self.fraction)
 
     @property
     def title(self) -> str:
@@ -84,6 +84,11 @@ class StructuredLevel:
 
 
 AnyLevel = Level | StructuredLevel
+
+
+def structured_name(fraction: float) -> str:
+    """Of the structured level of a fraction."""
+    return f"{STRUCTURED}{float(fraction)!r}"
 
 
 def find_structured(wanted: str, levels: Sequence[StructuredLevel]) -> StructuredLevel | None:

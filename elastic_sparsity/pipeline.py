@@ -16,7 +16,7 @@ from elastic_sparsity.adapters import elastic_linears
 from elastic_sparsity.adding import add_levels, check_structured
 from elastic_sparsity.allocating import plan_in_run
 from elastic_sparsity.allocation import by_linear, progressions, weakened
-from elastic_sparsity.allocation_file import allocation_of, load_plan
+from elastic_sparsity.allocation_file import AllocationPlan, allocation_of, check_model, load_plan
 from elastic_sparsity.allocator import return_freed_tensors_, usual_allocator_after
 from elastic_sparsity.arch import (
     check_finite_weights,
@@ -77,7 +77,7 @@ def optimize(
             train_and_save(job, output, identity, stored_dtype)
         del job  # the trained model, before the base model is loaded again
         if workers.is_main:
-            is_extended = add_levels(recipe, output, token_ids, progress)
+            is_extended = add_levels(recipe, output, token_ids, folder.structured, progress)
             if is_extended or not is_trained:
                 record_run(output, time.monotonic() - started, workers)
         workers.wait()
@@ -87,8 +87,8 @@ def optimize(
 def train_and_save(job: Job, output: Path, identity: dict[str, Any], stored_dtype: torch.dtype) -> None:
     """All stages that train; the first worker writes the checkpoint."""
     with training_attention(job.base.model), fused_layers(job.base.model):
-        job = run_allocation(job)
         job, induced = run_induction(job)
+        job = run_allocation(job, stored_dtype)
         block_losses, mixer_weights = run_block_phase_(job)
         final_kl = run_end_to_end_(job)
     training = {"induction": induced, "block_losses": block_losses, "end_to_end_kl": final_kl}
@@ -107,9 +107,10 @@ def prepare(
                 f"allocation.search: runs in one process, found {workers.count}; make the plan first with "
                 "`elastic-sparsity search`, and name it as allocation.plan."
             )
+        plan = None if recipe.allocation.plan is None else load_plan(Path(recipe.allocation.plan))
         planned = settle(recipe, workers.count)
         base = open_base(recipe, planned.weights)
-        allocation = _allocation(recipe, base.model)
+        allocation = _allocation(recipe, base, plan)
         check_structured(recipe, base.model)
         if recipe.evaluation.source is not None:
             evaluation_windows(recipe, base, None)  # a text that cannot be used should not cost a run
@@ -150,12 +151,15 @@ def prepare(
     return job, stored_dtype, {**identity, "resolved": {"precision": precision, "trainable": job.trainable}}
 
 
-def _allocation(recipe: Recipe, model: Any) -> dict[str, tuple[int, ...]]:
+def _allocation(recipe: Recipe, base: BaseModel, plan: AllocationPlan | None) -> dict[str, tuple[int, ...]]:
     """Weights kept a row by linear and level, by the recipe's plan or slope; empty = uniform."""
-    sizes, sparsities = linear_sizes(model), recipe.ladder.sparsities
-    if recipe.allocation.plan is not None:
-        path = Path(recipe.allocation.plan)
-        return _of_strength(recipe, model, allocation_of(load_plan(path), path, sizes, sparsities))
+    model, sparsities = base.model, recipe.ladder.sparsities
+    sizes = linear_sizes(model)
+    if plan is not None:
+        path = Path(str(recipe.allocation.plan))
+        found = allocation_of(plan, path, sizes, sparsities)
+        check_model(plan, path, base.identity, str(model.dtype).removeprefix("torch."))
+        return _of_strength(recipe, model, found)
     if not any(recipe.slopes()):
         return {}
     return by_linear(sizes, progressions(sizes, linear_depths(model), sparsities, recipe.slopes()))
@@ -167,12 +171,15 @@ def _of_strength(recipe: Recipe, model: Any, plan: dict[str, tuple[int, ...]]) -
     return by_linear(sizes, weakened(levels, sizes, sparsities, recipe.allocation_strength))
 
 
-def run_allocation(job: Job) -> Job:
+def run_allocation(job: Job, stored_dtype: torch.dtype) -> Job:
     """Searches how much each linear keeps, if the recipe asks for it. Returns: the job with what was found."""
     recipe = job.recipe
     if not recipe.allocation.search:
         return job
-    plan = plan_in_run(job.base, job.token_ids_ST, recipe, job.folder.allocation, job.progress)
+    plan = plan_in_run(
+        job.base, job.token_ids_ST, recipe, job.folder.allocation, job.progress,
+        dtype=stored_dtype, channel_scales=job.channel_scales,
+    )  # fmt: skip
     found = allocation_of(plan, job.folder.allocation, linear_sizes(job.base.model), recipe.ladder.sparsities)
     return replace(job, allocation=_of_strength(recipe, job.base.model, found))
 

@@ -1,6 +1,7 @@
 """Structured pruning from a model's name to a folder: the flow behind `elastic-sparsity prune`."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,17 @@ from torch import Tensor
 from elastic_sparsity.arch import decoder_blocks, linears_of, not_finite
 from elastic_sparsity.calibration_text import Progress, calibration_tokens, silent
 from elastic_sparsity.config import Recipe, make_recipe
+from elastic_sparsity.data import token_hash
+from elastic_sparsity.descent import DescentSettings
 from elastic_sparsity.end_to_end import EndToEndSettings
 from elastic_sparsity.errors import NumericsError
 from elastic_sparsity.files import atomic_folder, check_output_folder
-from elastic_sparsity.models import BaseModel, load_base
+from elastic_sparsity.models import BaseModel, load_base, weights_hash
 from elastic_sparsity.precision import DTYPES, autocast_factory, resolve_precision
 from elastic_sparsity.structured import Scores, check_scores, prune_structured_
 from elastic_sparsity.structured_parts import Kept, in_dtype, sizes_for, sliced_model, usual_multiple
 from elastic_sparsity.structured_search import Search, Searched, check_search, search_sizes
+from elastic_sparsity.structured_search_file import SearchFile
 from elastic_sparsity.structured_sizes import Sizes, check_sparsity
 from elastic_sparsity.structured_tuning import tune_
 
@@ -58,7 +62,7 @@ def prune(
     """Writes a physically smaller Hugging Face model: fewer heads and MLP channels.
 
     An ordinary one, with the same counts in every block; or, with search "blocks", one of counts by block that
-    `load_pruned` opens.
+    `load_pruned` opens. An interrupted search leaves its steps in `<output>.search.json`, and the same call goes on.
 
     Args:
         model_id: as in `load_base`.
@@ -97,6 +101,7 @@ def prune(
     model, multiple = base.model, usual_multiple(base.model) if multiple is None else multiple
     sizes_for(model, sparsity, multiple)  # a budget that cannot be met costs no work
     before = model.num_parameters()
+    search_path = output.absolute().with_name(f"{output.name}.search.json")
     made = smaller_model(
         recipe,
         model,
@@ -107,11 +112,13 @@ def prune(
         accumulate=accumulate,
         multiple=multiple,
         dtype=model.dtype,
+        search_path=search_path,
         progress=progress,
     )
     with atomic_folder(output) as scratch:
         made.model.save_pretrained(scratch)
         base.tokenizer.save_pretrained(scratch)
+    search_path.unlink(missing_ok=True)
     return Pruned(
         sizes=made.sizes,
         searched=made.searched,
@@ -192,6 +199,7 @@ def smaller_model(
     accumulate: bool,
     multiple: int,
     dtype: torch.dtype,
+    search_path: Path,
     progress: Progress = silent,
 ) -> Smaller:
     """Prunes, cuts and tunes a model, which is spent then. Products, damping, batches and tuning are the recipe's.
@@ -201,21 +209,20 @@ def smaller_model(
         sparsity: checked already, as the multiple is.
         multiple: MLP channels that go before the costs of the rest are computed again.
         dtype: of the smaller model; the work is done in float32.
-    Raises: NumericsError: bad statistics or losses, or a weight that `dtype` cannot hold.
+        search_path: where a search keeps its steps. It stays: what it cost is lost only when the model is written.
+    Raises: NumericsError: bad statistics or losses, or a weight that `dtype` cannot hold. OutputError: the search's
+        file is of another search, damaged, or cannot be written.
     """
     title = f"structured {100 * sparsity:g} %"
-    device, searched, model = model.device.type, None, model.float()
+    device, model = model.device.type, model.float()
     autocast = autocast_factory(resolve_precision(recipe.precision, device), device)
     damping, batch_size = recipe.scores.damping, recipe.block.batch_size
-    pruning_ST = token_ids_ST[: recipe.block.samples]
-    if search is None:
-        sizes = sizes_for(model, sparsity, multiple)
-    else:
-        searched = search_sizes(
-            model, pruning_ST, sparsity, multiple, search=search, damping=damping, batch_size=batch_size,
-            autocast=autocast, what=f"blocks, {title}", progress=progress,
-        )  # fmt: skip
-        sizes = searched.sizes
+    pruning_ST, searched = token_ids_ST[: recipe.block.samples], None
+    if search is not None:
+        searched = _searched(
+            recipe, model, pruning_ST, sparsity, multiple, search, autocast, search_path, title, progress
+        )
+    sizes = sizes_for(model, sparsity, multiple) if searched is None else searched.sizes
     kept = prune_structured_(
         model,
         pruning_ST,
@@ -233,6 +240,44 @@ def smaller_model(
         block.to("meta")  # its memory goes to what comes next
     if recipe.structured_steps:
         kl = _tune_(recipe, small, token_ids_ST, title, progress)
+    small = _finite_in(small, dtype, title)
+    return Smaller(model=small, kept=kept, sizes=sizes, searched=searched, tuned_kl=kl)
+
+
+def _searched(
+    recipe: Recipe,
+    model: Any,
+    token_ids_ST: Tensor,
+    sparsity: float,
+    multiple: int,
+    search: Search,
+    autocast: Callable[[], Any],
+    path: Path,
+    title: str,
+    progress: Progress,
+) -> Searched:
+    """Counts by a search that goes on where one of the same model, text and settings was interrupted."""
+    descent, damping, batch_size = DescentSettings(), recipe.scores.damping, recipe.block.batch_size
+    made = {
+        "model_sha256": weights_hash(model),
+        "calibration_sha256": token_hash(token_ids_ST),
+        "sparsity": sparsity,
+        "multiple": multiple,
+        "search": search,
+        "descent": asdict(descent),
+        "damping": damping,
+        "batch_size": batch_size,
+        "precision": resolve_precision(recipe.precision, model.device.type),
+        "device": model.device.type,
+    }
+    return search_sizes(
+        model, token_ids_ST, sparsity, multiple, search=search, damping=damping, batch_size=batch_size,
+        autocast=autocast, settings=descent, file=SearchFile(path, made), what=f"blocks, {title}", progress=progress,
+    )  # fmt: skip
+
+
+def _finite_in(small: Any, dtype: torch.dtype, title: str) -> Any:
+    """The smaller model in the dtype. Raises: NumericsError: it has weights that the dtype cannot hold."""
     small = in_dtype(small, dtype)
     bad = not_finite(small)
     if bad:
@@ -240,7 +285,7 @@ def smaller_model(
             f"{title}: {len(bad)} parameters are not finite in {dtype}, e.g. {bad[0]}; "
             "use another dtype, or a lower structured.lr (--lr)."
         )
-    return Smaller(model=small, kept=kept, sizes=sizes, searched=searched, tuned_kl=kl)
+    return small
 
 
 def _tune_(recipe: Recipe, small: Any, token_ids_ST: Tensor, title: str, progress: Progress) -> float:

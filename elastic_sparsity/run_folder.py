@@ -1,6 +1,7 @@
 """What an unfinished run keeps beside its output, so that it goes on after a crash from its last finished block.
 
 `<output>.run/` holds run.json (what the run is), allocation.json (the plan, if it searches one; see allocation_file),
+structured-0.5.json (where the search of that level's counts stands; see structured_search_file),
 induction.safetensors (scales that were learned first),
 block-0007.safetensors (a finished block, written under another name, synced and renamed: its presence commits the
 block), the hidden states that the next block starts from, and a snapshot of the end-to-end phase. All of it goes when
@@ -32,7 +33,7 @@ from elastic_sparsity.tensor_file_writer import write_tensors
 log = logging.getLogger(__name__)
 # What a run may have left; whatever else lies in the folder is somebody's, and stays.
 _OWN = re.compile(
-    r"lock|(run|allocation)\.json|(block-\d{4}|induction|end-to-end|trained-\w+)\.safetensors|[\w-]+\.activations|\..+\.partial-[0-9a-f]{8}"
+    r"lock|(run|allocation|structured-[\w.-]+)\.json|(block-\d{4}|induction|end-to-end|trained-\w+)\.safetensors|[\w-]+\.activations|\..+\.partial-[0-9a-f]{8}"
 )
 
 
@@ -107,6 +108,10 @@ class RunFolder:
     def allocation(self) -> Path:
         """Where the plan of a run that searches one is kept."""
         return self.path / "allocation.json"
+
+    def structured(self, level: str) -> Path:
+        """Where the search of a structured level's counts is kept."""
+        return self.path / f"{level}.json"
 
     @property
     def is_worth_keeping(self) -> bool:

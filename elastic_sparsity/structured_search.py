@@ -22,6 +22,7 @@ from elastic_sparsity.errors import ConfigError, NumericsError
 from elastic_sparsity.fused_layers import fused_layers
 from elastic_sparsity.sized import heads_may_differ
 from elastic_sparsity.structured_parts import expressible_groups, parts_of, sizes_for, unit_cost
+from elastic_sparsity.structured_search_file import SearchFile, SearchState
 from elastic_sparsity.structured_sizes import HELD_OUT, Sizes
 from elastic_sparsity.supernet import TopKL
 from elastic_sparsity.unit_budget import UnitBudget, moved_within, parameters
@@ -77,6 +78,7 @@ def search_sizes(
     batch_size: int,
     autocast: Callable[[], Any],
     settings: DescentSettings | None = None,
+    file: SearchFile | None = None,
     what: str = "blocks",
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Searched:
@@ -85,9 +87,11 @@ def search_sizes(
     Args:
         model: causal LM in float32, in eval mode.
         token_ids_ST: calibration samples; the last `HELD_OUT` judge, the others order and refit.
+        file: keeps every step; what an interrupted search left there is gone on from. The caller removes it.
         what: is searched, for the progress.
     Returns: counts that remove no fewer parameters than the counts by rule (`sizes_for`) do.
-    Raises: ConfigError: no counts meet the budget, or too few samples. NumericsError.
+    Raises: ConfigError: no counts meet the budget, or too few samples. NumericsError. OutputError: the file is of
+        another search, damaged, or cannot be written.
     """
     check_search(search, "obs", len(token_ids_ST))
     start = sizes_for(model, sparsity, multiple)
@@ -95,13 +99,35 @@ def search_sizes(
     if search == "equal" and len(starts) == 1:  # heads that must stay leave no choice
         return Searched(sizes=start, equal={}, losses=[])
     net = UnitNet(model)
-    try:
-        return _searched(
-            net, token_ids_ST, starts, multiple, search, damping, batch_size, autocast, settings or DescentSettings(),
-            what, progress,
-        )  # fmt: skip
-    finally:
-        net.restore_()
+    state = None if file is None else _begun(file, net, starts)
+    if state is None or not state.finished:
+        try:
+            state = _searched(
+                net, token_ids_ST, starts, multiple, search, damping, batch_size, autocast,
+                settings or DescentSettings(), file, state, what, progress,
+            )  # fmt: skip
+        finally:
+            net.restore_()
+    return Searched(
+        sizes=next((sizes for sizes in starts if _kept(net, sizes) == state.kept), _sizes(net, start, state.kept)),
+        equal={int(groups): loss for groups, loss in state.equal.items()},
+        losses=state.losses if search == "blocks" else [],
+    )
+
+
+def _begun(file: SearchFile, net: UnitNet, starts: Sequence[Sizes]) -> SearchState | None:
+    """What an interrupted search left, if its counts are possible ones."""
+    state = file.load()
+    if state is None:
+        return None
+    most = parameters(net.costs, _kept(net, starts[0]))
+    if len(state.kept) != len(net.totals) or any(
+        not 1 <= count <= total for count, total in zip(state.kept, net.totals, strict=True)
+    ):
+        raise file.damaged("its counts are not this model's")
+    if parameters(net.costs, state.kept) > most or state.equal.keys() != {str(x.groups[0]) for x in starts}:
+        raise file.damaged("its counts do not keep the budget")
+    return state
 
 
 def _searched(
@@ -114,10 +140,18 @@ def _searched(
     batch_size: int,
     autocast: Callable[[], Any],
     settings: DescentSettings,
+    file: SearchFile | None,
+    begun: SearchState | None,
     what: str,
     progress: Callable[[str, int, int], None],
-) -> Searched:
+) -> SearchState:
     model = net.model
+
+    def keep(state: SearchState) -> SearchState:
+        if file is not None:
+            file.save(state)
+        return state
+
     with training_attention(model), fused_layers(model):
         loss = TopKL(model, token_ids_ST[-HELD_OUT:], autocast)
         net.score_(
@@ -132,14 +166,22 @@ def _searched(
                 raise NumericsError("search: the loss of some counts is NaN; check the model and the calibration text.")
             return found
 
-        judged = [(judge(_kept(net, sizes)), sizes) for sizes in starts]
-        equal = {sizes.groups[0]: found for found, sizes in judged}
-        best_loss, best = min(judged, key=lambda found: found[0])
-        losses: list[float] = []
+        state = begun
+        if state is None:
+            judged = [(judge(_kept(net, sizes)), sizes) for sizes in starts]
+            best_loss, best = min(judged, key=lambda found: found[0])
+            state = keep(
+                SearchState(
+                    made={} if file is None else file.made,
+                    equal={str(sizes.groups[0]): found for found, sizes in judged},
+                    kept=_kept(net, best),
+                    losses=[best_loss],
+                )
+            )
         if search == "blocks":
             most = parameters(net.costs, _kept(net, starts[0]))
-            best, losses = _descended(net, best, best_loss, most, multiple, judge, loss, settings, what, progress)
-    return Searched(sizes=best, equal=equal, losses=losses)
+            state = _descended(net, state, most, multiple, judge, loss, settings, keep, what, progress)
+    return keep(state.model_copy(update={"finished": True}))
 
 
 def _other_starts(model: Any, start: Sizes, sparsity: float, multiple: int) -> list[Sizes]:
@@ -167,18 +209,17 @@ def _kept(net: UnitNet, sizes: Sizes) -> Kept:
 
 def _descended(
     net: UnitNet,
-    start: Sizes,
-    loss_before: float,
+    state: SearchState,
     most: int,
     multiple: int,
     judge: Callable[[Sequence[int]], float],
     loss: TopKL,
     settings: DescentSettings,
+    keep: Callable[[SearchState], SearchState],
     what: str,
     progress: Callable[[str, int, int], None],
-) -> tuple[Sizes, list[float]]:
-    kept = _kept(net, start)
-    budget = _budget(net, kept, most, multiple)
+) -> SearchState:
+    budget = _budget(net, state.kept, most, multiple)
 
     def prices(kept: Sequence[int]) -> Prices:
         net.apply_(kept)
@@ -187,12 +228,17 @@ def _descended(
     def move(kept: Kept, found: Prices, curvature: float) -> Kept:
         return moved_within(kept, found, budget, settings.radius, curvature)
 
+    def with_step(now: Descended) -> SearchState:
+        found = {"kept": now.kept, "losses": now.losses, "curvature": now.curvature, "stalled": now.stalled}
+        return state.model_copy(update=found)
+
     def on_step(now: Descended) -> None:
-        log.info("counts of %s: step %d, KL %.4f", what, len(now.losses) - 1, now.losses[-1])
+        keep(with_step(now))
+        log.info("counts of %s: step %d, KL %.4f, best %.4f", what, len(now.losses) - 1, now.losses[-1], now.loss)
         progress(f"counts of {what}", len(now.losses) - 1, settings.steps)
 
-    found = descend(Descended(kept, [loss_before]), judge, prices, move, budget.quanta, settings, on_step)
-    return _sizes(net, start, found.kept), found.losses
+    start = Descended(state.kept, state.losses, state.curvature, state.stalled)
+    return with_step(descend(start, judge, prices, move, budget.quanta, settings, on_step))
 
 
 def _budget(net: UnitNet, kept: Kept, most: int, multiple: int) -> UnitBudget:

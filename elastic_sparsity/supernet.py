@@ -5,7 +5,7 @@ other; the next block's input is the expectation over the levels (its eq. 5, tak
 weight), without which the paper finds 538 instead of 66 perplexity.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -71,13 +71,16 @@ class Supernet:
         batch_size: int,
         autocast: Callable[[], Any],
         on_block: Callable[[int, int], None] = lambda done, total: None,
+        channel_scales: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Orders all weights, block after block, on the stream that the levels are expected to make.
 
         Args:
             sparsities: the levels; a level counts by the share of weights it keeps.
+            channel_scales: learned scales of the scores, by linear, as in `importance_scores`.
         Raises: NumericsError: bad statistics.
         """
+        scales = channel_scales or {}
         blocks = decoder_blocks(self.model)
         row = architecture_of(self.model.config.model_type)
         runner = BlockRunner(self.model.base_model, list(blocks), token_ids_ST.to(self.model.device), batch_size)
@@ -90,7 +93,9 @@ class Supernet:
                 runner, call, linears, [hidden], gram=method == "obs", autocast=autocast, where=where
             )
             scores = [
-                importance_scores(method, weight_OI(linear), found[path], damping, f"{where}.{path}")
+                importance_scores(
+                    method, weight_OI(linear), found[path], damping, f"{where}.{path}", scales.get(f"{where}.{path}")
+                )
                 for path, linear in linears.items()
             ]
             together = torch.cat([score.flatten() for score in scores])

@@ -49,6 +49,7 @@ def work_of(z: Sizes) -> list[Work]:
     rows = list(_allocation(z))
     if z.recipe.induction.steps:
         learned = z.recipe.induction.steps * z.recipe.induction.batch_size * length
+        # Of both models, before and after; more often only if what was learned has to be weakened.
         judged = 4 * len(z.recipe.build_ladder().levels) * z.recipe.induction.held_out * length
         given = min(z.recipe.induction.samples, z.recipe.calibration.samples) * length
         rows += [

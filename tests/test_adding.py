@@ -303,6 +303,9 @@ def test_quality_decides_once_it_is_recorded(whole, tmp_path):
     assert choose_level(tmp_path / "c", min_quality=0.5).level == "0.5", "the smallest that is known to have it"
     with pytest.raises(LevelError, match="no level reaches quality 0.99"):
         choose_level(tmp_path / "c", min_quality=0.99)
+    copy_level(tmp_path / "c", HALF, tmp_path / "device")  # of no level that it has is any quality recorded
+    with pytest.raises(LevelError, match="no level meets all budgets.* its quality is not recorded"):
+        choose_level(tmp_path / "device", min_quality=0.5)
     rows.append({"level": HALF, "method": "elastic", "perplexity": 11.0})
     checkpoint.update_record({"quality": {"rows": [dense, *rows]}})
     assert choose_level(tmp_path / "c", min_quality=0.5).level == HALF
@@ -437,7 +440,9 @@ def test_an_overlay_leaves_structured_levels_out(settings, tmp_path):
 
 
 @pytest.mark.parametrize("moment", ["prune", "write", "rename", "config"])
-def test_an_interrupted_addition_leaves_the_old_checkpoint(moment, tiny_checkpoint, settings, tmp_path, monkeypatch):
+def test_an_interrupted_addition_leaves_the_old_checkpoint(
+    moment, tiny_checkpoint, whole, settings, tmp_path, monkeypatch
+):
     folder = tmp_path / "c"
     shutil.copytree(tiny_checkpoint, folder)
 
@@ -462,7 +467,7 @@ def test_an_interrupted_addition_leaves_the_old_checkpoint(moment, tiny_checkpoi
     assert after.keys() - before.keys() <= {FILE}, "a file that nothing lists"
     assert all(check.passed for check in verify(folder)) and len(levels(folder)) == 4
     add_structured(folder, [0.5], **settings)
-    assert same_parameters(ElasticModel.from_pretrained(folder, HALF), ElasticModel.from_pretrained(folder, HALF))
+    assert same_parameters(ElasticModel.from_pretrained(folder, HALF), ElasticModel.from_pretrained(whole, HALF))
     assert all(check.passed for check in verify(folder)) and len(levels(folder)) == 5
 
 

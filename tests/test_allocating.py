@@ -21,7 +21,7 @@ from elastic_sparsity.calibration_text import calibration_tokens, silent
 from elastic_sparsity.cli import app
 from elastic_sparsity.descent import DescentSettings
 from elastic_sparsity.errors import ConfigError, NumericsError, OutputError, ShapeError
-from elastic_sparsity.ladder import Ladder
+from elastic_sparsity.ladder import Ladder, keep_count
 from elastic_sparsity.model_shapes import read_shapes
 from elastic_sparsity.models import load_base
 from elastic_sparsity.plan_sizes import Sizes
@@ -29,7 +29,7 @@ from elastic_sparsity.planning import plan
 from elastic_sparsity.search import SearchSettings
 from elastic_sparsity.slicing import load_level
 from elastic_sparsity.supernet import Supernet, TopKL, linear_depths, linear_sizes, top_kl
-from elastic_sparsity.tiny import tiny_model
+from elastic_sparsity.tiny import byte_tokenizer, tiny_model
 from elastic_sparsity.verify import verify
 from elastic_sparsity.work_plan import Timing, seconds_of
 from elastic_sparsity.workers import Workers
@@ -167,6 +167,96 @@ def test_the_judge_is_zero_for_the_dense_model_and_independent_of_order():
     assert judge([3]) > 0
 
 
+def test_what_is_found_is_better_than_where_it_began(plan_path):
+    plan = load_plan(plan_path)
+    assert all(found < start for start, found in plan.held_out_kl.values())
+    assert not plan.before
+
+
+def test_evolution_that_is_worse_on_all_text_is_not_kept(tmp_path, monkeypatch):
+    """A judge by which every change pays on a few windows, and none on all of them."""
+    flat = uniform(linear_sizes(tiny_model("llama")), 0.6)
+
+    class Misled:
+        def __init__(self, model, windows_ST, autocast):
+            pass
+
+        def __call__(self, windows):
+            changed = sum(a != b for a, b in zip(applied[-1], flat, strict=True))
+            return 1.0 + 0.01 * changed if len(windows) == 4 else 1.0 - 0.01 * changed
+
+    applied = []
+    monkeypatch.setattr("elastic_sparsity.allocating.TopKL", Misled)
+    monkeypatch.setattr(Supernet, "apply_", lambda self, kept: applied.append(list(kept)))
+    recipe = tiny_recipe(calibration={"samples": 8}, ladder={"sparsities": (0.6,), "patterns": ()})
+    asked = Allocating(method="search", held_out=4, descent=DescentSettings(steps=0), search=QUICK)
+    plan = allocate(recipe, asked, tmp_path / "plan.json")
+    assert plan.losses["0.6"][-1] < 1 and plan.held_out_kl == {"0.6": [1.0, 1.0]}
+    assert plan.level(0) == flat
+
+
+def test_a_plan_serves_a_ladder_of_some_of_its_levels(plan_path, tmp_path):
+    plan = load_plan(plan_path)
+    ladder = {"sparsities": (0.5, 0.7), "patterns": ()}
+    checkpoint = optimize(
+        tiny_recipe(ladder=ladder, allocation={"plan": str(plan_path), "strength": 1.0}), tmp_path / "out"
+    )
+    assert {name: list(spec.kept) for name, spec in checkpoint.linears.items()} == {
+        name: [linear.kept[0], linear.kept[2]] for name, linear in plan.linears.items()
+    }
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_model_of_one_layer_can_be_searched(layers, tmp_path):
+    tiny_model("llama", num_hidden_layers=layers).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    recipe = tiny_recipe(
+        model={"id": str(tmp_path / "model")}, calibration={"samples": 8}, ladder={"sparsities": SPARSITIES}
+    )
+    plan = allocate(recipe, wanted(), tmp_path / "plan.json")
+    assert plan.finished and len({name.split(".")[2] for name in plan.linears}) == layers
+
+
+def test_learned_scales_order_the_weights_of_a_search():
+    scales = {"model.layers.0.self_attn.q_proj": torch.linspace(0.1, 10, 32)}
+    plain, scaled = Supernet(tiny_model("llama")), Supernet(tiny_model("llama"))
+    plain.score_(IDS, SPARSITIES, "wanda", 0.01, 4, nullcontext)
+    scaled.score_(IDS, SPARSITIES, "wanda", 0.01, 4, nullcontext, channel_scales=scales)
+    assert scaled.sizes[0].name == next(iter(scales))
+    assert not torch.equal(plain._rank[0], scaled._rank[0])
+    assert torch.equal(plain._rank[1], scaled._rank[1])
+
+
+def test_outliers_are_the_share_of_scores_above_five_times_their_mean():
+    """OWL's layer outlier distribution (arXiv 2310.05175), by hand for the first block."""
+    net, model = scored(), tiny_model("llama")
+    inputs = {}
+    block = decoder_blocks(model)[0]
+
+    def seen(linear, args):
+        inputs[linear] = args[0].flatten(0, 1)
+
+    for linear in linears_of(model).values():
+        linear.register_forward_pre_hook(seen)
+    with torch.no_grad():
+        model(IDS)
+    scores = torch.cat([
+        (linear.weight.abs() * inputs[linear].norm(dim=0)).flatten()
+        for linear in block.modules() if isinstance(linear, torch.nn.Linear)
+    ])  # fmt: skip
+    assert net.outliers[0] == pytest.approx(float((scores > 5 * scores.mean()).float().mean()), abs=1e-4)
+    assert net.outliers[0] > 0
+
+
+def test_the_expected_weight_is_the_levels_average_each_by_what_it_keeps():
+    """Eq. 5 of arXiv 2503.09657: dense counts 1, a level of 60 % counts 0.4."""
+    net = scored(sparsities=(0.6,))
+    linear, rank, dense, width = net._linears[0], net._rank[0], net._dense[0], net.sizes[0].width
+    net._set_expected_(0, (0.6,))
+    kept = keep_count(width, 0.6)
+    torch.testing.assert_close(linear.weight.data, torch.where(rank < kept, dense, dense / 1.4))
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_writes_a_nested_plan_of_the_budget(method, tmp_path):
     plan = allocate(RECIPE, wanted(method), tmp_path / "plan.json")
@@ -180,7 +270,7 @@ def test_every_method_writes_a_nested_plan_of_the_budget(method, tmp_path):
     assert all(len(losses) == (4 if method == "search" else 0) for losses in plan.losses.values())
 
 
-def test_an_interrupted_search_goes_on_to_the_same_plan(plan_path, tmp_path):
+def test_an_interrupted_search_goes_on_to_the_same_plan(plan_path, tmp_path, monkeypatch):
     class Stop(Exception):
         pass
 
@@ -199,8 +289,10 @@ def test_an_interrupted_search_goes_on_to_the_same_plan(plan_path, tmp_path):
         assert not load_plan(path).finished
     with pytest.raises(ConfigError, match="its search is unfinished; start it again"):
         optimize(tiny_recipe(allocation={"plan": str(path)}), tmp_path / "never")
-    with pytest.raises(OutputError, match="holds an unfinished search of other settings"):
-        allocate(RECIPE, wanted(search=SearchSettings(generations=5, windows=(1, 2), survivors=(2,))), path)
+    with monkeypatch.context() as patched:  # known before a model is loaded
+        patched.setattr("elastic_sparsity.allocating.load_base", None)
+        with pytest.raises(OutputError, match=r"holds an unfinished search of other settings \(search\)"):
+            allocate(RECIPE, wanted(search=SearchSettings(generations=5, windows=(1, 2), survivors=(2,))), path)
     allocate(RECIPE, wanted(), path, stop)
     assert path.read_bytes() == plan_path.read_bytes()
     with pytest.raises(OutputError, match="holds a finished plan"):
@@ -330,7 +422,8 @@ def test_a_plan_counts_a_search_at_its_longest(tmp_path):
     blocks = decoder_blocks(base.model)
     for block in blocks:
         block.register_forward_pre_hook(count, with_kwargs=True)
-    allocate_on(base, token_ids, recipe, Allocating(), tmp_path / "plan.json", None, silent)
+    path = tmp_path / "plan.json"
+    allocate_on(base, token_ids, recipe, Allocating(), path, None, silent, dtype=torch.float32, channel_scales={})
     planned = sum(work.passes for name, work in rows.items() if not name.startswith("head"))
     timing = Timing(tokens=8, forward=1.0, step=7.0, masks=0.5, scale=2.0)
     sizes = Sizes(read_shapes("random:llama"), recipe, found.choices)
@@ -398,6 +491,8 @@ def damaged(plan, how):
     first = next(iter(data["linears"].values()))
     if how == "model":
         data["linears"]["elsewhere"] = data["linears"].pop(next(iter(data["linears"])))
+    elif how == "weights":
+        data["made"]["base_model"]["sha256"] = "0" * 64
     elif how == "shape":
         first["shape"] = [first["shape"][0], first["shape"][1] + 1]
     elif how == "nested":
@@ -419,6 +514,7 @@ def damaged(plan, how):
     ("how", "message"),
     [
         ("model", "is of another model: .* is in one of them only"),
+        ("weights", r"is of another model: of weights with sha256 '0{12}'\.\.\., those of random:llama have"),
         ("shape", "has shape .* the model's"),
         ("nested", "not nested levels"),
         ("budget", "the budget is"),
@@ -453,6 +549,8 @@ def test_what_a_search_refuses(tmp_path):
         allocate(tiny_recipe(), Allocating(held_out=6, search=QUICK), path)
     with pytest.raises(ConfigError, match="method 'wish' is unknown"):
         Allocating(method="wish")
+    few = wanted(search=SearchSettings(generations=0))  # of windows only an evolution has stages
+    assert allocate(RECIPE, replace(few, held_out=2), tmp_path / "few.json").finished
     path.write_text("mine")
     with pytest.raises(ConfigError, match="not a readable allocation plan"):
         allocate(RECIPE, wanted(), path)
@@ -468,6 +566,15 @@ def test_the_command(tmp_path):
     assert "70 %" in result.output
     assert load_plan(path).sparsities == [0.5, 0.7]
     assert (tmp_path / "plan.json.png").read_bytes().startswith(b"\x89PNG")
+    other = ["search", "random:llama", "--output", str(tmp_path / "other.json"), "--levels", "0.6", "-q"]
+    for method, option in (("owl", "--steps"), ("descent", "--generations")):
+        result = run(app, [*other, "--method", method, option, "3"])
+        assert result.exit_code == 1 and f"{option}: method '{method}' has none" in str(result.exception)
+    few = ["--samples", "4", "--length", "16", "--held-out", "2", "--steps", "1", "--scores", "magnitude"]
+    result = run(app, [*other, *few, "--precision", "float32"])
+    assert result.exit_code == 0, result.output
+    made = load_plan(tmp_path / "other.json").made
+    assert (made["scores"], made["precision"], made["dtype"]) == ("magnitude", "float32", "float32")
     for arguments, message in (
         (["--levels", "0.5,much"], "ladder.sparsities"),
         (["--levels", "0.5", "--preset", "slow"], "--preset: 'slow' is unknown"),

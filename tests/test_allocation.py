@@ -140,7 +140,7 @@ def test_a_wide_move_by_hand():
 @given(
     model=st.sampled_from(sorted(MODELS)),
     seed=st.integers(0, 2**31),
-    sparsities=st.lists(st.sampled_from([0.1, 0.3, 0.5, 0.6, 0.7, 0.9]), min_size=1, max_size=5, unique=True),
+    sparsities=st.lists(st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.6, 0.7, 0.9]), min_size=1, max_size=5, unique=True),
 )
 def test_levels_stay_nested_and_never_get_stuck(model, seed, sparsities):
     """However far the levels before went, the next one finds its budget within the bounds that they leave."""
@@ -196,6 +196,15 @@ def test_weakened_levels_are_nested_of_the_budget_and_in_between(model, slopes, 
     for kept, base, whole in zip(found, flat, levels, strict=True):
         for k, b, w, step in zip(kept, base, whole, steps, strict=True):
             assert min(b, w) - 2 * step <= k <= max(b, w) + 2 * step
+
+
+def test_a_dense_neighbour_takes_no_room_away():
+    """Level 0 keeps all: the other may go anywhere between one weight a row and all of them."""
+    sizes = sizes_of([(8, 96), (8, 96)], 2)
+    assert trade(sizes).steps == (3,) * 4
+    assert bounds(sizes, {}, 1, [0.0, 0.5]) == ([1] * 4, [96] * 4)
+    # From 48, down to the uniform 10 of the other in 12 quanta, and the other follows for 3 more.
+    assert bounds(sizes, {}, 0, [0.5, 0.9]) == ([3] * 4, [96] * 4)
 
 
 def test_the_middle_comes_first():

@@ -141,14 +141,16 @@ ALLOWED = {
         "torch", "arch", "blocks", "calibrate", "errors", "structured", "structured_order", "structured_parts",
         "structured_sizes", "wiring",
     },
+    "structured_search_file": {"errors", "files"},
     "structured_search": {
         "torch", "allocation", "arch", "attention", "descent", "errors", "fused_layers", "sized", "structured_parts",
-        "structured_sizes", "supernet", "unit_budget", "unit_net", "wiring",
+        "structured_search_file", "structured_sizes", "supernet", "unit_budget", "unit_net", "wiring",
     },
     "structured_tuning": {"torch", "arch", "attention", "distill", "end_to_end", "fused_layers"},
     "pruning": {
-        "torch", "arch", "calibration_text", "config", "end_to_end", "errors", "files", "models", "precision",
-        "structured", "structured_parts", "structured_search", "structured_sizes", "structured_tuning",
+        "torch", "arch", "calibration_text", "config", "data", "descent", "end_to_end", "errors", "files", "models",
+        "precision", "structured", "structured_parts", "structured_search", "structured_search_file",
+        "structured_sizes", "structured_tuning",
     },
     "structured_section": {
         "torch", "arch", "checkpoint", "errors", "ladder", "packing", "structured_parts", "structured_sizes",
@@ -157,7 +159,7 @@ ALLOWED = {
     "adding": {
         "torch", "arch", "calibration_text", "checkpoint", "checkpoint_writer", "config", "data", "errors", "hub",
         "ladder", "models", "precision", "pruning", "skeleton", "structured", "structured_parts",
-        "structured_search", "structured_section", "structured_sizes",
+        "structured_search", "structured_section", "structured_sizes", "files", "manifest",
     },
     "placement": {"torch", "accelerate", "errors", "precision", "semi_structured", "ways"},
     "packed": {"torch", "adapters", "errors", "native", "packed_weight"},

@@ -1,6 +1,7 @@
 """Searching counts: the net against pruning itself, prices against finite differences, and the way to a folder."""
 
 import copy
+import json
 from dataclasses import replace
 
 import pytest
@@ -9,13 +10,14 @@ from exact import VARIANTS, model_of
 
 from elastic_sparsity import structured_search
 from elastic_sparsity.arch import decoder_blocks, linears_of, weight_OI
-from elastic_sparsity.errors import ConfigError, NumericsError, ShapeError
+from elastic_sparsity.errors import ConfigError, NumericsError, OutputError, ShapeError
 from elastic_sparsity.precision import autocast_factory
 from elastic_sparsity.pruning import load_pruned, prune
 from elastic_sparsity.sized import heads_may_differ, sizes_field
 from elastic_sparsity.structured import prune_structured_
 from elastic_sparsity.structured_parts import sizes_for, sliced_model
 from elastic_sparsity.structured_search import check_search, search_sizes
+from elastic_sparsity.structured_search_file import SearchFile
 from elastic_sparsity.structured_sizes import HELD_OUT
 from elastic_sparsity.supernet import TopKL
 from elastic_sparsity.tiny import byte_tokenizer, tiny_model
@@ -198,6 +200,78 @@ def test_an_interrupted_search_leaves_the_dense_weights(monkeypatch):
             patch.setattr(UnitNet, place, interrupt)
             search_sizes(model, IDS, 0.4, 8, search="blocks", damping=0.01, batch_size=4, autocast=AUTOCAST)
         assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+@pytest.mark.parametrize("search", ["equal", "blocks"])
+def test_an_interrupted_search_goes_on_to_the_same_counts(search, tmp_path):
+    class Stop(Exception):
+        pass
+
+    def stop(stage, done, total):
+        if stage == "counts of blocks":
+            raise Stop
+
+    made, path = {"what": search}, tmp_path / "s.json"
+    options = {"damping": 0.01, "batch_size": 4, "autocast": AUTOCAST, "search": search}
+    whole = search_sizes(tiny_model("llama", seed=1), IDS, 0.3, 8, **options)
+    if search == "blocks":
+        assert len(whole.losses) > 3 and min(whole.losses) < whole.losses[0]
+    for _ in whole.losses[1:]:  # after every step
+        with pytest.raises(Stop):
+            search_sizes(
+                tiny_model("llama", seed=1), IDS, 0.3, 8, file=SearchFile(path, made), progress=stop, **options
+            )
+        assert not json.loads(path.read_text())["finished"]
+    found = search_sizes(tiny_model("llama", seed=1), IDS, 0.3, 8, file=SearchFile(path, made), **options)
+    assert found == whole
+
+    class Never:  # what is finished is not done again
+        def __init__(self, *args):
+            raise AssertionError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("elastic_sparsity.structured_search.TopKL", Never)
+        assert search_sizes(tiny_model("llama", seed=1), IDS, 0.3, 8, file=SearchFile(path, made), **options) == whole
+    with pytest.raises(OutputError, match=r"s\.json: holds an unfinished search of other settings \('what'\)"):
+        search_sizes(tiny_model("llama", seed=1), IDS, 0.3, 8, file=SearchFile(path, {"what": "other"}), **options)
+    kept = json.loads(path.read_text())
+    for change, message in (
+        ({"kept": kept["kept"][1:]}, "its counts are not this model's"),
+        ({"kept": [0, *kept["kept"][1:]]}, "its counts are not this model's"),
+        ({"kept": [2, 64] * 2}, "its counts do not keep the budget"),
+        ({"equal": {"7": 1.0}}, "its counts do not keep the budget"),
+        ({"losses": []}, "at least 1 item"),
+        ({"odd": 1}, "Extra inputs"),
+        ({"stalled": "1"}, "valid integer"),
+    ):
+        path.write_text(json.dumps({**kept, **change}))
+        with pytest.raises(OutputError, match=f"holds no search that can go on: .*{message}"):
+            search_sizes(tiny_model("llama", seed=1), IDS, 0.3, 8, file=SearchFile(path, made), **options)
+    for text in ("", "[]", "{", "[" * 5000):
+        path.write_text(text)
+        with pytest.raises(OutputError, match="holds no search that can go on"):
+            search_sizes(tiny_model("llama", seed=1), IDS, 0.3, 8, file=SearchFile(path, made), **options)
+
+
+def test_a_prune_that_is_killed_keeps_its_search(tmp_path, monkeypatch):
+    options = {"sparsity": 0.4, "multiple": 8, "samples": 20, "length": 24, "search": "blocks"}
+    whole = prune("random:llama", tmp_path / "whole", **options)
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("elastic_sparsity.pruning.prune_structured_", killed)
+        prune("random:llama", tmp_path / "small", **options)
+    assert [path.name for path in tmp_path.iterdir() if path.name != "whole"] == ["small.search.json"]
+    with pytest.raises(OutputError, match=r"other settings \('calibration_sha256'\)"):
+        prune("random:llama", tmp_path / "small", **{**options, "seed": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr("elastic_sparsity.structured_search.TopKL", None)  # nothing is judged again
+        assert prune("random:llama", tmp_path / "small", **options) == whole
+    assert not (tmp_path / "small.search.json").exists()
+    for file in (tmp_path / "whole").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "small" / file.name).read_bytes()
 
 
 def test_one_block_has_nothing_to_share_out_but_ends():
