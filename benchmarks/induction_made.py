@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from induction_work import Piece, WorkFolder
+from induction_work import Piece, WorkFolder, code_sha256
 from torch import Tensor
 
 from elastic_sparsity.attention import training_attention
@@ -19,13 +19,23 @@ from elastic_sparsity.data import token_hash
 from elastic_sparsity.evaluate import evaluate
 from elastic_sparsity.feature_stage import BlockResult
 from elastic_sparsity.fold_choice import FoldResult
+from elastic_sparsity.fused_layers import fused_layers
 from elastic_sparsity.inducing import absorb, fold, learn
 from elastic_sparsity.induction import Induced
 from elastic_sparsity.models import BaseModel, weights_hash
 from elastic_sparsity.workers import Workers
 
 SECTIONS = ("ladder", "scores", "induction")  # of a recipe; its text counts by its tokens
-COSTS = ("seconds", "cpu_seconds", "peak_bytes", "start_bytes", "peak_gpu_bytes")
+SHARED = ("importance", "soft_mask")
+# What decides a piece's numbers: when one of these modules changes, the piece is made anew.
+CODE = {
+    "scores": (*SHARED, "induction", "inducing", "end_to_end"),
+    "folds": (*SHARED, "fold_choice", "feature_stage", "functional_fold", "channel_order", "head_basis",
+              "metric_refresh", "rotation", "folding", "calibrate"),
+    "absorbed": (*SHARED, "absorbed_stage", "feature_stage", "functional_fold", "absorption", "spectral_loss",
+                 "metric_refresh", "folding", "calibrate"),
+}  # fmt: skip
+COSTS = ("seconds", "cpu_seconds", "peak_bytes", "added_bytes", "peak_gpu_bytes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,16 +46,17 @@ class Source:
     ids_ST: Tensor
     precision: str
 
-    def question(self, recipe: Recipe, base: BaseModel) -> dict[str, Any]:
+    def question(self, name: str, recipe: Recipe, base: BaseModel) -> dict[str, Any]:
         sections = {name: getattr(recipe, name).model_dump(mode="json") for name in SECTIONS}
         return {**sections, "seed": recipe.seed, "weights_sha256": weights_hash(base.model),
-                "tokens_sha256": token_hash(self.ids_ST), "precision": self.precision}  # fmt: skip
+                "tokens_sha256": token_hash(self.ids_ST), "precision": self.precision,
+                "code_sha256": code_sha256(CODE[name])}  # fmt: skip
 
     def learned(self, recipe: Recipe, base: BaseModel) -> tuple[Induced, dict[str, Any]]:
         """Reading B of `base`, and the facts."""
 
         def make() -> Piece:
-            with training_attention(base.model):
+            with training_attention(base.model), fused_layers(base.model):  # as `induce` does
                 found = learn(recipe, base, self.ids_ST, self.precision, Workers())
             tensors = {f"scale:{name}": scale for name, scale in found.scales.items()}
             tensors |= {f"norm:{name}": norm for name, norm in found.input_norms.items()}
@@ -54,7 +65,7 @@ class Source:
             return tensors, {"used": found.used, "kl_before": found.kl_before, "kl_after": found.kl_after,
                              "tokens": tokens}  # fmt: skip
 
-        tensors, facts = self.work.piece("scores", self.question(recipe, base), make)
+        tensors, facts = self.work.piece("scores", self.question("scores", recipe, base), make)
         device = base.model.device
         scales, norms = ({name.removeprefix(kind): tensor.to(device) for name, tensor in tensors.items()
                           if name.startswith(kind)} for kind in ("scale:", "norm:"))  # fmt: skip
@@ -81,7 +92,7 @@ class Source:
                        if not torch.equal(value, before[key])}  # fmt: skip
             return tensors, {"blocks": [_result(x) for x in results]}
 
-        tensors, facts = self.work.piece(name, self.question(recipe, base), make)
+        tensors, facts = self.work.piece(name, self.question(name, recipe, base), make)
         return with_parameters(base, tensors), facts
 
 

@@ -116,7 +116,7 @@ def _with_spread(value: float, spread: float | None, digits: int) -> str:
 
 
 def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.0f} %"
+    return "" if share is None else f"{round(100 * share)} %"
 
 
 def plot(rows: Sequence[Row], dense: float, path: Path) -> None:
@@ -128,7 +128,7 @@ def plot(rows: Sequence[Row], dense: float, path: Path) -> None:
 
     methods = list(dict.fromkeys(row["method"] for row in rows))
     figure, axes = pyplot.subplots(
-        1, len(methods), figsize=(1.5 + 3.5 * len(methods), 3.8), layout="constrained", squeeze=False
+        1, len(methods), figsize=(1.5 + 3.5 * len(methods), 3.8), layout="constrained", squeeze=False, sharey=True
     )
     for axis, method in zip(axes[0], methods, strict=True):
         mine = [row for row in rows if row["method"] == method]
@@ -150,7 +150,8 @@ def parts_summary(cells: Mapping[str, Row], rows: Mapping[str, Row], dense: floa
     """One row a method and part: perplexity and gap closed by level against "none" of the same method, and costs.
 
     lower: levels whose perplexity is below that of "none"; compared: levels that have both. seconds, cpu_seconds,
-    peak_bytes: of the induction behind one cell, the largest of the levels. added_parameters: not zero-overhead then.
+    peak_bytes, added_bytes: of the induction behind one cell, the largest of the levels (see `spent`).
+    added_parameters: if there are any it is not zero-overhead.
     refused: why a part is not measured.
     """
     groups: dict[tuple[str, str], dict[str, Row]] = {}
@@ -173,7 +174,7 @@ def parts_summary(cells: Mapping[str, Row], rows: Mapping[str, Row], dense: floa
                 "lower": sum(after < before for before, after in pairs.values()),
                 "compared": len(pairs),
                 **{key: max(cell["induction"][key] for cell in by_level.values())
-                   for key in ("seconds", "cpu_seconds", "peak_bytes")},
+                   for key in ("seconds", "cpu_seconds", "peak_bytes", "added_bytes")},
                 "added_parameters": residual.get("added_parameters", 0),
             }
         )  # fmt: skip
@@ -189,7 +190,7 @@ def parts_table(summary: Sequence[Row], title: str) -> Table:
     added = {row["part"]: row["added_parameters"] for row in measured if row["added_parameters"]}
     notes += [f"*{part}: not zero-overhead, it adds {count:,} parameters" for part, count in added.items()]
     found = Table(title=f"{title}: perplexity (share of the log gap to dense closed)", caption="\n".join(notes) or None)
-    for column in ("method", "part", *map(level_title, levels), "lower at", "seconds", "CPU s", "peak"):
+    for column in ("method", "part", *map(level_title, levels), "lower at", "seconds", "CPU s", "peak", "added"):
         found.add_column(column, justify="left" if column in ("method", "part") else "right")
     for method in dict.fromkeys(row["method"] for row in measured):
         found.add_section()
@@ -199,6 +200,7 @@ def parts_table(summary: Sequence[Row], title: str) -> Table:
             shown = [known.get(level, "") for level in levels]
             mark = "*" if row["added_parameters"] else ""
             lower = f"{row['lower']} of {row['compared']}" if row["compared"] else ""
-            cost = [f"{row['seconds']:,.0f}", f"{row['cpu_seconds']:,.0f}", human_bytes(row["peak_bytes"])]
-            found.add_row(method, mark + row["part"], *shown, lower, *(cost if row["peak_bytes"] else [""] * 3))
+            memory = [human_bytes(row["peak_bytes"]), human_bytes(row["added_bytes"])]
+            cost = [f"{row['seconds']:,.0f}", f"{row['cpu_seconds']:,.0f}", *memory]
+            found.add_row(method, mark + row["part"], *shown, lower, *(cost if row["peak_bytes"] else [""] * 4))
     return found

@@ -5,6 +5,7 @@ metadata the question itself, the facts that belong to it, and a hash of all thr
 anew, with a line that says so.
 """
 
+import ast
 import hashlib
 import json
 import tempfile
@@ -19,12 +20,13 @@ from cells import log, stamp
 from spent import spent
 from torch import Tensor
 
+import elastic_sparsity
 from elastic_sparsity.errors import CheckpointError, OutputError
 from elastic_sparsity.files import atomic_file, is_file
 from elastic_sparsity.tensor_file import TensorFile
 from elastic_sparsity.tensor_file_writer import write_tensors
 
-VERSION = 1  # of what the code makes of a question: raise it when that changes
+VERSION = 1  # of what a file holds
 RECORD = "record"
 Piece = tuple[dict[str, Tensor], dict[str, Any]]
 
@@ -69,6 +71,7 @@ class WorkFolder:
         if found is not None:
             log(f"{path.name}: kept since {found[1]['date']}")
             return found
+        log(f"{path.name}: made now")
         with spent() as cost:
             tensors, facts = make()
         tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
@@ -98,6 +101,23 @@ def _read(path: Path, question: dict[str, Any]) -> Piece | None:
         log(f"{path}: is damaged, its hash differs from the recorded one; made anew")
         return None
     return tensors, facts
+
+
+def code_sha256(modules: tuple[str, ...]) -> str:
+    """Of what modules of the package do: comments, docstrings and layout do not count."""
+    digest = hashlib.sha256()
+    for name in modules:
+        tree = ast.parse((Path(elastic_sparsity.__file__).parent / f"{name}.py").read_text(encoding="utf-8"))
+        digest.update(f"{name} {code_of(tree)}".encode())
+    return digest.hexdigest()
+
+
+def code_of(tree: ast.Module) -> str:
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            node.body = [x for x in body if not (isinstance(x, ast.Expr) and isinstance(x.value, ast.Constant))]
+    return ast.dump(tree)
 
 
 def _sha256(data: Any) -> str:

@@ -13,9 +13,9 @@ def spent() -> Iterator[dict[str, float]]:
     """Gives a dict and fills it when the block ends.
 
     seconds: by the clock; cpu_seconds: of the process on all its threads. peak_bytes: the largest resident size of the
-    process since the block began, model and all; start_bytes: its size as the block began, so that the difference is
-    the block's own. The system's mark is reset for it: it would be that of whatever ran before. With a GPU also
-    peak_gpu_bytes. Blocks must not lie inside one another. Linux only.
+    process since the block began, model and all; added_bytes: how much that is above its size as the block began, which
+    is too little by what earlier work freed but the process kept. The system's mark is reset for it: it would be that
+    of whatever ran before. With a GPU also peak_gpu_bytes. Blocks must not lie inside one another. Linux only.
     """
     has_gpu = torch.cuda.is_available()
     if has_gpu:
@@ -29,12 +29,13 @@ def spent() -> Iterator[dict[str, float]]:
         found["peak_gpu_bytes"] = torch.cuda.max_memory_allocated()
     found["seconds"] = round(time.monotonic() - started, 1)
     found["cpu_seconds"] = round(time.process_time() - cpu_started, 1)
-    found["peak_bytes"], found["start_bytes"] = high_water(reset=False), start_bytes
+    found["peak_bytes"] = high_water(reset=False)
+    found["added_bytes"] = found["peak_bytes"] - start_bytes
 
 
 def together(*parts: dict[str, float]) -> dict[str, float]:
-    """What several blocks took one after another: sums of seconds, the largest peak; zeros if there is none."""
+    """What several blocks took one after another: sums of seconds, the largest peaks; zeros if there is none."""
     sums = {key: round(sum(part[key] for part in parts), 1) for key in ("seconds", "cpu_seconds")}
-    peaks = {key: max(part[key] for part in parts) for key in ("peak_bytes", "peak_gpu_bytes")
-             if parts and all(key in part for part in parts)}  # fmt: skip
-    return {"peak_bytes": 0, **sums, **peaks}
+    peaks = {key: max((part[key] for part in parts), default=0) for key in ("peak_bytes", "added_bytes")}
+    gpu = [part["peak_gpu_bytes"] for part in parts if "peak_gpu_bytes" in part]
+    return {**sums, **peaks, **({"peak_gpu_bytes": max(gpu)} if gpu else {})}

@@ -1,5 +1,6 @@
 """induction.py, induction_parts.py and refresh.py as a user starts them, on tiny random models; the kept pieces."""
 
+import ast
 import json
 
 import pytest
@@ -12,7 +13,7 @@ import induction_parts  # isort: skip
 import refresh  # isort: skip
 from induction_plot import held_share, shown_blocks  # isort: skip
 from induction_rows import ROWS, Row, residual_axes, residual_order, variant_of  # isort: skip
-from induction_work import WorkFolder  # isort: skip
+from induction_work import WorkFolder, code_of, code_sha256  # isort: skip
 from spent import spent, together  # isort: skip
 
 from elastic_sparsity.arch import linears_of, weight_OI
@@ -21,7 +22,7 @@ from elastic_sparsity.importance import wanda_scores
 from elastic_sparsity.residual import permute_residual_, rotate_residual_
 from elastic_sparsity.tiny import tiny_model
 
-COST = {"seconds", "cpu_seconds", "peak_bytes"}
+COST = {"seconds", "cpu_seconds", "peak_bytes", "added_bytes"}
 STAMP = {"date", "device", "commit", "versions"}
 
 
@@ -198,6 +199,14 @@ def test_a_piece_is_made_once_a_question(tmp_path, capsys):
     assert "kept since" in capsys.readouterr().out
 
 
+def test_code_counts_and_comments_do_not():
+    one = 'def f(x):\n    """Doubles."""\n    return 2 * x\n'
+    same = 'def f(x):\n    """Twice as much."""\n\n    return 2*x  # as it should\n'
+    assert code_of(ast.parse(one)) == code_of(ast.parse(same)) != code_of(ast.parse(one.replace("2 *", "3 *")))
+    found = {name: code_sha256(modules) for name, modules in induction_made.CODE.items()}
+    assert len(set(found.values())) == len(found)
+
+
 def damaged_header(data):
     return b"\xff" * 8 + data[8:]
 
@@ -246,10 +255,11 @@ def test_memory_is_that_of_the_block():
         torch.ones(100 << 20, dtype=torch.uint8).sum()
     with spent() as small:
         torch.ones(1 << 20, dtype=torch.uint8).sum()
-    assert large["peak_bytes"] - large["start_bytes"] >= 90 << 20
-    assert small["peak_bytes"] - small["start_bytes"] < 60 << 20, "a mark that never falls would say 100 MB"
+    assert large["added_bytes"] >= 90 << 20
+    assert small["added_bytes"] < 60 << 20, "a mark that never falls would say 100 MB"
     both = together(large, small)
-    assert both["peak_bytes"] == large["peak_bytes"] and together() == {"peak_bytes": 0, "seconds": 0, "cpu_seconds": 0}
+    assert (both["peak_bytes"], both["added_bytes"]) == (large["peak_bytes"], large["added_bytes"])
+    assert set(together().values()) == {0}
     assert both["cpu_seconds"] == pytest.approx(large["cpu_seconds"] + small["cpu_seconds"], abs=0.06)
 
 

@@ -95,8 +95,8 @@ def test_the_overview_counts():
 
 
 def part(perplexity, seconds=1.0, peak=2_000_000):
-    return {"perplexity": perplexity,
-            "induction": {"seconds": seconds, "cpu_seconds": seconds, "peak_bytes": peak}}  # fmt: skip
+    cost = {"seconds": seconds, "cpu_seconds": seconds, "peak_bytes": peak, "added_bytes": peak // 2}
+    return {"perplexity": perplexity, "induction": cost}
 
 
 def test_parts_by_hand():
@@ -116,5 +116,5 @@ def test_parts_by_hand():
     console = Console(width=150, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
     console.print(parts_table(rows, "a title"))
     shown = console.export_text()
-    assert "20.0 (50 %)" in shown and "1 of 2" in shown and "5.0 MB" in shown
+    assert "20.0 (50 %)" in shown and "1 of 2" in shown and "5.0 MB" in shown and "2.5 MB" in shown
     assert "*residual rotation" in shown and "adds 1,234 parameters" in shown and "values: refused: no form" in shown
