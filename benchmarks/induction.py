@@ -13,13 +13,13 @@ an interrupted run goes on, `--restart` measures all cells anew.
 import argparse
 import copy
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from cells import add_place, begin, check_texts, exit_on_error, ladder_section, log, question_of, stamp
 from induction_made import Source, judged
+from induction_rows import copied
 from induction_table import KINDS, plot, summary, table
 from induction_work import WorkFolder, work_folder
 from rich.console import Console
@@ -166,7 +166,7 @@ class Maker:
     def absorbed(self) -> BaseModel:
         found = self.learned[0]
         importance = {name: found.input_norms[name] * scale for name, scale in found.scales.items()}
-        absorbed = replace(self.base, model=copy.deepcopy(self.base.model))
+        absorbed = copied(self.base)
         absorb_importance_(absorbed.model, importance)
         return absorbed
 

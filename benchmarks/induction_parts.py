@@ -92,7 +92,7 @@ def main() -> None:
     write_json(file, result)
     count, length, taken = result["windows"]
     title = f"{Path(args.evaluation).name}, {count} windows of {length} tokens ({taken}), dense {result['dense']:.2f}"
-    Console(width=150).print(parts_table(result["summary"], title))
+    Console(width=180).print(parts_table(result["summary"], title))
 
 
 def recipe_of(args: argparse.Namespace, **induction: Any) -> Recipe:

@@ -16,7 +16,7 @@ from elastic_sparsity.channel_order import improved_order
 from elastic_sparsity.config import Recipe
 from elastic_sparsity.errors import AbsorptionError
 from elastic_sparsity.fold_choice import FOLDS, ORDERS
-from elastic_sparsity.folding import check_function_kept
+from elastic_sparsity.folding import relative_error
 from elastic_sparsity.head_basis import principal_basis
 from elastic_sparsity.importance import wanda_scores
 from elastic_sparsity.inducing import absorb_importance_
@@ -108,14 +108,18 @@ class Inducer:
     samples: int
 
     def make(self, row: Row, variant: str) -> Induced:
-        """The base model's copy with a row's induction, for the methods of a variant.
+        """The base model with a row's induction, for the methods of a variant; a copy if anything changes its weights.
 
-        Raises: AbsorptionError: if the architecture has no exact form of it, or the logits moved.
+        How far the logits moved is noted, not judged: in float32 a deep model's rounding is no fault of a fold.
+
+        Raises: AbsorptionError: if the architecture has no exact form of it.
         """
         patterns = [level.pattern for level in self.levels if level.pattern]
         if row.needs_pattern and not patterns:
             raise AbsorptionError("an order of channels changes N:M masks alone, and --levels has none.")
-        base, scales, note = replace(self.base, model=copy.deepcopy(self.base.model)), None, {}
+        base, scales, note = self.base, None, {}
+        if row.residual or row.scores == "norms":
+            base = copied(base)
         if row.residual:
             note["residual"] = self._change_residual_(base.model, row.residual, patterns)
         if row.folds:
@@ -128,6 +132,7 @@ class Inducer:
             found, note["scores"] = self.source.learned(self.recipe(steps=self.steps["scores"]), base)
             scales = found.scales
             if variant == "magnitude":
+                base = copied(base)
                 absorb_importance_(base.model, {name: found.input_norms[name] * x for name, x in scales.items()})
                 scales = None
         elif row.scores == "norms":
@@ -136,8 +141,7 @@ class Inducer:
             note["scores"] = cost
         costs = [{key: part[key] for key in COSTS if key in part} for part in note.values()]
         if note:
-            note["logits_moved"] = check_function_kept(self._logits(self.base.model), self._logits(base.model),
-                                                       torch.float32)  # fmt: skip
+            note["logits_moved"] = relative_error(self._logits(self.base.model), self._logits(base.model))
         return Induced(base, scales, note | together(*costs))
 
     @torch.no_grad()
@@ -159,6 +163,10 @@ class Inducer:
             if patterns:
                 permute_residual_(model, residual_order(model, self._square_sums(model), patterns[0]))
         return {"added_parameters": added, **cost}
+
+
+def copied(base: BaseModel) -> BaseModel:
+    return replace(base, model=copy.deepcopy(base.model))
 
 
 @torch.no_grad()

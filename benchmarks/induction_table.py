@@ -6,8 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.table import Table
 
+from elastic_sparsity.folding import TOLERANCES
 from elastic_sparsity.report import human_bytes, level_title
 
 Row = Mapping[str, Any]
@@ -151,8 +153,8 @@ def parts_summary(cells: Mapping[str, Row], rows: Mapping[str, Row], dense: floa
 
     lower: levels whose perplexity is below that of "none"; compared: levels that have both. seconds, cpu_seconds,
     peak_bytes, added_bytes: of the induction behind one cell, the largest of the levels (see `spent`).
-    added_parameters: if there are any it is not zero-overhead.
-    refused: why a part is not measured.
+    added_parameters: if there are any it is not zero-overhead. logits_moved: the dense model's, relative to the
+    largest; None where nothing was changed. refused: why a part is not measured.
     """
     groups: dict[tuple[str, str], dict[str, Row]] = {}
     for name, cell in cells.items():
@@ -164,7 +166,8 @@ def parts_summary(cells: Mapping[str, Row], rows: Mapping[str, Row], dense: floa
         for level in by_level if part != "none" else ():
             if level in plain:
                 pairs[level] = (_log(plain[level]["perplexity"]), _log(by_level[level]["perplexity"]))
-        residual = rows.get(f"{part}/any", {}).get("residual", {})
+        variant = "magnitude" if method == "magnitude" else "wanda"
+        note = rows.get(f"{part}/any") or rows.get(f"{part}/{variant}") or {}
         found.append(
             {
                 "method": method,
@@ -175,7 +178,8 @@ def parts_summary(cells: Mapping[str, Row], rows: Mapping[str, Row], dense: floa
                 "compared": len(pairs),
                 **{key: max(cell["induction"][key] for cell in by_level.values())
                    for key in ("seconds", "cpu_seconds", "peak_bytes", "added_bytes")},
-                "added_parameters": residual.get("added_parameters", 0),
+                "added_parameters": note.get("residual", {}).get("added_parameters", 0),
+                "logits_moved": note.get("logits_moved"),
             }
         )  # fmt: skip
     refused = {name.split("/")[0]: row["refused"] for name, row in rows.items() if "refused" in row}
@@ -189,6 +193,9 @@ def parts_table(summary: Sequence[Row], title: str) -> Table:
     notes = [f"{row['part']}: refused: {row['refused']}" for row in summary if "refused" in row]
     added = {row["part"]: row["added_parameters"] for row in measured if row["added_parameters"]}
     notes += [f"*{part}: not zero-overhead, it adds {count:,} parameters" for part, count in added.items()]
+    limit = TOLERANCES[torch.float32]
+    moved = {row["part"]: row["logits_moved"] for row in measured if (row["logits_moved"] or 0) > limit}
+    notes += [f"{part}: moved the dense logits by {error:.1e}, above {limit:.0e}" for part, error in moved.items()]
     found = Table(title=f"{title}: perplexity (share of the log gap to dense closed)", caption="\n".join(notes) or None)
     for column in ("method", "part", *map(level_title, levels), "lower at", "seconds", "CPU s", "peak", "added"):
         found.add_column(column, justify="left" if column in ("method", "part") else "right")

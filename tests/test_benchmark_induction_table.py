@@ -105,7 +105,11 @@ def test_parts_by_hand():
         "gains/wanda/0.5": part(20.0, 3.0), "gains/wanda/2:4": part(90.0, 4.0, 5_000_000),
         "residual rotation/wanda/2:4": part(80.0),
     }  # fmt: skip
-    notes = {"residual rotation/any": {"residual": {"added_parameters": 1234}}, "values/any": {"refused": "no form"}}
+    notes = {
+        "residual rotation/any": {"residual": {"added_parameters": 1234}, "logits_moved": 2e-5},
+        "gains/any": {},
+        "values/any": {"refused": "no form"},
+    }
     rows = parts_summary(given, notes, 10.0)
     none, gains, rotation, refused = rows
     assert none["gap_closed"] == {} and none["compared"] == 0
@@ -117,4 +121,5 @@ def test_parts_by_hand():
     console.print(parts_table(rows, "a title"))
     shown = console.export_text()
     assert "20.0 (50 %)" in shown and "1 of 2" in shown and "5.0 MB" in shown and "2.5 MB" in shown
+    assert "rotation: moved the dense logits by 2.0e-05, above 1e-05" in shown and "gains: moved" not in shown
     assert "*residual rotation" in shown and "adds 1,234 parameters" in shown and "values: refused: no form" in shown
