@@ -21,6 +21,7 @@ from elastic_sparsity.calibration_text import calibration_tokens, silent
 from elastic_sparsity.cli import app
 from elastic_sparsity.descent import DescentSettings
 from elastic_sparsity.errors import ConfigError, NumericsError, OutputError, ShapeError
+from elastic_sparsity.inspection import block_sparsities
 from elastic_sparsity.ladder import Ladder, keep_count
 from elastic_sparsity.model_shapes import read_shapes
 from elastic_sparsity.models import load_base
@@ -343,6 +344,14 @@ def test_a_run_keeps_what_the_plan_says(plan_path, tmp_path):
     ladder = {"sparsities": SPARSITIES, "patterns": ("2:4",)}
     optimize(tiny_recipe(ladder=ladder, allocation={"plan": str(plan_path), "strength": 1.0}), tmp_path / "out")
     checkpoint, plan = ElasticCheckpoint(tmp_path / "out"), load_plan(plan_path)
+    blocks = block_sparsities(tmp_path / "out")
+    assert [(block.name, block.count) for block in blocks] == [("model.layers.0", 7), ("model.layers.1", 7)]
+    mine = [x for name, x in plan.linears.items() if name.startswith("model.layers.1.")]
+    weights = sum(x.shape[0] * x.shape[1] for x in mine)
+    kept = [sum(x.shape[0] * x.kept[level] for x in mine) for level in range(3)]
+    assert blocks[1].sparsity == pytest.approx((*(1 - k / weights for k in kept), 0.5))
+    result = CliRunner().invoke(app, ["inspect", str(tmp_path / "out")])
+    assert result.exit_code == 0 and "zeros by block" in result.output
     assert {name: list(spec.kept) for name, spec in checkpoint.linears.items()} == {
         name: linear.kept for name, linear in plan.linears.items()
     }
