@@ -238,8 +238,8 @@ def inspect(
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Levels, bytes, sparsity by layer type and quality; with --verify, also whether it is what it claims."""
-    from elastic_sparsity.inspection import layer_types, levels
+    """Levels, bytes, quality, sparsity by layer type and block; with --verify, also whether it is what it claims."""
+    from elastic_sparsity.inspection import block_sparsities, layer_types, levels
     from elastic_sparsity.report import checks_table, layer_table, levels_table
     from elastic_sparsity.structured_sizes import counts_text
     from elastic_sparsity.verify import verify as verify_folder
@@ -247,13 +247,17 @@ def inspect(
     with _progress(quiet=json) as progress:
         found = [asdict(level) for level in levels(checkpoint)]
         types = [asdict(kind) for kind in layer_types(checkpoint)]
+        blocks = [asdict(block) for block in block_sparsities(checkpoint)]
         checks = [asdict(check) for check in verify_folder(checkpoint, progress)] if verify else []
     if json:
-        typer.echo(dumps({"levels": found, "layer_types": types, "checks": checks}, indent=2))
+        typer.echo(dumps({"levels": found, "layer_types": types, "blocks": blocks, "checks": checks}, indent=2))
     else:
         console = Console(emoji=False)
         console.print(levels_table(found, checkpoint))
-        console.print(layer_table(types, [level["title"] for level in found if not level["structured"]]))
+        titles = [level["title"] for level in found if not level["structured"]]
+        console.print(layer_table(types, titles))
+        if len({block["sparsity"] for block in blocks}) > 1:  # an allocation shared sparsity out to them
+            console.print(layer_table(blocks, titles, what="block"))
         for level in (level for level in found if level["structured"]):
             heads, channels = counts_text(level["key_value_heads"]), counts_text(level["channels"])
             tuned = f"tuned by {level['tuning_steps']} steps" if level["tuning_steps"] else "not tuned"

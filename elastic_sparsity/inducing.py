@@ -24,7 +24,7 @@ from elastic_sparsity.errors import ConfigError
 from elastic_sparsity.feature_stage import BlockResult, StageSettings
 from elastic_sparsity.files import atomic_folder, check_output_folder
 from elastic_sparsity.fold_choice import FoldSettings, check_kinds, choose_folds_
-from elastic_sparsity.folding import check_function_kept
+from elastic_sparsity.folding import check_function_kept, relative_error
 from elastic_sparsity.fused_layers import fused_layers
 from elastic_sparsity.induction import Induced, InductionSettings, learn_channel_scales
 from elastic_sparsity.induction_file import save_scales
@@ -124,6 +124,9 @@ def induce(recipe: Recipe, output: str | Path, progress: Progress = silent) -> I
     assert before is not None
     error = check_function_kept(before, _logits(model, token_ids_ST), torch.float32)
     log.info("induction: absorbed; the logits moved by %.1e of their largest, which is rounding", error)
+    if dtype != torch.float32:  # the base model's weights were exact in it, those made of them are not
+        rounded = relative_error(before, _logits(model.to(dtype).float(), token_ids_ST))
+        log.info("induction: rounding to %s, as the base model is stored, moves the logits by %.1e", dtype, rounded)
     with atomic_folder(output) as scratch:
         model.to(dtype).save_pretrained(scratch)
         base.tokenizer.save_pretrained(scratch)

@@ -1,6 +1,6 @@
 """What a checkpoint offers, from its elastic_config.json alone."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ def _tuning_steps(config: dict[str, Any], level: str) -> int:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerType:
-    """Linears of one name over all blocks, e.g. `mlp.down_proj`.
+    """Linears of one name over all blocks, e.g. `down_proj`, or all of one block.
 
     Attributes:
         count: how many linears.
@@ -103,10 +103,27 @@ def layer_types(path: str | Path, **hub: Any) -> list[LayerType]:
 
     Raises: CheckpointError.
     """
-    checkpoint = ElasticCheckpoint(checkpoint_folder(path, None, **hub))
+    return _grouped(ElasticCheckpoint(checkpoint_folder(path, None, **hub)), lambda name: name.rpartition(".")[2])
+
+
+def block_sparsities(path: str | Path, **hub: Any) -> list[LayerType]:
+    """Zeros by block and level: what an allocation made of it. Named by the block's path, e.g. "model.layers.0".
+
+    Raises: CheckpointError.
+    """
+    return _grouped(ElasticCheckpoint(checkpoint_folder(path, None, **hub)), _block_of)
+
+
+def _block_of(linear: str) -> str:
+    parts = linear.split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdecimal()), len(parts))
+    return ".".join(parts[: number + 1])
+
+
+def _grouped(checkpoint: ElasticCheckpoint, group_of: Callable[[str], str]) -> list[LayerType]:
     types: dict[str, list[LinearSpec]] = {}
     for name, spec in checkpoint.linears.items():
-        types.setdefault(name.rpartition(".")[2], []).append(spec)
+        types.setdefault(group_of(name), []).append(spec)
     return [
         LayerType(
             name=name,

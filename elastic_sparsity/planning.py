@@ -10,12 +10,14 @@ import psutil
 import torch
 
 from elastic_sparsity.adding import check_structured
+from elastic_sparsity.allocation_file import allocation_of, load_plan
 from elastic_sparsity.config import Recipe, StructuredSection, make_recipe
 from elastic_sparsity.errors import ConfigError, MemoryPlanError
 from elastic_sparsity.memory_plan import memory_terms, peaks
 from elastic_sparsity.model_shapes import ModelShapes, model_config, read_shapes, shapes_model
 from elastic_sparsity.plan_sizes import Choices, Peak, Sizes, Term, Work
 from elastic_sparsity.precision import DTYPES, default_device, resolve_precision
+from elastic_sparsity.supernet import linear_sizes
 from elastic_sparsity.work_plan import Timing, seconds_of, work_of
 
 FREE_SHARE = 0.9  # of what is free: other programs live too
@@ -88,12 +90,16 @@ def plan(
         limits: bytes of "device", "host" and "disk"; a missing place is not limited (plan for other machines).
         gpu: plan for a GPU; None = as this machine is, or yes if `limits` names the device.
         probe: time a block with random weights here; None = if the model's weights are here.
-    Raises: ConfigError (also for structured fractions that a run would refuse), UnsupportedModelError. Not if it does
-        not fit: see `Plan.check`.
+    Raises: ConfigError (also for structured fractions and an allocation plan that a run would refuse),
+        UnsupportedModelError. Not if it does not fit: see `Plan.check`.
     """
     shapes = read_shapes(recipe.model.id, recipe.model.dtype, config_file)
     if recipe.structured.fractions:
         check_structured(recipe, shapes_model(recipe.model.id, config_file))
+    if recipe.allocation.plan is not None:
+        path = Path(recipe.allocation.plan)
+        linears = linear_sizes(shapes_model(recipe.model.id, config_file))
+        allocation_of(load_plan(path), path, linears, recipe.ladder.sparsities)
     limits = dict(limits or {})
     wrong = sorted(limits.keys() - {"device", "host", "disk"})
     if wrong or any(size <= 0 for size in limits.values()):

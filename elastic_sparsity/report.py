@@ -59,11 +59,11 @@ def levels_table(levels: Sequence[Row], title: str) -> Table:
     return table
 
 
-def layer_table(types: Sequence[Row], levels: Sequence[str]) -> Table:
-    """A rich table of zeros by layer type and level."""
-    table = Table(title="zeros by layer type")
-    for column in ("layer type", "linears", "weights", *levels):
-        table.add_column(column, justify="left" if column == "layer type" else "right")
+def layer_table(types: Sequence[Row], levels: Sequence[str], what: str = "layer type") -> Table:
+    """A rich table of zeros by layer type, or by what is said, and level."""
+    table = Table(title=f"zeros by {what}")
+    for column in (what, "linears", "weights", *levels):
+        table.add_column(column, justify="left" if column == what else "right")
     for row in types:
         cells = [f"{100 * share:.2f} %" for share in row["sparsity"]]
         table.add_row(row["name"], str(row["count"]), f"{row['weights']:,}", *cells)

@@ -103,7 +103,4 @@ def choose_sizes(
 def check_sparsity(sparsity: float) -> None:
     """Raises: ConfigError: unless it is above 0 and below 1."""
     if not 0 < sparsity < 1:
-        raise ConfigError(
-            f"sparsity: {sparsity:g} (--structured, or a fraction) is not between 0 and 1; 0.5 removes half of the "
-            "blocks' linears."
-        )
+        raise ConfigError(f"sparsity: {sparsity:g} is not between 0 and 1; 0.5 removes half of the blocks' linears.")

@@ -21,6 +21,7 @@ from elastic_sparsity.calibration_text import calibration_tokens, silent
 from elastic_sparsity.cli import app
 from elastic_sparsity.descent import DescentSettings
 from elastic_sparsity.errors import ConfigError, NumericsError, OutputError, ShapeError
+from elastic_sparsity.inspection import block_sparsities
 from elastic_sparsity.ladder import Ladder, keep_count
 from elastic_sparsity.model_shapes import read_shapes
 from elastic_sparsity.models import load_base
@@ -343,6 +344,14 @@ def test_a_run_keeps_what_the_plan_says(plan_path, tmp_path):
     ladder = {"sparsities": SPARSITIES, "patterns": ("2:4",)}
     optimize(tiny_recipe(ladder=ladder, allocation={"plan": str(plan_path), "strength": 1.0}), tmp_path / "out")
     checkpoint, plan = ElasticCheckpoint(tmp_path / "out"), load_plan(plan_path)
+    blocks = block_sparsities(tmp_path / "out")
+    assert [(block.name, block.count) for block in blocks] == [("model.layers.0", 7), ("model.layers.1", 7)]
+    mine = [x for name, x in plan.linears.items() if name.startswith("model.layers.1.")]
+    weights = sum(x.shape[0] * x.shape[1] for x in mine)
+    kept = [sum(x.shape[0] * x.kept[level] for x in mine) for level in range(3)]
+    assert blocks[1].sparsity == pytest.approx((*(1 - k / weights for k in kept), 0.5))
+    result = CliRunner().invoke(app, ["inspect", str(tmp_path / "out")])
+    assert result.exit_code == 0 and "zeros by block" in result.output
     assert {name: list(spec.kept) for name, spec in checkpoint.linears.items()} == {
         name: linear.kept for name, linear in plan.linears.items()
     }
@@ -357,15 +366,24 @@ def test_a_run_keeps_what_the_plan_says(plan_path, tmp_path):
     assert all(check.passed for check in verify(tmp_path / "out"))
 
 
-def test_a_run_searches_its_own_plan(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_run_searches_its_own_plan(dtype, tmp_path):
     """The same as the command's on the same text, and what the run says it kept."""
-    recipe = tiny_recipe(calibration={"samples": 24}, allocation={"search": True, "held_out": 16, "strength": 1.0})
+    tiny_model("llama").to(dtype).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    recipe = tiny_recipe(
+        model={"id": str(tmp_path / "model")}, precision="float32", calibration={"samples": 24},
+        allocation={"search": True, "held_out": 16, "strength": 1.0},
+    )  # fmt: skip
     checkpoint = optimize(recipe, tmp_path / "out")
     plan = allocate(recipe, Allocating(), tmp_path / "plan.json")
     assert {name: list(spec.kept) for name, spec in checkpoint.linears.items()} == {
         name: linear.kept for name, linear in plan.linears.items()
     }
     assert plan.level(1) != uniform(linear_sizes(tiny_model("llama")), 0.6)
+    assert plan.made["dtype"] == str(dtype).removeprefix("torch.")
+    rerun = {"model": {"id": str(tmp_path / "model")}, "allocation": {"plan": str(tmp_path / "plan.json")}}
+    optimize(tiny_recipe(**rerun, block={"steps": 0}), tmp_path / "rerun")
     assert all(check.passed for check in verify(tmp_path / "out"))
     assert not (tmp_path / "out.run").exists()
 
@@ -527,9 +545,13 @@ def damaged(plan, how):
 def test_plans_that_do_not_fit_are_refused_before_any_work(how, message, plan_path, tmp_path):
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(damaged(json.loads(plan_path.read_text()), how)))
+    recipe = tiny_recipe(allocation={"plan": str(path)})
     with pytest.raises(ConfigError, match=message):
-        optimize(tiny_recipe(allocation={"plan": str(path)}), tmp_path / "never")
+        optimize(recipe, tmp_path / "never")
     assert not (tmp_path / "never").exists()
+    if how != "weights":  # of the config alone
+        with pytest.raises(ConfigError, match=message):
+            plan(recipe, probe=False)
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[" * 5000, '{"format": 1}', "\x00"])

@@ -43,7 +43,7 @@ def test_add_slice_and_inspect(capsys, tiny_checkpoint, text_file, tmp_path):
     ]
     assert len(found["checks"]) == 9 and len(found["layer_types"][0]["sparsity"]) == 4
     code, stdout, _ = run(capsys, "inspect", folder)
-    assert code == 0 and "structured 50 %" in stdout
+    assert code == 0 and "structured 50 %" in stdout and "zeros by block" not in stdout
     assert "structured 50 %: 1 key/value heads and 32 MLP channels a block, not tuned" in stdout
 
 

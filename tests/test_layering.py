@@ -199,8 +199,8 @@ ALLOWED = {
     },
     # layer 4: the flow
     "planning": {
-        "torch", "adding", "config", "errors", "memory_plan", "model_shapes", "plan_sizes", "precision", "probe",
-        "work_plan",
+        "torch", "adding", "allocation_file", "config", "errors", "memory_plan", "model_shapes", "plan_sizes",
+        "precision", "probe", "supernet", "work_plan",
     },
     "pipeline": {
         "torch", "adapters", "adding", "allocating", "allocation", "allocation_file", "allocator", "arch", "attention",

@@ -102,6 +102,30 @@ def test_an_interrupted_run_goes_on(made, recipe_of, tmp_path, monkeypatch):
     assert (tmp_path / "c" / "run.json").exists() and not (tmp_path / "c.run").exists()
 
 
+def test_an_interrupted_level_keeps_its_search(tmp_path, monkeypatch):
+    """Killed while it prunes to the counts that were found: they are not searched again, and all bytes are the same."""
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    recipe = tiny_recipe(
+        calibration={"source": str(path), "samples": 20}, ladder={"sparsities": [0.5], "patterns": []},
+        block={"steps": 1, "samples": 20}, structured={"fractions": [0.5], "multiple": 8, "search": "blocks"},
+    )  # fmt: skip
+    optimize(recipe, tmp_path / "whole")
+
+    def killed(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("elastic_sparsity.pruning.prune_structured_", killed)
+        optimize(recipe, tmp_path / "c")
+    assert (tmp_path / "c.run" / "structured-0.5.json").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr("elastic_sparsity.structured_search.TopKL", None)  # nothing is judged again
+        optimize(recipe, tmp_path / "c")
+    assert checkpoint_files(tmp_path / "c") == checkpoint_files(tmp_path / "whole")
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["c", "text.txt", "whole"]
+
+
 def test_quality_is_measured_and_recorded(recipe_of, tmp_path):
     recipe = recipe_of(structured={"fractions": [0.5], "multiple": 8, "scores": "magnitude"})
     checkpoint = optimize(recipe, tmp_path / "c")
