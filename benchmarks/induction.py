@@ -149,6 +149,7 @@ class Bench:
         if self.result["dense"] is None:
             found = evaluate({"dense": self.base.model}, self.windows_ST, autocast=self.autocast)["dense"]
             self.result["dense"], self.result["dense_stamp"] = found.perplexity, stamp()
+            write_json(self.file, self.result)  # before the hour of learning
             log(f"dense {found.perplexity:.2f}")
 
 

@@ -26,10 +26,10 @@ from elastic_sparsity.models import BaseModel, weights_hash
 from elastic_sparsity.workers import Workers
 
 SECTIONS = ("ladder", "scores", "induction")  # of a recipe; its text counts by its tokens
-SHARED = ("importance", "soft_mask")
+SHARED = ("inducing", "importance", "soft_mask", "ladder")
 # What decides a piece's numbers: when one of these modules changes, the piece is made anew.
 CODE = {
-    "scores": (*SHARED, "induction", "inducing", "end_to_end"),
+    "scores": (*SHARED, "induction", "end_to_end"),
     "folds": (*SHARED, "fold_choice", "feature_stage", "functional_fold", "channel_order", "head_basis",
               "metric_refresh", "rotation", "folding", "calibrate"),
     "absorbed": (*SHARED, "absorbed_stage", "feature_stage", "functional_fold", "absorption", "spectral_loss",
