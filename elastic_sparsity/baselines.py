@@ -3,12 +3,12 @@
 Block by block, each block calibrated on the output of the already pruned ones, as the public implementations do.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from elastic_sparsity.arch import Architecture, architecture_of, decoder_blocks, weight_OI
 from elastic_sparsity.blocks import BlockRunner
@@ -67,7 +67,7 @@ def prune_one_shot_(
 
 
 def _statistics(
-    runner: BlockRunner, blocks: Sequence[Any], row: Architecture, method: str, autocast: Callable[[], Any]
+    runner: BlockRunner, blocks: nn.ModuleList, row: Architecture, method: str, autocast: Callable[[], Any]
 ) -> Iterator[dict[str, InputStatistics]]:
     """What a method needs of the inputs of every block's linears, by path; blocks given out before are pruned by then.
 
