@@ -116,6 +116,23 @@ def test_a_sweep_is_of_one_seed_and_leaves_the_chosen_rate_out(place):
     ]  # fmt: skip
 
 
+def test_the_chosen_rate_of_a_sweep_is_not_trained_again(place, quality_arguments):
+    few = [*quality_arguments, "--levels", "0.6", "--name"]
+    text = started(quality, *few, "sweep", "--methods", "--sweep-full-lr", 0.01)
+    assert "independent-full@0.01-0.6-s0: training" in text and "independent-full, lr 0.01" in text
+    text = started(quality, *few, "chosen", "--methods", "independent-full", "--full-lr", 0.01)
+    assert "training" not in text and "independent-full learns at 0.01" in " ".join(text.split())
+    tried, chosen = (json.loads((place / f"{name}.json").read_text())["cells"] for name in ("sweep", "chosen"))
+    figures = {"perplexity", "kl", "bytes", "amounts", "sittings"}
+    found, again = tried["independent-full@0.01/0.6/0"], chosen["independent-full/0.6/0"]
+    assert {x: found[x] for x in figures} == {x: again[x] for x in figures}
+
+
+def test_documents_are_told():
+    assert quality.documents_of({}) == "all documents"
+    assert quality.documents_of({"task_protocol": {"documents": 2}}) == "only the first 2 documents"
+
+
 def test_a_broken_cell_is_recorded_and_the_script_goes_on(place, quality_arguments, monkeypatch):
     def broken(model, *args, **options):
         prune_one_shot_(model, *args, **options)
