@@ -7,21 +7,18 @@ level from the saved checkpoint. Rows already in the JSON are not run again, so 
 """
 
 import argparse
-import datetime
-import platform
 import shutil
 import tempfile
 import time
 from pathlib import Path
 
-from cells import check_texts, differences, exit_on_error, read_result, text_hashes
+from cells import check_texts, differences, exit_on_error, read_result, stamp, text_hashes
 from rich.console import Console
 from rich.table import Table
 
 from elastic_sparsity import optimize, read_recipe
 from elastic_sparsity.files import write_json
 from elastic_sparsity.measure import evaluate_path
-from elastic_sparsity.pipeline import versions
 
 HERE = Path(__file__).parent
 OFF = {"end_to_end": {"trainable": "off"}}
@@ -107,18 +104,8 @@ def main() -> None:
     for part, name, changes in jobs:
         if any(row["name"] == name and row["part"] == part for row in done):
             continue
-        done.append({"part": part, **run_row(name, changes, args)})
-        write_json(
-            args.output,
-            {
-                "date": datetime.date.today().isoformat(),
-                "device": f"{platform.processor() or platform.machine()}, 2 cores, no GPU",
-                "seed": 0,
-                "common": common,
-                "versions": versions(),
-                "rows": done,
-            },
-        )
+        done.append({"part": part, **run_row(name, changes, args), **stamp(seed=0)})
+        write_json(args.output, {**stamp(seed=0), "common": common, "rows": done})
         show(done)
 
 

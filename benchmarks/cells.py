@@ -14,7 +14,7 @@ import torch
 
 from elastic_sparsity.data import read_text
 from elastic_sparsity.doctor import read_facts
-from elastic_sparsity.errors import ElasticSparsityError, OutputError
+from elastic_sparsity.errors import DataError, ElasticSparsityError, OutputError
 from elastic_sparsity.files import file_sha256, is_file
 from elastic_sparsity.pipeline import versions
 from elastic_sparsity.precision import default_device
@@ -22,6 +22,7 @@ from elastic_sparsity.precision import default_device
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 TEXTS = ("calibration", "evaluation")  # the arguments that name a text
+KNOWN_BYTES = {"abc-news.txt": 4_054_843, "wikitext2-test.raw.txt": 1_290_547}  # of the texts of quoted figures
 NOTHING = "not recorded"
 
 
@@ -29,12 +30,12 @@ def question_of(args: argparse.Namespace, left_out: tuple[str, ...]) -> dict[str
     """The arguments that a figure depends on; of the texts the names, and what they hold."""
     places = ("name", "restart", "results")
     question = {name: value for name, value in vars(args).items() if name not in (*left_out, *places)}
-    return question | {name: Path(question[name]).name for name in TEXTS} | text_hashes(args)
+    return question | {name: Path(question[name]).name for name in TEXTS if name in question} | text_hashes(args)
 
 
 def text_hashes(args: argparse.Namespace) -> dict[str, str | None]:
     """16 digits of each text file's sha256; None for the name of a data set, or "self": there is no file."""
-    sources = {name: getattr(args, name) for name in TEXTS}
+    sources = {name: getattr(args, name) for name in TEXTS if hasattr(args, name)}
     return {
         f"{name}_text_sha256": file_sha256(Path(source))[:16] if is_file(source) else None
         for name, source in sources.items()
@@ -73,11 +74,28 @@ def read_result(file: Path, keys: tuple[str, ...]) -> dict[str, Any]:
 def check_texts(*sources: str | None) -> None:
     """Opens every text before anything is computed; None and "self" are none.
 
-    Raises: DataError: missing, empty or unreadable.
+    Raises: DataError: missing, empty or unreadable; two files that hold the same (calibration and evaluation); or one
+        with the name of a text of `KNOWN_BYTES`, but another size.
     """
+    seen: dict[str, str] = {}
     for source in sources:
-        if source not in (None, "self"):
-            read_text(source, max_chars=1)  # of a data set the first row
+        if source is None or source == "self":
+            continue
+        read_text(source, max_chars=1)  # of a data set the first row
+        if not is_file(source):
+            continue
+        size, known = Path(source).stat().st_size, KNOWN_BYTES.get(Path(source).name)
+        if known not in (None, size):
+            raise DataError(
+                f"{source}: {size:,} bytes, but the text of that name that benchmarks/README.md quotes has {known:,}: "
+                "it is cut off or changed. Give the whole one, or rename what is another text."
+            )
+        content = file_sha256(Path(source))
+        if content in seen:
+            raise DataError(
+                f"{source}: holds the same as {seen[content]}; measure on text that calibration does not see."
+            )
+        seen[content] = source
 
 
 def ladder_section(levels: list[str]) -> dict[str, Any]:
@@ -103,9 +121,11 @@ def stamp(seed: int | None = None, packages: tuple[str, ...] = ()) -> dict[str, 
 
 
 def device() -> str:
+    """The machine in words; cores are those that this process may use, not those that were free."""
+    facts = read_facts()
     if default_device() == "cuda":
-        return f"{torch.cuda.get_device_name()}, {read_facts().cpu}"
-    return f"{read_facts().cpu}, {platform.machine()}, {torch.get_num_threads()} threads, no GPU"
+        return f"{torch.cuda.get_device_name()}, {facts.cpu}"
+    return f"{facts.cpu}, {platform.machine()}, {facts.cores} cores, {facts.threads} threads, no GPU"
 
 
 def commit() -> str:

@@ -3,42 +3,42 @@
     python benchmarks/cost.py --calibration abc-news.txt                          # whole runs, EPTS in part: hours
     python benchmarks/cost.py --calibration abc-news.txt --blocks 3 --steps 12    # all in part: minutes
 
-Every run is a fresh process of the whole model, one after the other, in one sitting on one machine. Seconds are those
-of the process, with imports, loading and saving; peak is its largest resident size (Linux). A run "in part" stops its
+Every run is a fresh process of the whole model, one after the other, on one machine. Seconds are those of the process,
+with imports, loading and saving, by wall clock and by CPU (user and system, all threads): other work on the same cores
+stretches the first much more than the second. Peak is its largest resident size (Linux). A run "in part" stops its
 block phase after --blocks blocks, makes --steps steps in each of them and as many end to end (in a process of its own,
 on masks by magnitude), and is extrapolated by the counted blocks and steps: marked ~, and its peak is a lower bound,
 marked >=. EPTS runs in part by --epts-blocks and --epts-steps. Token-passes are the package's plan; what ran is counted
-at the decoder blocks, and the script fails where the plan is wrong. The JSON also has each process's CPU seconds.
+at the decoder blocks, and the script fails where the plan is wrong. Every run goes into results/NAME.json when it ends:
+after an interruption the same command goes on with the next one, unless machine, threads, text or recipe are others.
 
 Schedules: elastic: the recipe. independent: a run a level, with the tokens that the elastic run spends on it;
 "same steps": each of them as long as the elastic run, counted from the same timings. Which of the two gives elastic's
-quality is `quality.py`'s to say. epts: 1,280 steps a block of one sample, seven groups, no end-to-end phase, as its
-official code does it, but by this package's faster code and on samples as long as the recipe's (theirs: 2,048 tokens).
+quality is for `quality.py` to say: its methods independent and, on request, independent-same. epts: 1,280 steps a block
+of one sample, seven groups, no end-to-end phase, as its official code does it, but by this package's faster code and on
+samples as long as the recipe's (theirs: 2,048 tokens).
 """
 
 import argparse
-import contextlib
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import schedules
-from cells import add_place, exit_on_error, log, stamp
+from cells import add_place, begin, check_texts, device, exit_on_error, log, question_of, stamp
+from cost_child import CLOCKS
 from cost_report import plot, table
-from memory import high_water
 from rich.console import Console
 
 from elastic_sparsity import read_recipe
 from elastic_sparsity.calibration_text import calibration_tokens
-from elastic_sparsity.config import Recipe, make_recipe
+from elastic_sparsity.config import Recipe
 from elastic_sparsity.errors import ConfigError
 from elastic_sparsity.files import is_file, write_json
 from elastic_sparsity.model_shapes import ModelShapes, read_shapes
@@ -46,82 +46,14 @@ from elastic_sparsity.models import load_base
 from elastic_sparsity.planning import plan
 
 DIRECTIONS = ("forward", "forward and backward")
-
-
-class _EnoughBlocks(Exception):
-    """Stops a run that is timed in part."""
-
-
-def child(recipe_file: str, blocks: int) -> None:
-    """Runs a recipe, or its first blocks (0 = all), in this process; prints what it took as JSON."""
-    from counting import PassCounter
-
-    from elastic_sparsity import block_phase, pipeline
-
-    created = psutil.Process().create_time()
-    clock: dict[str, list[float]] = {"blocks": [], "training": []}
-    counters: list[PassCounter] = []
-    marks = [0.0]
-
-    def timed(owner: Any, attribute: str, key: str) -> None:
-        original = getattr(owner, attribute)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            started = marks[0] = time.monotonic()
-            try:
-                return original(*args, **kwargs)
-            finally:
-                clock.setdefault(key, []).append(time.monotonic() - started)
-
-        setattr(owner, attribute, call)
-
-    prepare = pipeline.prepare
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        prepared = prepare(*args, **kwargs)
-        counters.append(PassCounter(prepared[0].blocks))
-        return prepared
-
-    pipeline.prepare = counted
-    for attribute, key in (("run_block_phase_", "block phase"), ("run_end_to_end_", "end to end")):
-        timed(pipeline, attribute, key)
-
-    train_block = block_phase.train_block_
-
-    def trained(*args: Any, **kwargs: Any) -> Any:
-        started = time.monotonic()
-        found = train_block(*args, **kwargs)
-        clock["training"].append(time.monotonic() - started)
-        return found
-
-    block_phase.train_block_ = trained
-
-    def progress(stage: str, done: int, total: int) -> None:
-        if stage == "blocks":
-            now = time.monotonic()
-            clock["blocks"].append(now - marks[0])
-            marks[0] = now
-            if done == blocks:
-                raise _EnoughBlocks
-
-    recipe = make_recipe(json.loads(Path(recipe_file).read_text(encoding="utf-8")))
-    with tempfile.TemporaryDirectory() as folder:
-        with contextlib.suppress(_EnoughBlocks):
-            pipeline.optimize(recipe, Path(folder) / "checkpoint", progress)
-    found = {
-        "seconds": time.time() - created,
-        "cpu_seconds": time.process_time(),
-        "peak_bytes": high_water(reset=False),
-        **clock,
-    }
-    print(json.dumps({**found, "passes": dict(counters[0].passes)}))
+CHILD = Path(__file__).with_name("cost_child.py")
 
 
 def run_child(recipe: Recipe, blocks: int, scratch: Path) -> dict[str, Any]:
     """A fresh process's times, passes and peak; `blocks` = 0 for the whole run."""
     file = scratch / "recipe.json"
     file.write_text(recipe.model_dump_json(), encoding="utf-8")
-    command = [sys.executable, __file__, "--child", str(file), str(blocks)]
+    command = [sys.executable, str(CHILD), str(file), str(blocks)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"cost.py: a run failed:\n{done.stderr[-3000:]}")
@@ -162,10 +94,8 @@ def cost_of(name: str, recipe: Recipe, shapes: ModelShapes, blocks: int, steps: 
     if is_whole:
         found = run_child(recipe, 0, scratch)
         check_passes(name, recipe, shapes, 0, found)
-        parts = whole_parts(found)
-        end_steps = recipe.end_to_end.steps
-        return {**row, "extrapolated": False, "seconds": found["seconds"], "parts": parts, "runs": [found],
-                "peak_bytes": found["peak_bytes"], "step_seconds": parts["end to end"] / max(1, end_steps)}  # fmt: skip
+        parts = {clock: whole_parts(found[clock]) for clock in CLOCKS}
+        return {**row, "extrapolated": False, **times(parts), "runs": [found], "peak_bytes": found["peak_bytes"]}
     first = schedules.changed(recipe, {"block": {"steps": min(wanted, steps)}, "end_to_end": {"trainable": "off"}})
     runs = [run_child(first, blocks if blocks < depth else 0, scratch)]
     check_passes(name, first, shapes, blocks, runs[0])
@@ -176,16 +106,23 @@ def cost_of(name: str, recipe: Recipe, shapes: ModelShapes, blocks: int, steps: 
         second = schedules.changed(recipe, changes)
         runs.append(run_child(second, 0, scratch))
         check_passes(f"{name}, end to end", second, shapes, 0, runs[1])
-    parts = extrapolated_parts(runs, depth, wanted, min(wanted, steps), recipe.end_to_end.steps, ends)
+    counts = (depth, wanted, min(wanted, steps), recipe.end_to_end.steps, ends)
+    parts = {clock: extrapolated_parts([found[clock] for found in runs], *counts) for clock in CLOCKS}
     timed = {"blocks": min(blocks, depth), "of_blocks": depth, "steps_a_block": min(wanted, steps), "of_steps": wanted}
     if has_end:
         timed |= {"end_to_end_steps": ends, "of_end_to_end_steps": recipe.end_to_end.steps}
-    return {**row, "extrapolated": True, "timed": timed, "seconds": sum(parts.values()), "parts": parts, "runs": runs,
-            "peak_bytes": max(found["peak_bytes"] for found in runs),
-            "step_seconds": parts["end to end"] / max(1, recipe.end_to_end.steps)}  # fmt: skip
+    peak = max(found["peak_bytes"] for found in runs)
+    return {**row, "extrapolated": True, "timed": timed, **times(parts), "runs": runs, "peak_bytes": peak}
 
 
-def whole_parts(found: dict[str, Any]) -> dict[str, float]:
+def times(parts: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """A row's fields from its parts by clock: wall-clock seconds are plain, CPU seconds have "cpu_" before them."""
+    wall, cpu = (parts[clock] for clock in CLOCKS)
+    return {"seconds": sum(wall.values()), "parts": wall, "cpu_seconds": sum(cpu.values()), "cpu_parts": cpu}
+
+
+def whole_parts(found: Mapping[str, Any]) -> dict[str, float]:
+    """Of a whole run, by one clock."""
     training, ends = sum(found["training"]), sum(found.get("end to end", []))
     blocks = sum(found["block phase"])
     return {
@@ -197,9 +134,9 @@ def whole_parts(found: dict[str, Any]) -> dict[str, float]:
 
 
 def extrapolated_parts(
-    runs: Sequence[dict[str, Any]], depth: int, steps: int, timed_steps: int, ends: int, timed_ends: int
+    runs: Sequence[Mapping[str, Any]], depth: int, steps: int, timed_steps: int, ends: int, timed_ends: int
 ) -> dict[str, float]:
-    """Seconds of a whole run's parts from runs in part.
+    """Seconds of a whole run's parts from runs in part, by one clock.
 
     Args:
         runs: the block phase's run, and the end-to-end phase's if there is one.
@@ -222,32 +159,35 @@ def extrapolated_parts(
 
 def total(name: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Runs one after the other: times and passes add up, the peak is the largest."""
+    parts = {
+        clock: {part: sum(row[key][part] for row in rows) for part in rows[0][key]}
+        for clock, key in zip(CLOCKS, ("parts", "cpu_parts"), strict=True)
+    }
     return {
         "name": name,
         "num_runs": len(rows),
         "extrapolated": any(row["extrapolated"] for row in rows),
         "partial_peak": any(row.get("partial_peak", row["extrapolated"]) for row in rows),
-        "seconds": sum(row["seconds"] for row in rows),
+        **times(parts),
         "passes": {direction: sum(row["passes"][direction] for row in rows) for direction in DIRECTIONS},
         "peak_bytes": max(row["peak_bytes"] for row in rows),
         "planned_peak_bytes": max(row["planned_peak_bytes"] for row in rows),
-        "parts": {part: sum(row["parts"][part] for row in rows) for part in rows[0]["parts"]},
     }
 
 
 def with_more_steps(row: dict[str, Any], recipe: Recipe, longer: Recipe, shapes: ModelShapes) -> dict[str, Any]:
     """A timed run's cost if its end-to-end phase had the steps of `longer`."""
-    more = (longer.end_to_end.steps - recipe.end_to_end.steps) * row["step_seconds"]
-    parts = {**row["parts"], "end to end": row["parts"]["end to end"] + more}
-    return {**row, "extrapolated": row["extrapolated"] or more > 0, "partial_peak": row["extrapolated"], "parts": parts,
-            "seconds": row["seconds"] + more, "passes": planned_passes(longer, shapes)}  # fmt: skip
+    factor = longer.end_to_end.steps / max(1, recipe.end_to_end.steps)
+    parts = {
+        clock: {**row[key], "end to end": factor * row[key]["end to end"]}
+        for clock, key in zip(CLOCKS, ("parts", "cpu_parts"), strict=True)
+    }
+    return {**row, "extrapolated": row["extrapolated"] or factor > 1, "partial_peak": row["extrapolated"],
+            **times(parts), "passes": planned_passes(longer, shapes)}  # fmt: skip
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    if "--child" in sys.argv:
-        parser.add_argument("--child", nargs=2)
-        return parser.parse_args()
     parser.add_argument("--recipe", default="smollm2-135m", help="of recipes/, or a file")
     parser.add_argument("--model", help="instead of the recipe's")
     parser.add_argument("--calibration", required=True)
@@ -256,6 +196,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--epts-blocks", type=int, default=2, help="0 = all")
     parser.add_argument("--epts-steps", type=int, default=16, help="0 = all")
     add_place(parser, "cost")
+    parser.add_argument("--restart", action="store_true", help="time all runs again")
     args = parser.parse_args()
     if min(args.blocks, args.steps, args.epts_blocks, args.epts_steps) < 0 or 1 in (args.blocks, args.epts_blocks):
         parser.error("--blocks and --epts-blocks: 0, or from 2 on (the first block is cheaper than the others).")
@@ -264,9 +205,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
-    if hasattr(args, "child"):
-        child(args.child[0], int(args.child[1]))
-        return
+    check_texts(args.calibration)
     path = Path(args.recipe) if is_file(args.recipe) else schedules.RECIPES / f"{args.recipe}.toml"
     source = str(Path(args.calibration).resolve()) if is_file(args.calibration) else args.calibration
     changes: dict[str, dict[str, Any]] = {"calibration": {"source": source}, "memory": {"weights": "resident"}}
@@ -284,19 +223,21 @@ def main() -> None:
     alone = [schedules.independent(recipe, level) for level in levels]
     longer = [schedules.independent(recipe, level, same_steps=True) for level in levels]
     epts = schedules.epts(recipe, shapes, official=True)
-    single: list[dict[str, Any]] = []
-    args.results.mkdir(parents=True, exist_ok=True)
     file = args.results / f"{args.name}.json"
-    recipes = {"recipe": recipe.model_dump(mode="json"), "epts_recipe": epts.model_dump(mode="json")}
-    record = {**stamp(recipe.seed), "protocol": " ".join(str(__doc__).split()), **recipes, "finished": False}
+    result = begin(args, file, asked_of(args, {"recipe": recipe, "epts": epts}), {"single": []})
+    timed = {row["name"]: row for row in result["single"]}
+    record = {**result, "protocol": " ".join(str(__doc__).split()), "finished": False}
     with tempfile.TemporaryDirectory() as place:
         jobs = [("elastic", recipe, args.blocks, args.steps)]
         jobs += [(f"independent {x.name}", r, args.blocks, args.steps) for x, r in zip(levels, alone, strict=True)]
         jobs += [("epts", epts, args.epts_blocks, args.epts_steps)]
         for name, wanted, blocks, steps in jobs:
-            single.append(cost_of(name, wanted, shapes, blocks, steps, Path(place)))
-            log(f"{name}: {single[-1]['seconds']:.0f} s{', extrapolated' if single[-1]['extrapolated'] else ''}")
-            write_json(file, {**record, "single": single})
+            if name not in timed:
+                timed[name] = {**cost_of(name, wanted, shapes, blocks, steps, Path(place)), **stamp(recipe.seed)}
+                write_json(file, {**record, "single": list(timed.values())})
+            about = ", extrapolated" if timed[name]["extrapolated"] else ""
+            log(f"{name}: {timed[name]['seconds']:.0f} s, CPU {timed[name]['cpu_seconds']:.0f} s{about}")
+    single = [timed[name] for name, *_ in jobs]
     apart = single[1:-1]
     same_steps = [with_more_steps(*each, shapes) for each in zip(apart, alone, longer, strict=True)]
     rows = [
@@ -307,10 +248,22 @@ def main() -> None:
     ]
     for row in rows:
         row["elastic_over_this"] = rows[0]["seconds"] / row["seconds"]
-    write_json(file, {**record, "finished": True, "rows": rows, "single": single})
-    title = f"{Path(args.recipe).stem}, {recipe.model.id}, {record['device']}"
-    Console(width=150).print(table(rows, title))
+        row["cpu_elastic_over_this"] = rows[0]["cpu_seconds"] / row["cpu_seconds"]
+    write_json(file, {**record, **stamp(recipe.seed), "finished": True, "rows": rows, "single": single})
+    commits = dict.fromkeys(row["commit"] for row in single)
+    title = f"{Path(args.recipe).stem}, {recipe.model.id}, {single[0]['device']}, commit {' and '.join(commits)}"
+    Console(width=170).print(table(rows, title))
     plot(rows, file.with_suffix(".png"), title)
+
+
+def asked_of(args: argparse.Namespace, recipes: dict[str, Recipe]) -> dict[str, Any]:
+    """What seconds depend on; of the text the name and the hash, not where it lies."""
+    asked = question_of(args, ("recipe", "model")) | {"device": device()}
+    for name, recipe in recipes.items():
+        data = recipe.model_dump(mode="json", exclude={"evaluation"})
+        data["calibration"]["source"] = Path(recipe.calibration.source).name
+        asked |= {f"{name}.{section}": fields for section, fields in data.items()}
+    return asked
 
 
 if __name__ == "__main__":

@@ -12,16 +12,19 @@ Row = Mapping[str, Any]
 def table(rows: Sequence[Row], title: str) -> Table:
     """A line a schedule; ~ marks what is extrapolated, >= a peak that only a part of the run was seen to reach."""
     found = Table(title=title)
-    columns = ("schedule", "runs", "seconds", "elastic / this", "10^6 passes, forward", "and with backward", "peak GB",
+    columns = ("schedule", "runs", "seconds", "elastic / this", "CPU seconds", "elastic / this",
+               "10^6 passes, forward", "and with backward", "peak GB",
                "plan's peak GB")  # fmt: skip
     for column in columns:
         found.add_column(column, justify="left" if column == "schedule" else "right")
     for row in rows:
         about = "~" if row["extrapolated"] else ""
+        ratio = "~" if about or rows[0]["extrapolated"] else ""
         passes = (f"{count / 1e6:,.3g}" for count in row["passes"].values())
         found.add_row(
             row["name"], str(row["num_runs"]), f"{about}{row['seconds']:,.0f}",
-            f"{'~' if about or rows[0]['extrapolated'] else ''}{row['elastic_over_this']:.2f}", *passes,
+            f"{ratio}{row['elastic_over_this']:.2f}", f"{about}{row['cpu_seconds']:,.0f}",
+            f"{ratio}{row['cpu_elastic_over_this']:.2f}", *passes,
             f"{'>= ' if row['partial_peak'] else ''}{row['peak_bytes'] / 1e9:.2f}",
             f"{row['planned_peak_bytes'] / 1e9:.2f}",
         )  # fmt: skip

@@ -10,17 +10,14 @@ read bandwidth measured here; "of it": that over the time measured.
 """
 
 import argparse
-import datetime
 import json
-import os
-import platform
 import statistics
 import tempfile
 import time
 from pathlib import Path
 
 import torch
-from cells import exit_on_error
+from cells import exit_on_error, stamp
 from format import make_checkpoint, random_llama
 from rich.console import Console
 from rich.table import Table
@@ -29,7 +26,6 @@ from elastic_sparsity import ElasticCheckpoint
 from elastic_sparsity.bench import bench
 from elastic_sparsity.doctor import read_facts
 from elastic_sparsity.files import write_json
-from elastic_sparsity.pipeline import versions
 from elastic_sparsity.ways import Way, linear_bytes
 
 HERE = Path(__file__).parent
@@ -150,8 +146,7 @@ def main() -> None:
     for name, rows in results.items():
         console.print(show(name, rows))
     record = {
-        "date": datetime.date.today().isoformat(),
-        "device": f"{facts.cpu}, {platform.machine()}, {os.cpu_count()} cores, {facts.threads} threads, no GPU",
+        **stamp(seed=0),
         "instruction_path": facts.active_path,
         "read_bandwidth": bandwidth,
         "protocol": {
@@ -160,8 +155,6 @@ def main() -> None:
             "repeats": args.repeats,
             "blocks": args.blocks,
         },
-        "seed": 0,
-        "versions": versions(),
         "results": results,
     }
     write_json(args.output, json.loads(json.dumps(record)))

@@ -5,156 +5,59 @@
 
 A cell is one method at one level with one seed. It is written to results/NAME.json as soon as it is measured, trained
 checkpoints stay in --work, and an interrupted training goes on where it was: stop the script at any time, and give the
-same command again. Other methods, levels, seeds or tasks may be asked for later; they add cells.
+same command again. Other methods, levels, seeds or tasks may be asked for later; they add cells. (A one-shot model is
+pruned anew for tasks that are asked for later: ask at once.) What gives no finite figure is recorded as failed.
 
-Methods: dense; magnitude, wanda, ria, sparsegpt, dsnot (and obs): one-shot, on the first --baseline-samples of the
-calibration samples of the recipe's own seed; elastic: the recipe; independent: the recipe for one level alone, on the
-tokens that the elastic run spends on it; independent-lora: the same, adapters only; independent-full: full-weight block
-tuning, with the block phase's tokens; independent-full-all: with all of the level's tokens; epts: EPTS's schedule with
-the token-passes of the whole elastic run (`schedules.py` has the accounting). All are measured as shipped, rounded to
-the checkpoint's dtype. Perplexity: the whole text joined, windows of 2,048 tokens, no overlap (the SparseGPT/Wanda
-protocol); --every N takes every N-th window only, and then says so. KL to dense: on every --kl-every-th of them.
+One-shot, on the first --baseline-samples of the calibration samples of the recipe's own seed: magnitude, wanda, ria,
+sparsegpt, dsnot (and obs). Trained: elastic: the recipe. independent: the recipe for one level alone, on the tokens
+that the elastic run spends on it; independent-lora: the same, adapters only; independent-full: the same tokens, all in
+full-weight block tuning. epts: EPTS's schedule with the token-passes of the whole elastic run. On request:
+independent-same: independent with as many steps as the whole elastic run; independent-full-block: full weights, the
+block phase's tokens only; epts-official: EPTS's own 1,280 steps a block and 128 samples. `schedules.py` has the
+accounting. --sweep-full-lr LR ... adds independent-full with other learning rates, of the first seed alone.
+
+Pruned and trained models are measured as shipped, rounded to the checkpoint's dtype; the dense one as it computes.
+Perplexity: the whole text joined, windows of 2,048 tokens, no overlap (the SparseGPT/Wanda protocol); --every N takes
+every N-th window only, and then says so. KL to dense: on every --kl-every-th of them. Tasks: lm-evaluation-harness;
+--limit N takes the first N documents of each, and then says so.
 """
 
 import argparse
-import copy
 import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import schedules
 import torch
 from cells import add_place, begin, check_texts, exit_on_error, log, question_of, stamp
-from quality_report import plot_bytes, plot_levels, summary, table
+from quality_models import ONE_SHOT, TRAINED, Cell, Maker
+from quality_plots import plot_bytes, plot_levels
+from quality_report import failures, scored_rows, summary, table, task_tables
 from rich.console import Console
-from size import bitmask_bytes
 from torch import Tensor
-from trained import question, trained
+from trained import question
 from zero_shot import add_task_arguments, asked_tasks, scores
 
-from elastic_sparsity import ElasticCheckpoint, read_recipe
-from elastic_sparsity.baselines import METHODS as ONE_SHOT
-from elastic_sparsity.baselines import prune_one_shot_
+from elastic_sparsity import read_recipe
 from elastic_sparsity.calibration_text import calibration_tokens, evaluation_windows
 from elastic_sparsity.config import Recipe
-from elastic_sparsity.errors import ConfigError
-from elastic_sparsity.evaluate import evaluate
+from elastic_sparsity.errors import ConfigError, NumericsError
+from elastic_sparsity.evaluate import KeptHidden, evaluate
 from elastic_sparsity.files import is_file, write_json
 from elastic_sparsity.ladder import Level
 from elastic_sparsity.measure import zero_shot_protocol
-from elastic_sparsity.model_shapes import read_shapes
-from elastic_sparsity.models import BaseModel, load_base
+from elastic_sparsity.models import load_base
 from elastic_sparsity.precision import DTYPES, autocast_factory, resolve_precision
-from elastic_sparsity.slicing import load_level
-from elastic_sparsity.supernet import linear_sizes
+from elastic_sparsity.report import check_documents
 
-TRAINED = ("elastic", "independent", "independent-lora", "independent-full", "independent-full-all", "epts")
-DEFAULT = ("dense", "magnitude", "wanda", "ria", "dsnot", "sparsegpt", "elastic", "independent", "independent-lora",
-           "independent-full", "epts")  # fmt: skip
+METHODS = ("dense", *ONE_SHOT, *TRAINED)
+ON_REQUEST = ("obs", "independent-same", "independent-full-block", "epts-official")
+DEFAULT = tuple(method for method in METHODS if method not in ON_REQUEST)
 LEFT_OUT = ("recipe", "model", "methods", "levels", "seeds", "work", "task_data", "task_folder", "tasks", "limit",
-            "batch_size", "precision")  # fmt: skip
-
-
-class Cell(NamedTuple):
-    """What is measured together; `level` is "dense" for the dense model."""
-
-    method: str
-    level: str
-    seed: int
-
-    @property
-    def key(self) -> str:
-        return f"{self.method}/{self.level}/{self.seed}"
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A model to measure, and what is known of it before: bytes, and seconds it took to make."""
-
-    model: Any
-    facts: dict[str, Any]
-
-
-@dataclass
-class Maker:
-    """Makes the model of any cell.
-
-    Attributes:
-        recipe: of `schedules.elastic`, with its own seed.
-        work: where trained checkpoints are kept.
-    """
-
-    recipe: Recipe
-    base: BaseModel
-    stored: torch.dtype
-    work: Path | None
-    baseline_samples: int
-    full_lr: float
-    autocast: Callable[[], Any]
-
-    @cached_property
-    def baseline_tokens(self) -> Tensor:
-        return calibration_tokens(self.recipe, self.base)[0][: self.baseline_samples]
-
-    @cached_property
-    def names(self) -> list[str]:
-        return [size.name for size in linear_sizes(self.base.model)]
-
-    def make(self, cell: Cell) -> Subject:
-        if cell.method == "dense":
-            return Subject(self.base.model, {"bytes": self.base.model.num_parameters() * self.stored.itemsize})
-        level = self.recipe.build_ladder().find(cell.level)
-        return self.pruned(level, cell.method) if cell.method in ONE_SHOT else self.tuned(level, cell)
-
-    def pruned(self, level: Level, method: str) -> Subject:
-        model, started = copy.deepcopy(self.base.model), time.monotonic()
-        prune_one_shot_(
-            model, self.baseline_tokens, level, method, damping=self.recipe.scores.damping,
-            batch_size=self.recipe.block.batch_size, autocast=self.autocast,
-        )  # fmt: skip
-        seconds = round(time.monotonic() - started, 1)
-        return self.shipped(model, {"seconds": seconds})
-
-    def shipped(self, model: Any, facts: dict[str, Any]) -> Subject:
-        """A model of one level as its bitmask file holds it."""
-        computed = self.base.model.dtype
-        size = bitmask_bytes(model, self.base.tokenizer, self.names, self.stored)
-        return Subject(model.to(computed), {**facts, "bytes": size})
-
-    def tuned(self, level: Level, cell: Cell) -> Subject:
-        checkpoint, sittings = self.checkpoint(level, cell)
-        model = load_level(checkpoint, checkpoint.find(level.name), checkpoint.dtype)
-        facts = {
-            "seconds": round(sum(sitting["seconds"] for sitting in sittings), 1) if sittings else None,
-            "sittings": sittings,
-            "calibration_sha256": checkpoint.config["data"]["calibration_sha256"],
-        }
-        if cell.method == "elastic":
-            sizes = {"bytes": checkpoint.bytes_of(level), "bytes_all": checkpoint.total_bytes()}
-            return Subject(model.to(self.base.model.device, self.base.model.dtype), {**facts, **sizes})
-        return self.shipped(model.to(self.base.model.device), facts)
-
-    def checkpoint(self, level: Level, cell: Cell) -> tuple[ElasticCheckpoint, list[dict[str, Any]]]:
-        if self.work is None:
-            raise ConfigError(f"{cell.method}: is trained; name a folder outside the repository with --work.")
-        whole = cell.method in ("elastic", "epts")
-        name = f"{cell.method}-s{cell.seed}" if whole else f"{cell.method}-{level.name.replace(':', 'of')}-s{cell.seed}"
-        return trained(self.recipe_of(level, cell), self.work / name, self.base)
-
-    def recipe_of(self, level: Level, cell: Cell) -> Recipe:
-        recipe = schedules.elastic(self.recipe, cell.seed)
-        if cell.method == "elastic":
-            return recipe
-        if cell.method == "epts":
-            return schedules.epts(recipe, read_shapes(recipe.model.id, recipe.model.dtype))
-        if cell.method.startswith("independent-full"):
-            return schedules.full_weight(recipe, level, self.full_lr, all_tokens=cell.method.endswith("all"))
-        trainable = "adapters" if cell.method == "independent-lora" else "as elastic"
-        return schedules.independent(recipe, level, trainable=trainable)
+            "batch_size", "precision", "sweep_full_lr")  # fmt: skip
 
 
 def cells_of(args: argparse.Namespace, recipe: Recipe) -> Iterator[Cell]:
@@ -165,32 +68,51 @@ def cells_of(args: argparse.Namespace, recipe: Recipe) -> Iterator[Cell]:
         yield Cell("dense", "dense", recipe.seed)
     one_shot = [method for method in args.methods if method in ONE_SHOT]
     yield from (Cell(method, level.name, recipe.seed) for level in levels for method in one_shot)
+    for rate in dict.fromkeys(args.sweep_full_lr):
+        if rate != args.full_lr:
+            yield from (Cell(f"independent-full@{rate:g}", level.name, args.seeds[0]) for level in levels)
     for seed in args.seeds:
         for method in (method for method in args.methods if method in TRAINED):
-            yield from (Cell(method, x.name, seed) for x in levels if method != "epts" or is_of_epts(x))
+            yield from (Cell(method, x.name, seed) for x in levels if not method.startswith("epts") or is_of_epts(x))
 
 
 def is_of_epts(level: Level) -> bool:
     return level.pattern is None and level.sparsity <= 0.7
 
 
-def quality(
-    model: Any, reference: Any, windows_ST: Tensor, kl_every: int, autocast: Callable[[], Any]
-) -> dict[str, float]:
-    """Perplexity on all windows, KL to the reference on every `kl_every`-th; each window runs once."""
-    if model is reference:
-        found = evaluate({"it": model}, windows_ST, autocast=autocast)["it"]
-        return {"perplexity": found.perplexity, "kl": 0.0, "kl_tokens": found.num_tokens}
-    chosen = torch.zeros(windows_ST.shape[0], dtype=torch.bool)
-    chosen[::kl_every] = True
-    with_kl = evaluate({"it": model}, windows_ST[chosen], reference=reference, autocast=autocast)["it"]
-    parts = [with_kl]
-    if not chosen.all():
-        parts.append(evaluate({"it": model}, windows_ST[~chosen], autocast=autocast)["it"])
-    tokens = sum(part.num_tokens for part in parts)
-    nll = sum(math.log(part.perplexity) * part.num_tokens for part in parts) / tokens
-    assert with_kl.kl is not None
-    return {"perplexity": math.exp(min(nll, 700.0)), "kl": with_kl.kl, "kl_tokens": with_kl.num_tokens}
+@dataclass
+class Gauge:
+    """Measures any model of the run.
+
+    Attributes:
+        dense: the reference, run once a window for all models.
+    """
+
+    dense: KeptHidden
+    windows_ST: Tensor
+    kl_every: int
+    autocast: Callable[[], Any]
+
+    def __call__(self, model: Any) -> dict[str, float]:
+        """Perplexity on all windows, KL to the reference on every `kl_every`-th; each window runs once.
+
+        Raises: NumericsError: if a figure is not finite.
+        """
+        reference, windows_ST = self.dense.model, self.windows_ST
+        if model is reference:
+            found = evaluate({"it": model}, windows_ST, autocast=self.autocast)["it"]
+            return {"perplexity": found.perplexity, "kl": 0.0, "kl_tokens": found.num_tokens}
+        chosen = torch.zeros(windows_ST.shape[0], dtype=torch.bool)
+        chosen[:: self.kl_every] = True
+        with_kl = evaluate({"it": model}, windows_ST[chosen], reference=reference, reference_hidden=self.dense,
+                           autocast=self.autocast)["it"]  # fmt: skip
+        parts = [with_kl]
+        if not chosen.all():
+            parts.append(evaluate({"it": model}, windows_ST[~chosen], autocast=self.autocast)["it"])
+        tokens = sum(part.num_tokens for part in parts)
+        nll = sum(math.log(part.perplexity) * part.num_tokens for part in parts) / tokens
+        assert with_kl.kl is not None
+        return {"perplexity": math.exp(min(nll, 700.0)), "kl": with_kl.kl, "kl_tokens": with_kl.num_tokens}
 
 
 def arguments() -> argparse.Namespace:
@@ -200,12 +122,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--evaluation", required=True)
     parser.add_argument("--work", type=Path, help="folder of the trained checkpoints, outside the repository")
-    known = ("dense", *ONE_SHOT, *TRAINED)
-    parser.add_argument("--methods", nargs="*", default=DEFAULT, choices=known, metavar="METHOD", help=", ".join(known))
+    parser.add_argument("--methods", nargs="*", default=DEFAULT, choices=METHODS, metavar="METHOD",
+                        help=f"of {', '.join(METHODS)}; default: all but {', '.join(ON_REQUEST)}")  # fmt: skip
     parser.add_argument("--levels", nargs="*", help="levels of the recipe's ladder; default: all")
-    parser.add_argument("--seeds", nargs="*", type=int, default=[0], help="of the trained methods")
-    parser.add_argument("--baseline-samples", type=int, default=128)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the trained methods")
+    parser.add_argument("--baseline-samples", type=int, default=128, help="that one-shot methods see")
     parser.add_argument("--full-lr", type=float, default=schedules.FULL_LR, help="of independent-full")
+    parser.add_argument("--sweep-full-lr", nargs="*", type=float, default=[], metavar="LR", help="others, of one seed")
     parser.add_argument("--window", type=int, default=2048)
     parser.add_argument("--every", type=int, default=1, help="every n-th window: a quick figure, not the protocol's")
     parser.add_argument("--kl-every", type=int, default=4, help="KL on every n-th of the measured windows")
@@ -215,6 +138,8 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if min(args.every, args.kl_every, args.window, args.baseline_samples) < 1:
         parser.error("--every, --kl-every, --window and --baseline-samples are whole numbers from 1 on.")
+    if min(args.full_lr, *args.sweep_full_lr, 1.0) <= 0:
+        parser.error("--full-lr and --sweep-full-lr are positive.")
     return args
 
 
@@ -258,45 +183,92 @@ def main() -> None:
             raise SystemExit(f"{file}: its tasks have the protocol {result['task_protocol']}, not {used}.")
     autocast = autocast_factory(precision, base.model.device.type)
     maker = Maker(recipe, base, stored, args.work, args.baseline_samples, args.full_lr, autocast)
+    check_meanings(result, maker, file)
+    gauge = Gauge(KeptHidden(base.model), windows_ST, args.kl_every, autocast)
     for cell in cells:
-        fill(cell, maker, result, windows_ST, tasks, args, lambda: write_json(file, result))
+        fill(cell, maker, gauge, result, tasks, args, lambda: write_json(file, result))
     show(result, file)
+
+
+def check_meanings(result: dict[str, Any], maker: Maker, file: Path) -> None:
+    """Stops if a method's name stood for other amounts of training when a cell was measured."""
+    for key, found in result["cells"].items():
+        cell = Cell(found["method"], found["level"], found["seed"])
+        if cell.kind.startswith("independent-full") and "amounts" not in found:
+            raise SystemExit(
+                f"{file}: {key} is of a release that gave independent-full the block phase's tokens and samples only, "
+                "or all tokens on few samples. Give --restart or another --name."
+            )
+        if "amounts" in found and found["amounts"] != maker.amounts(cell):
+            raise SystemExit(
+                f"{file}: {key} was trained with {found['amounts']}, its method now means {maker.amounts(cell)}. "
+                "Give --restart or another --name."
+            )
 
 
 def fill(
     cell: Cell,
     maker: Maker,
+    gauge: Gauge,
     result: dict[str, Any],
-    windows_ST: Tensor,
     tasks: dict[str, Any],
     args: argparse.Namespace,
     keep: Callable[[], None],
 ) -> None:
-    """Measures what a cell still lacks; every figure is kept as soon as it is there."""
+    """Measures what a cell still lacks; every figure, and what failed, is kept as soon as it is there."""
     found = result["cells"].get(cell.key)
-    missing = [name for name in tasks if found is None or name not in found.get("tasks", {})]
-    if found is not None and not missing:
+    done = {} if found is None else {**found.get("tasks", {}), **found.get("task_failures", {})}
+    missing = [name for name in tasks if name not in done]
+    if found is not None and ("failure" in found or not missing):
         return
-    subject = maker.make(cell)
-    if found is None:
-        started = time.monotonic()
-        measured = quality(subject.model, maker.base.model, windows_ST, args.kl_every, maker.autocast)
-        spent = {"seconds_to_measure": round(time.monotonic() - started, 1)}
-        found = result["cells"][cell.key] = {**cell._asdict(), **measured, **subject.facts, **spent, **stamp()}
+    try:
+        subject = maker.make(cell)
+        if found is None:
+            started = time.monotonic()
+            measured = gauge(subject.model)
+            spent = {"seconds_to_measure": round(time.monotonic() - started, 1)}
+            found = result["cells"][cell.key] = {**cell._asdict(), **measured, **subject.facts, **spent, **stamp()}
+            keep()
+            log(f"{cell.key} {measured['perplexity']:.2f}")
+    except NumericsError as error:
+        if found is not None or cell.method == "dense":  # without the reference nothing can be told
+            raise
+        amounts = {"amounts": maker.amounts(cell)} if cell.kind in TRAINED else {}
+        result["cells"][cell.key] = {**cell._asdict(), "failure": str(error), **amounts, **stamp()}
         keep()
-        log(f"{cell.key} {measured['perplexity']:.2f}")
-    precision = result["question"]["precision"]
-    for score in scores(subject.model, maker.base.tokenizer, tasks, missing, args, precision, cell.key):
-        found.setdefault("tasks", {})[score["task"]] = {**score, **stamp(packages=("lm-eval", "datasets"))}
+        log(f"{cell.key} failed: {error}")
+        return
+    for name in missing:
+        fill_task(cell, name, subject.model, maker, result, tasks, args)
         keep()
+
+
+def fill_task(
+    cell: Cell, name: str, model: Any, maker: Maker, result: dict[str, Any], tasks: dict[str, Any],
+    args: argparse.Namespace,
+) -> None:  # fmt: skip
+    found, precision = result["cells"][cell.key], result["question"]["precision"]
+    try:
+        (score,) = scores(model, maker.base.tokenizer, tasks, [name], args, precision, cell.key)
+    except NumericsError as error:
+        found.setdefault("task_failures", {})[name] = str(error)
+        log(f"{cell.key} {name} failed: {error}")
+        return
+    check_documents([*scored_rows(result["cells"].values()), {**cell._asdict(), **score}])
+    found.setdefault("tasks", {})[name] = {**score, **stamp(packages=("lm-eval", "datasets"))}
 
 
 def show(result: dict[str, Any], file: Path) -> None:
-    """Prints the table, writes it into the JSON beside the cells, and draws both plots."""
-    result["table"] = summary(result["cells"].values())
+    """Prints the tables, writes the first into the JSON beside the cells, and draws both plots."""
+    cells = result["cells"].values()
+    result["table"] = summary(cells)
     write_json(file, result)
-    title = title_of(result)
-    Console(width=150).print(table(result["table"], title))
+    title, console = title_of(result), Console(width=150)
+    console.print(table(result["table"], title, documents_of(result), caption_of(result)))
+    for task_table in task_tables(cells, documents_of(result)):
+        Console(width=220).print(task_table)
+    for line in failures(cells):
+        console.print(line, markup=False, style="red")
     plot_levels(result["table"], file.with_suffix(".png"), title)
     plot_bytes(result["table"], file.with_name(f"{file.stem}-bytes.png"), title)
 
@@ -306,6 +278,22 @@ def title_of(result: dict[str, Any]) -> str:
     every = result["question"]["every"]
     quick = "" if every == 1 else f", every {every}th of the text's: not the full protocol"
     return f"{result['question']['evaluation']}, {count} windows of {length} tokens{quick}"
+
+
+def documents_of(result: dict[str, Any]) -> str:
+    """Which documents of a task were asked."""
+    limit = result.get("task_protocol", {}).get("documents", "all")
+    return "all documents" if limit == "all" else f"only the first {limit} documents"
+
+
+def caption_of(result: dict[str, Any]) -> str:
+    asked = result["question"]
+    return (
+        "±: of perplexity and KL the standard deviation over seeds, of accuracies the standard error over documents. "
+        "Seconds to make: of elastic and EPTS the whole run's, on every level, of the others the one level's. "
+        f"One-shot methods see {asked['baseline_samples']} samples of {asked['recipe.calibration']['length']} tokens; "
+        f"independent-full learns at {asked['full_lr']:g}."
+    )
 
 
 if __name__ == "__main__":

@@ -9,9 +9,10 @@ The accounting, in one place:
 - Steps of other levels also move the adapters that a level inherits (2:4 inherits those of the densest level). That is
   what sharing gives, and is not charged to the level; but a run for one level gets adapters of the whole rank that the
   level adds up in the elastic checkpoint, so that it has as much to train.
+- Full-weight block tuning has no end-to-end phase: it spends all of the level's tokens in each block.
 - Statistics, dense targets and the teacher's logits are work, not training tokens: `cost.py` counts and times them.
 - EPTS has no end-to-end phase: it gets steps until the *token-passes through blocks* of its whole run, all kinds
-  alike, are those of the whole elastic run.
+  alike, are those of the whole elastic run ("equal passes"). Its own steps are another run, on request.
 """
 
 from pathlib import Path
@@ -89,17 +90,31 @@ def independent(recipe: Recipe, level: Level, *, trainable: str = "as elastic", 
     return changed(recipe, changes)
 
 
-def full_weight(recipe: Recipe, level: Level, lr: float = FULL_LR, *, all_tokens: bool = False) -> Recipe:
+def full_weight(recipe: Recipe, level: Level, lr: float = FULL_LR, *, block_phase_only: bool = False) -> Recipe:
     """Block tuning of one level's kept weights, no adapters, no end-to-end phase (in the manner of EBFT, 2402.12419).
 
+    All of the level's tokens go through each block, and of as many samples as they can hold: fewer would be read again
+    and again while the elastic run goes on to new ones. Masks and dense targets are of all these samples.
+
     Args:
-        all_tokens: spend the level's end-to-end tokens in the blocks too.
+        block_phase_only: the elastic run's steps and samples of the block phase instead, none of its end-to-end ones.
     """
-    steps = recipe.block.steps
-    if all_tokens:
-        steps = level_tokens(recipe) // (recipe.block.batch_size * recipe.calibration.length)
-    changes = {"block": {"base_lr": lr, "steps": steps}, "adapters": {"ranks": 0}, "end_to_end": {"trainable": "off"}}
+    block: dict[str, Any] = {"base_lr": lr}
+    if not block_phase_only:
+        batch = recipe.block.batch_size
+        steps = -(-level_tokens(recipe) // (batch * recipe.calibration.length))
+        samples = max(recipe.block.samples, min(recipe.calibration.samples, steps * batch))
+        block |= {"steps": steps, "samples": samples}
+    changes = {"block": block, "adapters": {"ranks": 0}, "end_to_end": {"trainable": "off"}}
     return changed(independent(recipe, level), changes)
+
+
+def amounts(recipe: Recipe) -> dict[str, int]:
+    """What a run trains on, for the record of a figure."""
+    block, end_to_end = recipe.block, recipe.end_to_end
+    found = {"block_steps": block.steps, "block_samples": block.samples, "block_batch": block.batch_size}
+    is_off = end_to_end.trainable == "off"
+    return found | {"end_to_end_steps": 0 if is_off else end_to_end.steps, "end_to_end_batch": end_to_end.batch_size}
 
 
 def one_level(level: Level) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from elastic_sparsity.files import write_json
 from elastic_sparsity.measure import zero_shot_protocol
 from elastic_sparsity.models import BaseModel, load_base
 from elastic_sparsity.precision import autocast_factory
-from elastic_sparsity.report import plot_tasks, task_means, tasks_table
+from elastic_sparsity.report import check_documents, plot_tasks, task_means, tasks_table
 from elastic_sparsity.slicing import load_level, load_tokenizer
 from elastic_sparsity.task_files import load_tasks
 from elastic_sparsity.zero_shot import check_amounts, score_task
@@ -58,7 +58,9 @@ def main() -> None:
         if not missing:
             continue
         for score in scores(make(), tokenizer, tasks, missing, args, protocol["precision"], f"{method} {level}"):
-            result["rows"].append({"level": level, "method": method, **score})
+            row = {"level": level, "method": method, **score}
+            check_documents([*result["rows"], row])
+            result["rows"].append(row)
             write_json(path, result)
     show(result, path.with_suffix(".png"))
 

@@ -3,14 +3,14 @@
 Block by block, each block calibrated on the output of the already pruned ones, as the public implementations do.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from elastic_sparsity.arch import architecture_of, decoder_blocks, weight_OI
+from elastic_sparsity.arch import Architecture, architecture_of, decoder_blocks, weight_OI
 from elastic_sparsity.blocks import BlockRunner
 from elastic_sparsity.calibrate import block_statistics
 from elastic_sparsity.errors import ConfigError
@@ -54,26 +54,37 @@ def prune_one_shot_(
     blocks = decoder_blocks(model)
     row = architecture_of(model.config.model_type)
     runner = BlockRunner(model.base_model, list(blocks), token_ids_ST.to(model.device), batch_size)
-    hidden = runner.first_hidden()
-    for index, block in enumerate(blocks):
-        where = f"{row.blocks}.{index}"
-        linears = {path: block.get_submodule(path) for path in row.linears}
-        call = runner.call(index)
-        gram, means = method in ("obs", "sparsegpt"), method == "dsnot"
-        found = block_statistics(
-            runner, call, linears, [hidden], gram=gram, means=means, autocast=autocast, where=where
-        )
-        for path, linear in linears.items():
-            weight = weight_OI(linear)
-            name = f"{where}.{path}"
+    for index, found in enumerate(_statistics(runner, blocks, row, method, autocast)):
+        for path in row.linears:
+            weight = weight_OI(blocks[index].get_submodule(path))
+            name = f"{row.blocks}.{index}.{path}"
             wanted_here = level
             if allocation:
                 wanted_here = replace(level, sparsity=1 - allocation[name] / weight.shape[1])
             scale_I = (channel_scales or {}).get(name)
             weight.copy_(pruned_weight(weight, found[path], wanted_here, method, damping, name, scale_I))
-        with autocast():
-            hidden = runner.map(call, hidden)
         on_block(index + 1, len(blocks))
+
+
+def _statistics(
+    runner: BlockRunner, blocks: nn.ModuleList, row: Architecture, method: str, autocast: Callable[[], Any]
+) -> Iterator[dict[str, InputStatistics]]:
+    """What a method needs of the inputs of every block's linears, by path; blocks given out before are pruned by then.
+
+    Magnitude looks at weights alone: no token runs, and its statistics are empty.
+    """
+    hidden = None if method == "magnitude" else runner.first_hidden()
+    for index, block in enumerate(blocks):
+        linears = {path: block.get_submodule(path) for path in row.linears}
+        if hidden is None:
+            yield {path: InputStatistics(weight_OI(x).shape[1], gram=False) for path, x in linears.items()}
+            continue
+        call, where = runner.call(index), f"{row.blocks}.{index}"
+        gram, means = method in ("obs", "sparsegpt"), method == "dsnot"
+        yield block_statistics(runner, call, linears, [hidden], gram=gram, means=means, autocast=autocast, where=where)
+        if index + 1 < len(blocks):
+            with autocast():
+                hidden = runner.map(call, hidden)
 
 
 def pruned_weight(

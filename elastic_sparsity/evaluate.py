@@ -6,6 +6,7 @@ Streams over windows, one window at a time, logits in slices: memory does not gr
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,12 +28,37 @@ class Quality:
     num_tokens: int
 
 
+class KeptHidden:
+    """A reference's final hidden states by window: the first time it runs, then they are as they were, bit for bit.
+
+    Args:
+        model: the reference; always called under the same autocast, and never changed.
+        max_bytes: of all that is kept, on the model's device; windows beyond run every time.
+    """
+
+    def __init__(self, model: Any, max_bytes: int = 2**30) -> None:
+        self.model = model
+        self.free_bytes = max_bytes
+        self._kept: dict[bytes, Tensor] = {}
+
+    def __call__(self, window_T: Tensor) -> Tensor:
+        key = window_T.cpu().numpy().tobytes()
+        if key in self._kept:
+            return self._kept[key]
+        hidden = _final_hidden(self.model, window_T)
+        if hidden.nbytes <= self.free_bytes:
+            self.free_bytes -= hidden.nbytes
+            self._kept[key] = hidden.clone()  # of the last token nothing, which a view would hold too
+        return hidden
+
+
 @torch.no_grad()
 def evaluate(
     models: Mapping[str, Any],
     windows_ST: Tensor,
     *,
     reference: Any | None = None,
+    reference_hidden: Callable[[Tensor], Tensor] | None = None,
     autocast: Callable[[], Any],
     on_window: Callable[[int, int], None] = lambda done, total: None,
     share: range | None = None,
@@ -43,6 +69,7 @@ def evaluate(
     Args:
         models: name to causal LM.
         windows_ST: token windows; each predicts its tokens 2 to T.
+        reference_hidden: the reference's final hidden states (T - 1, D) of a window, e.g. `KeptHidden`; None = run it.
         autocast: context factory for matrix-product precision.
         share: which windows this worker takes; None = all.
         sum_: adds up tensors over all workers, in place.
@@ -53,9 +80,10 @@ def evaluate(
     with autocast():
         heads = {name: head_function(model) for name, model in models.items()}
         reference_head = None if reference is None else head_function(reference)
+        hidden_of = reference_hidden or partial(_final_hidden, reference)
         mine = range(windows_ST.shape[0]) if share is None else share
         for number, window_T in enumerate(windows_ST[list(mine)]):
-            teacher = None if reference is None else _final_hidden(reference, window_T)
+            teacher = None if reference is None else hidden_of(window_T)
             for name, model in models.items():
                 hidden = _final_hidden(model, window_T)
                 window_nll, window_kl = _window_sums(heads[name], hidden, reference_head, teacher, window_T)

@@ -115,7 +115,9 @@ def task_lines(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     The last line is the mean over tasks, of the columns that have all of them.
 
     Returns: the heads of the columns, and the lines.
+    Raises: ConfigError: as `check_documents`.
     """
+    check_documents(rows)
     columns = list(dict.fromkeys((row["level"], row["method"]) for row in rows))
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     cells = {(row["level"], row["method"], row["task"]): row for row in rows}
@@ -133,6 +135,21 @@ def task_lines(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         shown = [_percent("acc", means[x]["value"], means[x]["error"]) if x in means else "" for x in columns]
         lines.append([MEAN, "", "", *shown])
     return head, lines
+
+
+def check_documents(rows: Sequence[Row]) -> None:
+    """Raises: ConfigError: if a task's rows answered different documents, as far as they tell by their "sha256"."""
+    seen: dict[str, Row] = {}
+    for row in rows:
+        if row.get("sha256") is None:  # of a file from before scores had one
+            continue
+        first = seen.setdefault(row["task"], row)
+        if first["sha256"] != row["sha256"]:
+            who, other = (f"{level_title(x['level'])} {x['method']}".strip() for x in (first, row))
+            raise ConfigError(
+                f"task {brief(row['task'])}: {who} answered documents of sha256 {first['sha256']}, {other} those of "
+                f"{row['sha256']}; the data changed between them: measure both on the same."
+            )
 
 
 def task_means(rows: Sequence[Row]) -> list[dict[str, Any]]:

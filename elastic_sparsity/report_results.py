@@ -49,6 +49,7 @@ class TaskRow(Row):
     value: FiniteFloat
     error: Annotated[FiniteFloat, Field(ge=0)] | None
     num_documents: Annotated[int, Field(ge=1, le=10**12)]
+    sha256: Text | None = None  # of the documents; older files lack it
 
     @model_validator(mode="after")
     def _accuracy_is_a_share(self) -> "TaskRow":

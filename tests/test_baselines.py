@@ -109,6 +109,16 @@ def test_the_next_block_sees_the_pruned_ones(dense, by_wanda):
     assert not torch.equal(kept, by_dense)
 
 
+def test_magnitude_runs_no_token():
+    """Every linear's largest weights of the whole matrix; a model that cannot run is pruned all the same."""
+    model, before = tiny_model("llama"), linears_of(tiny_model("llama"))
+    for module in model.modules():
+        module.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
+    prune_one_shot_(model, IDS, LADDER.levels[1], "magnitude", autocast=nullcontext)
+    for dense, weight in zip(before, linears_of(model), strict=True):
+        assert torch.equal(weight, torch.where(matrix_mask(dense.abs(), 0.7), dense, 0.0))
+
+
 def test_unknown_method():
     model = tiny_model("llama")
     before = copy.deepcopy(model.state_dict())

@@ -66,10 +66,26 @@ def test_a_run_for_one_level_trains_on_what_the_elastic_run_spends_on_it(recipe,
     for level in recipe.build_ladder().levels:
         alone = counted(schedules.independent(recipe, level)).trained
         assert alone == {level.name: elastic[level.name]} == {level.name: depth * schedules.level_tokens(recipe)}
-    everything = schedules.full_weight(recipe, level, all_tokens=True)
+    everything = schedules.full_weight(recipe, level)
     assert counted(everything).trained == {level.name: elastic[level.name]}
-    block_alone = schedules.full_weight(recipe, level)
+    assert everything.block.samples == 6  # all that there are
+    block_alone = schedules.full_weight(recipe, level, block_phase_only=True)
     assert counted(block_alone).trained == {level.name: depth * 2 * 2 * 16}  # steps, batch, tokens
+    assert block_alone.block.samples == 4
+
+
+@pytest.mark.parametrize(("samples", "expected"), [(100, 8), (7, 7), (5, 5)])
+def test_full_weights_see_as_many_samples_as_their_tokens_hold(samples, expected, recipe):
+    """Two steps of the block phase and two of eight end to end, of two samples each."""
+    wanted = schedules.changed(recipe, {"calibration": {"samples": samples}})
+    full = schedules.full_weight(wanted, wanted.build_ladder().levels[0])
+    assert (full.block.steps, full.block.samples) == (4, expected)
+    assert schedules.amounts(full) == {
+        "block_steps": 4, "block_samples": expected, "block_batch": 2, "end_to_end_steps": 0, "end_to_end_batch": 2,
+    }  # fmt: skip
+    larger = schedules.changed(wanted, {"block": {"samples": 5}, "end_to_end": {"trainable": "off"}})
+    full = schedules.full_weight(larger, level=larger.build_ladder().levels[0])
+    assert (full.block.steps, full.block.samples) == (2, 5), "never fewer than the elastic run's masks see"
 
 
 def test_uneven_steps_are_rounded_up(recipe, counted):
@@ -95,6 +111,7 @@ def test_what_each_run_trains(recipe):
     assert (full.end_to_end.trainable, full.block.base_lr, full.adapters.ranks) == ("off", 1e-4, 0)
     same = schedules.independent(recipe, level, same_steps=True)
     assert (same.end_to_end.steps, same.block.steps) == (recipe.end_to_end.steps, recipe.block.steps)
+    assert schedules.amounts(same) == schedules.amounts(recipe) and len(same.build_ladder().levels) == 1
     sloped = schedules.changed(recipe, {"allocation": {"slope": [0.1, 0.2, 0.3]}})
     assert schedules.independent(sloped, level).allocation.slope == 0.2
     searched = schedules.changed(recipe, {"allocation": {"search": True, "held_out": 2}})

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elastic_sparsity.errors import NumericsError, ShapeError
-from elastic_sparsity.evaluate import evaluate
+from elastic_sparsity.evaluate import KeptHidden, evaluate
 from elastic_sparsity.tiny import tiny_model
 
 VOCABULARY = 260
@@ -96,6 +96,23 @@ def test_windows_are_independent_of_each_other_and_of_other_models():
     alone = [evaluate({"a": model}, window[None], autocast=nullcontext)["a"].perplexity for window in ids]
     mean = math.exp(sum(map(math.log, alone)) / 3)
     assert together["a"].perplexity == pytest.approx(mean, rel=1e-6)
+
+
+@pytest.mark.parametrize("autocast", [nullcontext, lambda: torch.autocast("cpu", torch.bfloat16)], ids=["32", "16"])
+@pytest.mark.parametrize("kept_windows", [3, 1, 0])
+def test_a_kept_reference_changes_no_figure_and_runs_once_a_window(kept_windows, autocast):
+    reference, ids = tiny_model("llama"), windows(3)
+    models = [tiny_model("llama", seed=seed) for seed in (1, 2)]
+    one_window = 139 * reference.config.hidden_size * 4
+    kept = KeptHidden(reference, kept_windows * one_window + one_window // 2)
+    runs = []
+    reference.base_model.register_forward_hook(lambda *_: runs.append(1))
+    options = {"reference": reference, "autocast": autocast}
+    found = [evaluate({"it": model}, ids, reference_hidden=kept, **options) for model in models]
+    assert len(runs) == 3 + (3 - kept_windows)
+    assert kept.free_bytes == one_window // 2
+    assert found == [evaluate({"it": model}, ids, **options) for model in models]
+    assert len({x["it"].kl for x in found}) == 2
 
 
 def test_bfloat16_autocast_is_close_to_float32():

@@ -13,6 +13,7 @@ from elastic_sparsity import ElasticCheckpoint, reporting
 from elastic_sparsity.cli_eval import Record
 from elastic_sparsity.errors import ConfigError
 from elastic_sparsity.report_facts import read_facts
+from elastic_sparsity.report_words import task_rows
 
 BASE = "b" * 64
 HERE = {"date": "2026-11-28", "device": "another CPU"}
@@ -58,6 +59,14 @@ def test_files_of_one_protocol_are_one_table(folder, tmp_path):
     del other["zero_shot"]
     assert len(read(folder, levels, saved(tmp_path, other, "other.json")).quality) == 2, "another protocol"
     assert read(folder).quality == () == read(folder).tasks
+
+
+def test_scores_on_other_documents_are_refused(folder, tmp_path):
+    base = dense(folder)
+    base["zero_shot"]["rows"][0]["sha256"] = "1" * 16
+    (tasks,) = read(folder, saved(tmp_path, results(folder)), saved(tmp_path, base, "dense.json")).tasks
+    with pytest.raises(ConfigError, match="task 'piqa': dense answered documents of sha256 1111.*50 % those of 0000"):
+        task_rows(tasks)
 
 
 def test_the_page_and_the_card_show_them(capsys, folder, tmp_path):

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import random
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from test_cli import expect_error, run
 
 from elastic_sparsity.errors import ConfigError, DataError, NumericsError
-from elastic_sparsity.report import mean_score, task_means, tasks_table
+from elastic_sparsity.report import mean_score, task_lines, task_means, tasks_table
 from elastic_sparsity.task_files import load_tasks, read_documents
 from elastic_sparsity.tiny import byte_tokenizer, tiny_model
 from elastic_sparsity.zero_shot import score_task, zero_shot
@@ -345,6 +346,18 @@ def test_table_and_means():
     console.print(tasks_table(rows, "title"))
     text = console.export_text()
     assert "50.0 ± 3.0" in text and "60.0 ± 2.1" in text and "50 %" in text and "2:4" in text
+
+
+def test_scores_on_other_documents_are_not_put_into_one_table():
+    row = {"method": "elastic", "task": "piqa", "metric": "acc", "value": 0.5, "error": 0.03, "num_documents": 9}
+    rows = [
+        {**row, "level": level, "sha256": sha256} for level, sha256 in (("0.5", "ab"), ("2:4", "ab"), ("0.7", None))
+    ]
+    task_lines(rows)
+    message = "task 'piqa': 50 % elastic answered documents of sha256 ab, 60 % elastic those of cd; the data changed"
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        task_lines([*rows, {**row, "level": "0.6", "sha256": "cd"}])
+    task_lines([*rows, {**row, "level": "0.6", "task": "boolq", "sha256": "cd"}])  # another task's
 
 
 def tasks_command(checkpoint, three, *more):
