@@ -30,6 +30,7 @@ from elastic_sparsity.feature_stage import (
 from elastic_sparsity.functional_fold import folded_parameters, outputs_inputs
 from elastic_sparsity.importance import InputStatistics
 from elastic_sparsity.ladder import Ladder, Level
+from elastic_sparsity.masks import WHOLE_MATRIX, matrix_count
 from elastic_sparsity.metric_refresh import scaled_square_sum
 from elastic_sparsity.soft_mask import Choice, straight_through
 from elastic_sparsity.spectral_loss import initial_scales
@@ -153,9 +154,9 @@ class _Learner:
                     # A ReLU may leave a channel at zero, where a square root has no derivative.
                     squares_I = self._norms(path, scales, shifts).clamp_min(torch.finfo(torch.float32).tiny)
                     scores_OI = scores_OI * squares_I.sqrt()
-                if self.method == "magnitude" and level.pattern is None:  # as it is pruned: over the whole matrix
+                if self.method in WHOLE_MATRIX and level.pattern is None:  # as one-shot pruning does; runs go by row
                     size = scores_OI.numel()
-                    choice = Choice(size - int(size * level.sparsity), size)
+                    choice = Choice(matrix_count(size, level.sparsity), size)
                     mask_OI = straight_through(scores_OI.reshape(1, size), choice, self.temperature).view_as(scores_OI)
                 else:
                     choice = choice_of(level, folded_OI.shape[1])

@@ -59,7 +59,7 @@ def add_structured(
 
     Each is there or not there: a call that is interrupted leaves a whole checkpoint with those that were finished. No
     file but elastic_config.json changes, and no other level. An interrupted search of counts leaves its steps in
-    `<path>.structured-0.5.search.json`, and the same call goes on from there.
+    `structured-0.5.search.json` there, and the same call goes on from them.
 
     Args:
         path: folder of an elastic checkpoint; of its tensors only `shared` is read.
@@ -77,10 +77,10 @@ def add_structured(
     check_search(search, scores, samples)
     if is_hub_id(path):
         raise ConfigError(f"{path}: is no folder; download the checkpoint and name its folder.")
-    checkpoint, folder = ElasticCheckpoint(path), Path(path).absolute()
+    checkpoint = ElasticCheckpoint(path)
     for fraction in fractions:
         _check_new(checkpoint, fraction)
-    check_output_file(folder / CONFIG_NAME)  # a folder that cannot be written to should not cost the work
+    check_output_file(checkpoint.folder / CONFIG_NAME)  # a folder that cannot be written to should not cost the work
     recipe = pruning_recipe(
         "add-structured",
         model=_base_model(checkpoint, model),
@@ -100,7 +100,7 @@ def add_structured(
     return write_levels(
         checkpoint, recipe, tokens_ST, fractions,
         scores=scores, search=search, accumulate=accumulate, multiple=multiple,
-        search_path=lambda name: folder.with_name(f"{folder.name}.{name}.search.json"), progress=progress,
+        search_path=lambda name: checkpoint.folder / f"{name}.search.json", progress=progress,
     )  # fmt: skip
 
 
@@ -192,7 +192,8 @@ def write_levels(
             "tuning": _tuning(recipe, token_ids_ST, made.tuned_kl),
         }
         add_section(checkpoint.folder, level, section_tensors(made.model, made.kept, made.sizes), record)
-        search_path(level.name).unlink(missing_ok=True)
+        if search is not None:
+            search_path(level.name).unlink(missing_ok=True)
         levels.append(level)
         del model, made  # before the next one is loaded
     return levels

@@ -99,7 +99,7 @@ def allocate(recipe: Recipe, wanted: Allocating, output: Path, progress: Progres
     dtype = base.model.dtype
     if resolve_precision(recipe.precision, base.model.device.type) == "float32":
         base.model.float()  # as a run does
-    scales = {} if recipe.scores.method == "magnitude" else base.channel_scales
+    scales = base.scales_of(recipe.scores.method)
     return allocate_on(base, token_ids_ST, recipe, wanted, output, begun, progress, dtype=dtype, channel_scales=scales)
 
 

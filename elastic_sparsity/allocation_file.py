@@ -143,28 +143,29 @@ def check_made(plan: AllocationPlan, made: dict[str, Any], sparsities: Sequence[
         key for key, value in json.loads(json.dumps(made)).items() if key not in plan.made or plan.made[key] != value
     ]
     other += ["levels"] if plan.sparsities != list(sparsities) else []
+    older = [key for key in other if key not in plan.made and key != "levels"]
     if other:
-        raise OutputError(
-            f"{path}: holds an unfinished search of other settings ({', '.join(sorted(other))}); name another output."
-        )
+        what = "an older version, which did not note" if older == other else "other settings:"
+        names = ", ".join(sorted(other))
+        raise OutputError(f"{path}: holds an unfinished search of {what} {names}; delete it or name another output.")
 
 
 def check_model(plan: AllocationPlan, path: Path, identity: Mapping[str, str], dtype: str) -> None:
     """That a plan was made for these weights: another model's may have the same names and shapes.
 
-    A plan that does not say is not refused.
+    A plan that does not say is not refused, nor one for another dtype: the same weights then have another hash.
 
     Args:
         identity: of the base model, see `models.BaseModel`.
-        dtype: in which it is loaded; the same weights of another dtype have another hash, and are not compared.
+        dtype: in which it is loaded.
     Raises: ConfigError.
     """
     recorded = plan.made.get("base_model")
     sha256 = recorded.get("sha256") if isinstance(recorded, dict) else None
-    if sha256 not in (None, identity["sha256"]) and plan.made.get("dtype", dtype) == dtype:
+    if sha256 not in (None, identity["sha256"]) and plan.made.get("dtype") == dtype:
         raise ConfigError(
             f"{path}: is of another model: of weights with sha256 {brief(str(sha256)[:12])}..., those of "
-            f"{identity['id']} have {identity['sha256'][:12]}...; search again."
+            f"{identity['id']} have {identity['sha256'][:12]}...; search again (of an induced model after `induce`)."
         )
 
 

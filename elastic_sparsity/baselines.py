@@ -17,11 +17,10 @@ from elastic_sparsity.errors import ConfigError
 from elastic_sparsity.importance import InputStatistics, importance_scores
 from elastic_sparsity.ladder import Level, keep_count
 from elastic_sparsity.mask_moves import moved_mask
-from elastic_sparsity.masks import drop_levels, mask_at, matrix_mask, pattern_mask
+from elastic_sparsity.masks import WHOLE_MATRIX, drop_levels, mask_at, matrix_mask, pattern_mask
 from elastic_sparsity.sparsegpt import sparsegpt
 
 METHODS = ("magnitude", "wanda", "ria", "obs", "dsnot", "sparsegpt")
-WHOLE_MATRIX = ("magnitude", "ria")  # compared within the matrix, as their public code does; the others within a row
 
 
 @torch.no_grad()

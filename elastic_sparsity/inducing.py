@@ -125,7 +125,9 @@ def induce(recipe: Recipe, output: str | Path, progress: Progress = silent) -> I
     error = check_function_kept(before, _logits(model, token_ids_ST), torch.float32)
     log.info("induction: absorbed; the logits moved by %.1e of their largest, which is rounding", error)
     if dtype != torch.float32:  # the base model's weights were exact in it, those made of them are not
-        rounded = relative_error(before, _logits(model.to(dtype).float(), token_ids_ST))
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype).float()
+        rounded = relative_error(before, _logits(model, token_ids_ST))
         log.info("induction: rounding to %s, as the base model is stored, moves the logits by %.1e", dtype, rounded)
     with atomic_folder(output) as scratch:
         model.to(dtype).save_pretrained(scratch)

@@ -10,7 +10,7 @@ The scales are shared by all levels, so that one order of weights still serves t
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -164,14 +164,11 @@ def learn_channel_scales(
         _train_(model, linears, head, ladder, train_ST, settings, generator, autocast, share, on_step)
         if not all(torch.isfinite(linear.log_scale_I).all() for linear in linears.values()):
             raise NumericsError("induction: the scales are not finite any more; lower induction.lr.")
-        for attempt in range(ATTEMPTS):
-            if attempt:  # half as strong: what helps most levels may be too much for one
-                for linear in linears.values():
-                    linear.log_scale_I.data.mul_(0.5)
-            after = _held_out_kl(model, linears, head, ladder, held_ST, share, settings.batch_size, autocast)
-            used = _is_gain([math.log(after[x.name] / max(before[x.name], 1e-30) + 1e-30) for x in ladder.levels])
-            if used:
-                break
+        after, used = _weakened_to_gain_(
+            linears,
+            before,
+            lambda: _held_out_kl(model, linears, head, ladder, held_ST, share, settings.batch_size, autocast),
+        )
         scales = {name: _normalised(linear.log_scale_I) if used else torch.ones_like(linear.log_scale_I.detach())
                   for name, linear in linears.items()}  # fmt: skip
     shown = " ".join(f"{name} {before[name]:.3g} -> {after[name]:.3g}" for name in before)
@@ -190,8 +187,29 @@ def _split(token_ids_ST: Tensor, settings: InductionSettings) -> tuple[Tensor, T
     return token_ids_ST[:trained], token_ids_ST[trained:]
 
 
-def _is_gain(changes: Sequence[float]) -> bool:
-    """Of the logarithm of each level's KL: less on average, and at no level more than rounding. Nobody should lose."""
+def _weakened_to_gain_(
+    linears: Mapping[str, ScaledLinear], before: Mapping[str, float], judge: Callable[[], dict[str, float]]
+) -> tuple[dict[str, float], bool]:
+    """Halves the log scales until no level loses: what helps most of them may be too much for one.
+
+    Returns: KL by level, and True; or that of the scales as learned, and False, if they help nobody or hurt somebody
+        even when they are a quarter as strong.
+    """
+    first: dict[str, float] = {}
+    for attempt in range(ATTEMPTS):
+        if attempt:
+            for linear in linears.values():
+                linear.log_scale_I.data.mul_(0.5)
+        after = judge()
+        first = first or after
+        if _is_gain(before, after):
+            return after, True
+    return first, False
+
+
+def _is_gain(before: Mapping[str, float], after: Mapping[str, float]) -> bool:
+    """Whether KLs fall on average, by their logarithm, and at no level rise by more than rounding."""
+    changes = [math.log(max(after[name], 1e-30) / max(before[name], 1e-30)) for name in before]
     return sum(changes) < 0 and max(changes) <= LEAST_GAIN
 
 

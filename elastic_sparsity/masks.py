@@ -12,6 +12,8 @@ from elastic_sparsity.errors import NumericsError, ShapeError
 
 SORTED_AT_ONCE = 1 << 22  # numbers
 
+WHOLE_MATRIX = ("magnitude", "ria")  # compared within the matrix, as their public code does; the others within a row
+
 
 def _checked(scores_OI: Tensor) -> Tensor:
     if scores_OI.ndim != 2:
@@ -66,11 +68,16 @@ def matrix_mask(scores_OI: Tensor, sparsity: float) -> Tensor:
         sparsity: fraction of zeros; int(number of weights * sparsity) weights go.
     Returns: (O, I) bool.
     """
-    kept = _checked(scores_OI).numel() - int(scores_OI.numel() * sparsity)
+    kept = matrix_count(_checked(scores_OI).numel(), sparsity)
     order = scores_OI.flatten().argsort(descending=True, stable=True)
     mask = torch.zeros(scores_OI.numel(), dtype=torch.bool, device=scores_OI.device)
     mask[order[:kept]] = True
     return mask.view(scores_OI.shape)
+
+
+def matrix_count(size: int, sparsity: float) -> int:
+    """How many of a matrix's weights `matrix_mask` keeps."""
+    return size - int(size * sparsity)
 
 
 def pattern_mask(scores_OI: Tensor, kept: int, group_size: int, within_OI: Tensor | None = None) -> Tensor:

@@ -68,6 +68,10 @@ class BaseModel:
     channel_scales: dict[str, Tensor] = field(default_factory=dict)
     """What `elastic-sparsity induce` learned, if the folder holds it."""
 
+    def scales_of(self, scores: str) -> dict[str, Tensor]:
+        """The learned scales of these scores, by linear: magnitudes have them in them already."""
+        return {} if scores == "magnitude" else self.channel_scales
+
 
 def cache_folder() -> Path:
     """$ELASTIC_SPARSITY_CACHE, else elastic-sparsity in the user's cache folder."""

@@ -191,9 +191,7 @@ def run_induction(job: Job) -> tuple[Job, dict[str, Any]]:
     scales that came with the base model are used.
     """
     if not job.recipe.induction.steps:
-        # Magnitudes of a model that `induce` wrote have its scales in them already.
-        kept = {} if job.recipe.scores.method == "magnitude" else job.base.channel_scales
-        return replace(job, channel_scales=kept), {}
+        return replace(job, channel_scales=job.base.scales_of(job.recipe.scores.method)), {}
     found = job.folder.load_induction()
     if found is None:
         learned = learn(job.recipe, job.base, job.token_ids_ST, job.precision, job.workers, job.progress)

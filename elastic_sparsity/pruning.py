@@ -1,5 +1,6 @@
 """Structured pruning from a model's name to a folder: the flow behind `elastic-sparsity prune`."""
 
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from elastic_sparsity.data import token_hash
 from elastic_sparsity.descent import DescentSettings
 from elastic_sparsity.end_to_end import EndToEndSettings
 from elastic_sparsity.errors import NumericsError
-from elastic_sparsity.files import atomic_folder, check_output_folder
+from elastic_sparsity.files import atomic_folder, check_output_file, check_output_folder
 from elastic_sparsity.models import BaseModel, load_base, weights_hash
 from elastic_sparsity.precision import DTYPES, autocast_factory, resolve_precision
 from elastic_sparsity.structured import Scores, check_scores, prune_structured_
@@ -95,13 +96,15 @@ def prune(
         seed=seed,
         precision=precision,
     )
-    output = Path(output)
+    output = Path(os.path.abspath(output))  # "." has no name  # noqa: PTH100
     check_output_folder(output)
+    search_path = output.with_name(f"{output.name}.search.json")
+    if search is not None:
+        check_output_file(search_path)
     base = load_base(model_id, dtype)
     model, multiple = base.model, usual_multiple(base.model) if multiple is None else multiple
     sizes_for(model, sparsity, multiple)  # a budget that cannot be met costs no work
     before = model.num_parameters()
-    search_path = output.absolute().with_name(f"{output.name}.search.json")
     made = smaller_model(
         recipe,
         model,
@@ -118,7 +121,8 @@ def prune(
     with atomic_folder(output) as scratch:
         made.model.save_pretrained(scratch)
         base.tokenizer.save_pretrained(scratch)
-    search_path.unlink(missing_ok=True)
+    if search is not None:
+        search_path.unlink(missing_ok=True)
     return Pruned(
         sizes=made.sizes,
         searched=made.searched,

@@ -162,8 +162,8 @@ def _searched(
         def judge(kept: Sequence[int]) -> float:
             net.apply_(kept)
             found = loss(range(HELD_OUT))
-            if math.isnan(found):
-                raise NumericsError("search: the loss of some counts is NaN; check the model and the calibration text.")
+            if not math.isfinite(found):
+                raise NumericsError(f"search: the loss of some counts is {found}; check the model and the text.")
             return found
 
         state = begun

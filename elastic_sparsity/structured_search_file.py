@@ -62,7 +62,7 @@ class SearchFile:
         if other:
             raise OutputError(
                 f"{self.path}: holds an unfinished search of other settings ({brief(', '.join(other))}); delete it or "
-                "name another output."
+                "name another output (of a run: --restart)."
             )
         return state
 

@@ -292,12 +292,31 @@ def test_an_interrupted_search_goes_on_to_the_same_plan(plan_path, tmp_path, mon
         optimize(tiny_recipe(allocation={"plan": str(path)}), tmp_path / "never")
     with monkeypatch.context() as patched:  # known before a model is loaded
         patched.setattr("elastic_sparsity.allocating.load_base", None)
-        with pytest.raises(OutputError, match=r"holds an unfinished search of other settings \(search\)"):
+        with pytest.raises(OutputError, match="holds an unfinished search of other settings: search"):
             allocate(RECIPE, wanted(search=SearchSettings(generations=5, windows=(1, 2), survivors=(2,))), path)
     allocate(RECIPE, wanted(), path, stop)
     assert path.read_bytes() == plan_path.read_bytes()
     with pytest.raises(OutputError, match="holds a finished plan"):
         allocate(RECIPE, wanted(), path)
+
+
+def test_an_unfinished_search_of_an_older_version_is_refused_as_such(plan_path, tmp_path):
+    data = json.loads(plan_path.read_text())
+    del data["made"]["damping"]
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps({**data, "finished": False}))
+    with pytest.raises(OutputError, match="of an older version, which did not note damping; delete it"):
+        allocate(RECIPE, wanted(), path)
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_a_plan_whose_hash_says_nothing_here_is_taken(dtype, plan_path, tmp_path):
+    """Of an older version, or of the same model loaded otherwise: names, shapes and budgets still have to fit."""
+    data = json.loads(plan_path.read_text())
+    data["made"] |= {"base_model": {"id": "x", "sha256": "0" * 64}, "dtype": dtype}
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(data))
+    optimize(tiny_recipe(allocation={"plan": str(path)}, block={"steps": 0}), tmp_path / "out")
 
 
 def test_half_the_way_is_the_default(plan_path, tmp_path):

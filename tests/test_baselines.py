@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from elastic_sparsity.arch import architecture_of, decoder_blocks, weight_OI
-from elastic_sparsity.baselines import METHODS, WHOLE_MATRIX, prune_one_shot_
+from elastic_sparsity.baselines import METHODS, prune_one_shot_
 from elastic_sparsity.blocks import BlockRunner
 from elastic_sparsity.calibrate import block_statistics
 from elastic_sparsity.errors import ConfigError
 from elastic_sparsity.importance import importance_scores
 from elastic_sparsity.ladder import Ladder, keep_count
-from elastic_sparsity.masks import drop_levels, mask_at, matrix_mask
+from elastic_sparsity.masks import WHOLE_MATRIX, drop_levels, mask_at, matrix_mask
 from elastic_sparsity.tiny import tiny_model
 
 LADDER = Ladder(sparsities=(0.5, 0.7), patterns=("2:4",))

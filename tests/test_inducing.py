@@ -17,7 +17,7 @@ from elastic_sparsity.inducing import absorb_importance_, induce
 from elastic_sparsity.induction_file import FILE_NAME, FORMAT, load_scales
 from elastic_sparsity.models import load_base
 from elastic_sparsity.slicing import load_level
-from elastic_sparsity.tiny import TINY_FAMILIES, tiny_model
+from elastic_sparsity.tiny import TINY_FAMILIES, byte_tokenizer, tiny_model
 
 STAGE = {"steps": 6, "batch_size": 2, "lr": 0.05, "samples": 4, "held_out": 4}
 CALIBRATION = {"source": "self", "samples": 16, "length": 16}
@@ -51,6 +51,29 @@ def test_scales_reach_the_masks(tmp_path, monkeypatch):
         for name, linear in linears_of(load_level(checkpoint, level, torch.float32)).items():
             assert (linear.weight[:, 3] != 0).all(), (level, name)
             assert (linear.weight == 0).any(), (level, name)
+
+
+def test_a_search_in_a_run_orders_weights_by_what_was_learned(tmp_path, monkeypatch):
+    real, seen = pipeline.plan_in_run, []
+
+    def spy(*args, **options):
+        seen.append(options["channel_scales"])
+        return real(*args, **options)
+
+    monkeypatch.setattr(pipeline, "plan_in_run", spy)
+    optimize(recipe(allocation={"search": True, "held_out": 4}), tmp_path / "elastic")
+    (scales,) = seen
+    assert scales.keys() == linears_of(tiny_model("llama")).keys()
+
+
+def test_what_bfloat16_rounds_away_is_said(tmp_path, caplog):
+    tiny_model("llama").to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    with caplog.at_level("INFO"):
+        induce(recipe(model={"id": str(tmp_path / "base")}), tmp_path / "induced")
+    (said,) = (float(x.rpartition(" ")[2]) for x in caplog.messages if "rounding to torch.bfloat16" in x)
+    assert 1e-5 < said < 0.1
+    assert load_base(str(tmp_path / "induced")).model.dtype == torch.bfloat16
 
 
 def test_a_run_goes_on_behind_the_stage(tmp_path, monkeypatch):

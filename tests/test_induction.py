@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from elastic_sparsity import induction
 from elastic_sparsity.arch import head_function, linears_of, weight_OI
 from elastic_sparsity.baselines import prune_one_shot_, pruned_weight
 from elastic_sparsity.distill import Share
@@ -49,6 +50,33 @@ def test_what_does_not_help_is_not_used():
     found = learn(model, steps=1, lr=0.0)
     assert not found.used
     assert all((scale == 1).all() for scale in found.scales.values())
+
+
+def scripted(monkeypatch, *judgements):
+    """Held-out KLs that are said and not measured."""
+    rest = list(judgements)
+    monkeypatch.setattr(
+        induction, "_held_out_kl", lambda *args: dict(zip(("0.5", "0.7", "2:4"), rest.pop(0), strict=True))
+    )
+    return rest
+
+
+def test_scales_are_weakened_until_no_level_loses(monkeypatch):
+    model = tiny_model("llama").requires_grad_(False)
+    rest = scripted(monkeypatch, (1, 1, 1), (0.5, 0.5, 0.9))
+    whole = learn(model)
+    assert whole.used and whole.kl_after["2:4"] == 0.9 and not rest
+    rest = scripted(monkeypatch, (1, 1, 1), (0.5, 0.5, 1.1), (0.7, 0.7, 0.99))
+    half = learn(model)
+    assert half.used and half.kl_after["2:4"] == 0.99 and not rest
+    for name, scale in half.scales.items():
+        torch.testing.assert_close(scale, whole.scales[name].sqrt())
+    rest = scripted(monkeypatch, (1, 1, 1), (0.5, 0.5, 1.1), (0.7, 0.7, 1.05), (0.9, 0.9, 1.01))
+    none = learn(model)
+    assert not none.used and not rest and none.kl_after["2:4"] == 1.1, "as learned"
+    assert all((scale == 1).all() for scale in none.scales.values())
+    scripted(monkeypatch, (0, 1, 1), *[(0, 1, 1)] * 3)
+    assert not learn(model).used, "a level without error has nothing to gain"
 
 
 def test_same_seed_same_scales():

@@ -253,6 +253,17 @@ def test_an_interrupted_search_goes_on_to_the_same_counts(search, tmp_path):
             search_sizes(tiny_model("llama", seed=1), IDS, 0.3, 8, file=SearchFile(path, made), **options)
 
 
+def test_a_prune_without_a_search_touches_no_file_of_one(tmp_path, monkeypatch):
+    (tmp_path / "small.search.json").write_text("mine")
+    options = {"sparsity": 0.4, "multiple": 8, "samples": 20, "length": 24}
+    prune("random:llama", tmp_path / "small", **options)
+    assert (tmp_path / "small.search.json").read_text() == "mine"
+    (tmp_path / "other.search.json").mkdir()
+    monkeypatch.setattr("elastic_sparsity.pruning.load_base", None)  # refused before a model is loaded
+    with pytest.raises(OutputError, match=r"other\.search\.json"):
+        prune("random:llama", tmp_path / "other", search="blocks", **options)
+
+
 def test_a_prune_that_is_killed_keeps_its_search(tmp_path, monkeypatch):
     options = {"sparsity": 0.4, "multiple": 8, "samples": 20, "length": 24, "search": "blocks"}
     whole = prune("random:llama", tmp_path / "whole", **options)
