@@ -40,6 +40,7 @@ from elastic_sparsity.pruning import TUNING_BATCH
 from elastic_sparsity.structured import prune_structured_
 from elastic_sparsity.structured_parts import sizes_for, sliced_model, usual_multiple
 from elastic_sparsity.structured_search import search_sizes
+from elastic_sparsity.structured_search_file import SearchFile
 from elastic_sparsity.structured_tuning import tune_
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -90,7 +91,7 @@ def main() -> None:
 
 def begin_of(args: argparse.Namespace, file: Path) -> dict[str, Any]:
     new = {"date": datetime.date.today().isoformat(), "device": device(), "commit": commit(), "versions": versions()}
-    question = question_of(args, ("methods", "sparsities", "steps", "lr"))
+    question = asked(args)
     return begin(args, file, question, {**new, "seed": args.seed, "cells": {}, "speed": {}})
 
 
@@ -123,6 +124,16 @@ def measure_quality(args: argparse.Namespace, base: BaseModel, result: dict[str,
         result["cells"][cell] = measured(args, cell, model, ids, windows_ST, autocast)
         log(f"{cell} {result['cells'][cell]}")
         write_json(file, result)
+        searches(args).unlink(missing_ok=True)
+
+
+def asked(args: argparse.Namespace) -> dict[str, Any]:
+    return question_of(args, ("methods", "sparsities", "steps", "lr"))
+
+
+def searches(args: argparse.Namespace) -> Path:
+    """Where a search keeps its steps until its cell is measured."""
+    return RESULTS / f"{args.name}-search.json"
 
 
 def is_there(args: argparse.Namespace, cell: dict[str, Any] | None) -> bool:
@@ -148,8 +159,9 @@ def measured(
         if search is None:
             sizes = sizes_for(model, float(share), multiple)
         else:
+            steps = SearchFile(searches(args), {"cell": cell, "question": asked(args)})  # goes on if interrupted
             searched = search_sizes(masked, ids, float(share), multiple, search=search, damping=args.damping,
-                                    batch_size=4, autocast=autocast)  # fmt: skip
+                                    batch_size=4, autocast=autocast, file=steps)  # fmt: skip
             sizes = searched.sizes
             found |= searched.record()
         kept = prune_structured_(masked, ids, sizes, at_once=multiple, damping=args.damping, autocast=autocast,
