@@ -33,7 +33,7 @@ CODE = {
     "folds": (*SHARED, "fold_choice", "feature_stage", "functional_fold", "channel_order", "head_basis",
               "metric_refresh", "rotation", "folding", "calibrate"),
     "absorbed": (*SHARED, "absorbed_stage", "feature_stage", "functional_fold", "absorption", "spectral_loss",
-                 "metric_refresh", "folding", "calibrate"),
+                 "head_basis", "metric_refresh", "folding", "calibrate"),
 }  # fmt: skip
 COSTS = ("seconds", "cpu_seconds", "peak_bytes", "added_bytes", "peak_gpu_bytes")
 

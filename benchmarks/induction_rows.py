@@ -58,6 +58,7 @@ ROWS: dict[str, Row] = {
     "absorbed": Row(absorbed={}),
     "absorbed, from ones": Row(absorbed={"start": "ones"}),
     "absorbed, no penalty": Row(absorbed={"spectral": 0.0}),
+    "absorbed, entropy": Row(absorbed={"penalty": "entropy"}),
     "scores": Row(scores="learned"),
     "gains": Row(gains=True),
     "scales": Row(scores="norms"),

@@ -5,6 +5,7 @@ with Wanda's scores no exact scale changes a mask or the masked function, so tha
 help it. Magnitudes do change: there the masks move, by straight-through gradients.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -28,6 +29,7 @@ from elastic_sparsity.feature_stage import (
     train_,
 )
 from elastic_sparsity.functional_fold import folded_parameters, outputs_inputs
+from elastic_sparsity.head_basis import entropy
 from elastic_sparsity.importance import InputStatistics
 from elastic_sparsity.ladder import Ladder, Level
 from elastic_sparsity.masks import WHOLE_MATRIX, matrix_count
@@ -79,7 +81,8 @@ def absorb_learned_(
         order = balanced_order(ladder.levels, settings.steps, generator)
         data, held = (hidden[:trained], targets[:trained]), (hidden[trained:], targets[trained:])
         before = feature_errors(block, call, *held, ladder.levels, learner.at({}, {}), autocast)
-        train_(learner.free, block, call, *data, order, learner.learned(), settings, autocast, where)
+        penalty = learner.entropy if settings.penalty == "entropy" else None
+        train_(learner.free, block, call, *data, order, learner.learned(), settings, autocast, where, penalty)
         after = feature_errors(block, call, *held, ladder.levels, learner.learned(), autocast)
         used = better(before, after)
         if used:
@@ -140,6 +143,22 @@ class _Learner:
             return self.at(scales, self.shifts)(level, with_graph)
 
         return parameters
+
+    def entropy(self) -> Tensor:
+        """Of all linears' dense importances: mean over them, as a share of its largest value.
+
+        DenoiseRotator's objective (arXiv 2505.23049) without its matrix at run time: importance gathers in few weights
+        of a row. Unlike eq. 8 it does not depend on scale. Exact scales leave Wanda's importances as they are.
+        """
+        scales = {name: logs.exp() for name, logs in self.log_scales.items()}
+        folded, found = folded_parameters(self.block, self.pairs, scales, self.shifts), []
+        for path, linear in self.linears.items():
+            weight_OI = outputs_inputs(self.block, path, folded.get(f"{path}.weight", linear.weight))  # type: ignore[arg-type]
+            energy_OI = weight_OI.float().square()
+            if self.method == "wanda":
+                energy_OI = energy_OI * self._norms(path, scales, self.shifts)
+            found.append(entropy(energy_OI) / math.log(max(2, energy_OI.shape[1])))
+        return torch.stack(found).mean()
 
     def at(self, scales: Mapping[str, Tensor], shifts: Mapping[str, Tensor]) -> ParametersAt:
         """Folded and masked parameters. Scores come from cached statistics, refreshed by eq. 10."""

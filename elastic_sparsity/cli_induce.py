@@ -44,6 +44,9 @@ def register(app: typer.Typer, progress: Callable[[bool], AbstractContextManager
             str, typer.Option(help="Beyond the paper: values, query_key, value_order, mlp_order, commas between.")
         ] = "",
         start: Annotated[str, typer.Option(help="Where absorbed scales begin: medians (eq. 5) or ones.")] = "medians",
+        penalty: Annotated[
+            str, typer.Option(help="Beside the error of absorbed scales: spectral (eq. 8) or entropy.")
+        ] = "spectral",
         scores: Annotated[str, typer.Option(help="Whose masks: wanda, or magnitude (absorbed only).")] = "wanda",
         levels: Annotated[str, typer.Option(help="Levels it will be pruned to.")] = "0.5,0.6,0.7,2:4",
         steps: Annotated[int, typer.Option(help="Optimiser steps, one level each.")] = 120,
@@ -71,6 +74,7 @@ def register(app: typer.Typer, progress: Callable[[bool], AbstractContextManager
                 "induction": {
                     "reading": reading,
                     "start": start,
+                    "penalty": penalty,
                     "folds": [name.strip() for name in folds.split(",") if name.strip()],
                     "steps": steps,
                     "samples": min(64, samples),

@@ -96,7 +96,9 @@ class InductionSection(_Section):
     """Beyond the paper, chosen block by block where held-out error falls, before the reading: a matrix per value head,
     an angle per RoPE pair, orders of channels for N:M. The function stays; nothing is added."""
     spectral: Rate = 0.01
-    """Weight of the spectral penalty (lambda of eq. 6) of `reading = "absorbed"`."""
+    """Weight of the penalty (lambda of eq. 6) of `reading = "absorbed"`."""
+    penalty: Literal["spectral", "entropy"] = "spectral"
+    """What it is: the paper's spectral one (eq. 8), or the entropy of the importances, which knows no scale."""
     start: Literal["medians", "ones"] = "medians"
     """Where absorbed scales begin: the paper's eq. 5, or 1."""
     steps: NonNegative = 0

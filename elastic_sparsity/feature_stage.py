@@ -2,8 +2,8 @@
 
 Shared by its readings A (`absorbed_stage`) and C (`gains`). Where the paper is silent we take OmniQuant (2308.13137),
 whose equations it uses: AdamW at 5e-3 without decay, one sample a step, a block at a time. The loss is eq. 6: features
-against the dense block's, and the spectral penalty of eq. 8. Nothing is kept that does not lower the error of samples
-that were held out.
+against the dense block's, and a penalty: the spectral one of eq. 8, or what a reading puts in its place. Nothing is
+kept that does not lower the error of samples that were held out.
 """
 
 import math
@@ -32,6 +32,7 @@ class StageSettings:
         steps: of every block, one sample and one level each.
         held_out: samples, the last ones, that judge.
         spectral: lambda of eq. 6; 0 = features alone.
+        penalty: what lambda multiplies: "spectral" (eq. 8), or "entropy" of the importances (reading A only).
         temperature: of the relaxed masks, in units of the scores' logarithm.
         paper_start: begin at eq. 5 where it says something (reading A only); else at 1, where nothing is changed.
     """
@@ -40,6 +41,7 @@ class StageSettings:
     held_out: int
     lr: float = 5e-3
     spectral: float = 0.01
+    penalty: str = "spectral"
     temperature: float = 0.5
     paper_start: bool = True
 
@@ -102,16 +104,17 @@ def train_(
     settings: StageSettings,
     autocast: Callable[[], Any],
     where: str,
+    penalty: Callable[[], Tensor] | None = None,
 ) -> None:
     """AdamW on the free vectors.
 
     Args:
         order: the level of every step.
+        penalty: stands in for eq. 8; None = eq. 8, of the level's masked matrices.
     Raises: NumericsError: a loss or vector that is not finite, naming `where` and the level.
     """
     optimizer = torch.optim.AdamW(list(free), lr=settings.lr, weight_decay=0.0)
-    norms: SpectralNorms | None = None
-    alpha = 0.0
+    spectral = _Spectral(block)
     for step, level in enumerate(order):
         with torch.enable_grad():
             parameters = parameters_at(level, True)
@@ -120,11 +123,7 @@ def train_(
                 output = call_with(block, call, parameters, inputs_STD[sample, None])
             loss = feature_loss(output, targets_STD[sample, None])
             if settings.spectral:
-                weights = _matrices(block, parameters)
-                norms = norms or SpectralNorms(weights)
-                found = norms(weights)
-                alpha = alpha or 1 / float(found.detach().sum())
-                loss = loss + settings.spectral * spectral_penalty(found, alpha)
+                loss = loss + settings.spectral * (spectral(parameters) if penalty is None else penalty())
             loss.backward()  # type: ignore[no-untyped-call]
         if not math.isfinite(float(loss.detach())) or not finite_parameters(x.grad for x in free if x.grad is not None):
             raise NumericsError(
@@ -133,6 +132,21 @@ def train_(
             )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+
+
+class _Spectral:
+    """Eq. 8 of a block's changed matrices; alpha is one over the sum of their norms at the first call."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.block, self.alpha = block, 0.0
+        self.norms: SpectralNorms | None = None
+
+    def __call__(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        weights = _matrices(self.block, parameters)
+        self.norms = self.norms or SpectralNorms(weights)
+        found = self.norms(weights)
+        self.alpha = self.alpha or 1 / float(found.detach().sum())
+        return spectral_penalty(found, self.alpha)
 
 
 def better(before: Mapping[str, float], after: Mapping[str, float]) -> bool:

@@ -59,6 +59,23 @@ def test_recorded_errors_are_those_of_the_pruned_block():
     assert found[0].after["0.5"] == pytest.approx(sum(errors) / 8, rel=1e-3)
 
 
+def test_the_entropy_of_importances_takes_the_place_of_eq_8():
+    """A large weight of it gathers magnitude in fewer weights than features alone do; Wanda's importances stay."""
+
+    def spread(model):
+        linears = linears_of(model).values()
+        shares = [weight_OI(x).square() / weight_OI(x).square().sum(1, keepdim=True) for x in linears]
+        return sum(float(-torch.special.xlogy(x, x).sum(1).mean()) for x in shares)
+
+    plain, gathered, other = (tiny_model("llama").requires_grad_(False) for _ in range(3))
+    before = logits(plain)
+    assert any(x.used for x in absorb(plain, "magnitude", spectral=0.0))
+    assert any(x.used for x in absorb(gathered, "magnitude", spectral=1.0, penalty="entropy"))
+    check_function_kept(before, logits(gathered), torch.float32)
+    assert spread(gathered) < spread(plain)
+    assert not any(x.used for x in absorb(other, "wanda", spectral=1.0, penalty="entropy"))
+
+
 def test_wanda_is_not_helped_by_exact_scales():
     """No biases, so no shifts: masks and masked function are what they were, and nothing is used."""
     model = tiny_model("llama").requires_grad_(False)

@@ -109,7 +109,8 @@ ALLOWED = {
     "feature_stage": {"torch", "errors", "functional_fold", "ladder", "soft_mask", "spectral_loss"},
     "absorbed_stage": {
         "torch", "absorption", "arch", "blocks", "calibrate", "end_to_end", "errors", "feature_stage",
-        "functional_fold", "importance", "ladder", "masks", "metric_refresh", "soft_mask", "spectral_loss",
+        "functional_fold", "head_basis", "importance", "ladder", "masks", "metric_refresh", "soft_mask",
+        "spectral_loss",
     },
     "fold_choice": {
         "torch", "arch", "blocks", "calibrate", "channel_order", "errors", "feature_stage", "functional_fold",
