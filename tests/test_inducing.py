@@ -66,12 +66,13 @@ def test_a_search_in_a_run_orders_weights_by_what_was_learned(tmp_path, monkeypa
     assert scales.keys() == linears_of(tiny_model("llama")).keys()
 
 
-def test_what_bfloat16_rounds_away_is_said(tmp_path, caplog):
+def test_what_bfloat16_rounds_away_is_said(tmp_path, monkeypatch):
     tiny_model("llama").to(torch.bfloat16).save_pretrained(tmp_path / "base")
     byte_tokenizer().save_pretrained(tmp_path / "base")
-    with caplog.at_level("INFO"):
-        induce(recipe(model={"id": str(tmp_path / "base")}), tmp_path / "induced")
-    (said,) = (float(x.rpartition(" ")[2]) for x in caplog.messages if "rounding to torch.bfloat16" in x)
+    messages = []
+    monkeypatch.setattr(inducing.log, "info", lambda text, *args: messages.append(text % args))
+    induce(recipe(model={"id": str(tmp_path / "base")}), tmp_path / "induced")
+    (said,) = (float(x.rpartition(" ")[2]) for x in messages if "rounding to torch.bfloat16" in x)
     assert 1e-5 < said < 0.1
     assert load_base(str(tmp_path / "induced")).model.dtype == torch.bfloat16
 
