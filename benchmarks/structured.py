@@ -124,16 +124,16 @@ def measure_quality(args: argparse.Namespace, base: BaseModel, result: dict[str,
         result["cells"][cell] = measured(args, cell, model, ids, windows_ST, autocast)
         log(f"{cell} {result['cells'][cell]}")
         write_json(file, result)
-        searches(args).unlink(missing_ok=True)
+        steps_of(args, cell).unlink(missing_ok=True)
 
 
 def asked(args: argparse.Namespace) -> dict[str, Any]:
     return question_of(args, ("methods", "sparsities", "steps", "lr"))
 
 
-def searches(args: argparse.Namespace) -> Path:
-    """Where a search keeps its steps until its cell is measured."""
-    return RESULTS / f"{args.name}-search.json"
+def steps_of(args: argparse.Namespace, cell: str) -> Path:
+    """Where a cell's search keeps its steps until the cell is measured; another cell leaves them alone."""
+    return RESULTS / f"{args.name}-{cell.replace('/', '-').replace(', ', '-')}-search.json"
 
 
 def is_there(args: argparse.Namespace, cell: dict[str, Any] | None) -> bool:
@@ -159,7 +159,7 @@ def measured(
         if search is None:
             sizes = sizes_for(model, float(share), multiple)
         else:
-            steps = SearchFile(searches(args), {"cell": cell, "question": asked(args)})  # goes on if interrupted
+            steps = SearchFile(steps_of(args, cell), {"cell": cell, "question": asked(args)})  # goes on if interrupted
             searched = search_sizes(masked, ids, float(share), multiple, search=search, damping=args.damping,
                                     batch_size=4, autocast=autocast, file=steps)  # fmt: skip
             sizes = searched.sizes

@@ -224,9 +224,11 @@ def _nothing_fits(budget: _Budget, candidates: list[_Candidate]) -> str:
             )
     if budget.min_quality is not None:
         known = [(x, x.quality) for x in candidates if x.quality is not None]
-        if known and max(known, key=lambda pair: pair[1])[1] < budget.min_quality:
+        if known:  # a structured level's quality need not be recorded
             best, quality = max(known, key=lambda pair: pair[1])
-            return f"no level reaches quality {budget.min_quality:g}; the best, {best.level.title}, has {quality:.3g}."
+            if quality < budget.min_quality:
+                wanted = f"{budget.min_quality:g}"
+                return f"no level reaches quality {wanted}; the best, {best.level.title}, has {quality:.3g}."
     nearest = min(candidates, key=lambda found: max(factor for factor, _ in budget.excess(found)))
     rows = [f"{x.title}: {' and '.join(words for _, words in budget.excess(x))}" for x in candidates]
     return f"no level meets all budgets; the nearest is {nearest.title}. {'; '.join(rows)}."

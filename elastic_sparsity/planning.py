@@ -94,12 +94,12 @@ def plan(
         UnsupportedModelError. Not if it does not fit: see `Plan.check`.
     """
     shapes = read_shapes(recipe.model.id, recipe.model.dtype, config_file)
-    if recipe.structured.fractions:
-        check_structured(recipe, shapes_model(recipe.model.id, config_file))
-    if recipe.allocation.plan is not None:
-        path = Path(recipe.allocation.plan)
-        linears = linear_sizes(shapes_model(recipe.model.id, config_file))
-        allocation_of(load_plan(path), path, linears, recipe.ladder.sparsities)
+    if recipe.structured.fractions or recipe.allocation.plan is not None:
+        model = shapes_model(recipe.model.id, config_file)
+        check_structured(recipe, model)
+        if recipe.allocation.plan is not None:
+            path = Path(recipe.allocation.plan)
+            allocation_of(load_plan(path), path, linear_sizes(model), recipe.ladder.sparsities)
     limits = dict(limits or {})
     wrong = sorted(limits.keys() - {"device", "host", "disk"})
     if wrong or any(size <= 0 for size in limits.values()):

@@ -79,7 +79,7 @@ def test_structured_measures_quality_and_speed(results, texts):
     assert cells["0.4/obs"]["parameters"] == cells["0.4/magnitude"]["parameters"] < cells["dense"]["parameters"]
     assert len(cells["0.4/obs, searched"]["losses"]) >= 1 and cells["0.4/obs"]["channels"] == [40, 40]
     assert found["speed"]["0.4"]["prefill_times_dense"] > 0 and "obs, searched" in text
-    assert not (results / "structured-search.json").exists()
+    assert not list(results.glob("*-search.json"))
     assert (results / "structured.png").read_bytes().startswith(b"\x89PNG")
     again = started(structured, *few, *speed, "--sparsities", "0.4", "--methods", *methods)
     assert json.loads((results / "structured.json").read_text())["cells"] == cells and "obs" in again
