@@ -11,14 +11,13 @@ is another one by now: an interrupted run goes on, and further plans add columns
 
 import argparse
 import copy
-import datetime
 import hashlib
 import json
 import time
 from pathlib import Path
 from typing import Any
 
-from cells import RESULTS, begin, check_texts, device, exit_on_error, log, question_of
+from cells import add_place, begin, check_texts, exit_on_error, log, precision_of, question_of, stamp
 from rich.console import Console
 from rich.table import Table
 
@@ -32,8 +31,7 @@ from elastic_sparsity.evaluate import evaluate
 from elastic_sparsity.files import write_json
 from elastic_sparsity.ladder import Ladder
 from elastic_sparsity.models import load_base
-from elastic_sparsity.pipeline import versions
-from elastic_sparsity.precision import autocast_factory, resolve_precision
+from elastic_sparsity.precision import autocast_factory
 from elastic_sparsity.supernet import linear_sizes
 
 UNIFORM = "uniform"
@@ -54,14 +52,15 @@ def main() -> None:
     parser.add_argument(
         "--every", type=int, default=1, help="only every n-th window: a quick figure, not the protocol's"
     )
-    parser.add_argument("--name", default="allocation")
+    parser.add_argument("--precision", default="auto", choices=("auto", "float32", "bfloat16"), help="of products")
     parser.add_argument("--restart", action="store_true")
     parser.add_argument("--show", action="store_true", help="measure nothing: table and plot of what is there")
+    add_place(parser, "allocation")
     args = parser.parse_args()
     check_texts(args.calibration, args.evaluation)
     plans = {path.stem: load_plan(path) for path in args.plans}
-    file = RESULTS / f"{args.name}.json"
-    question = question_of(args, ("plans", "methods", "levels", "show"))
+    file = args.results / f"{args.name}.json"
+    question = question_of(args, ("plans", "methods", "levels", "show", "precision"))
     result = begin(args, file, question, {"dense": None, "plans": {}, "cells": {}})
     result["plans"] |= {name: {"made": plan.made, "held_out_kl": plan.held_out_kl} for name, plan in plans.items()}
     if not args.show:
@@ -90,9 +89,9 @@ def measure_cells(
     )
     ids, _ = calibration_tokens(recipe, base)
     windows_ST = windows(tokenize(base.tokenizer, read_text(args.evaluation)), args.window, None)[:: args.every]
-    precision = resolve_precision("auto", model.device.type)
+    precision = precision_of(args, result, model.device.type, file)
     autocast, sizes = autocast_factory(precision, model.device.type), linear_sizes(model)
-    result["windows"], result["precision"] = list(windows_ST.shape), precision
+    result["windows"] = list(windows_ST.shape)
     for cell in (f"{m}/{level}/{name}" for level in args.levels for m in args.methods for name in (UNIFORM, *plans)):
         method, sparsity, name = cell.split("/")
         asked = None if name == UNIFORM else fingerprint(plans[name], float(sparsity))
@@ -114,9 +113,7 @@ def measure_cells(
             "plan": asked,
             "made": None if name == UNIFORM else plans[name].made,
             "seconds": round(seconds, 1),
-            "date": datetime.date.today().isoformat(),
-            "device": device(),
-            "versions": versions(),
+            **stamp(args.seed),
         }
         log(f"{cell} {quality.perplexity:.2f}")
         write_json(file, result)

@@ -17,7 +17,7 @@ from elastic_sparsity.doctor import read_facts
 from elastic_sparsity.errors import DataError, ElasticSparsityError, OutputError
 from elastic_sparsity.files import file_sha256, is_file
 from elastic_sparsity.pipeline import versions
-from elastic_sparsity.precision import default_device
+from elastic_sparsity.precision import default_device, resolve_precision
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -69,6 +69,17 @@ def read_result(file: Path, keys: tuple[str, ...]) -> dict[str, Any]:
     if not isinstance(found, dict) or any(key not in found for key in keys):
         raise OutputError(f"{file}: is no result of this benchmark, it has no {' or '.join(keys)}; move it away.")
     return found
+
+
+def precision_of(args: argparse.Namespace, result: dict[str, Any], device_type: str, file: Path) -> str:
+    """What `--precision` means here, once for all cells of a result: it is kept there."""
+    precision = resolve_precision(args.precision, device_type)
+    if result.setdefault("precision", precision) != precision:
+        raise SystemExit(
+            f"{file}: was measured with products in {result['precision']}, now {precision}. Give --precision "
+            f"{result['precision']}, --restart or another --name."
+        )
+    return precision
 
 
 def check_texts(*sources: str | None) -> None:

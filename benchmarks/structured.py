@@ -14,7 +14,6 @@ measured again; `--restart` begins anew.
 
 import argparse
 import copy
-import datetime
 import statistics
 import time
 from dataclasses import replace
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cells import RESULTS, begin, check_texts, commit, device, exit_on_error, log, question_of
+from cells import add_place, begin, check_texts, exit_on_error, log, precision_of, question_of, stamp
 from rich.console import Console
 from rich.table import Table
 
@@ -34,8 +33,7 @@ from elastic_sparsity.evaluate import evaluate
 from elastic_sparsity.files import write_json
 from elastic_sparsity.generating import empty_cache, greedy_stepper
 from elastic_sparsity.models import BaseModel, load_base
-from elastic_sparsity.pipeline import versions
-from elastic_sparsity.precision import autocast_factory, resolve_precision
+from elastic_sparsity.precision import autocast_factory
 from elastic_sparsity.pruning import TUNING_BATCH
 from elastic_sparsity.structured import prune_structured_
 from elastic_sparsity.structured_parts import sizes_for, sliced_model, usual_multiple
@@ -75,24 +73,26 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--name", default="structured")
+    parser.add_argument("--precision", default="auto", choices=("auto", "float32", "bfloat16"), help="of products")
+    parser.add_argument("--no-speed", action="store_true", help="leave the speeds to a quiet machine")
     parser.add_argument("--restart", action="store_true")
+    add_place(parser, "structured")
     args = parser.parse_args()
     check_texts(args.calibration, args.evaluation)
-    file = RESULTS / f"{args.name}.json"
+    file = args.results / f"{args.name}.json"
     result = begin_of(args, file)
     base = load_base(args.model)
     base.model.float()
+    result["precision"] = precision_of(args, result, base.model.device.type, file)
     measure_quality(args, base, result, file)
-    measure_speed(args, base.model, result, file)
+    if not args.no_speed:
+        measure_speed(args, base.model, result, file)
     show(result)
     plot(result, file.with_suffix(".png"))
 
 
 def begin_of(args: argparse.Namespace, file: Path) -> dict[str, Any]:
-    new = {"date": datetime.date.today().isoformat(), "device": device(), "commit": commit(), "versions": versions()}
-    question = asked(args)
-    return begin(args, file, question, {**new, "seed": args.seed, "cells": {}, "speed": {}})
+    return begin(args, file, asked(args), {**stamp(args.seed), "cells": {}, "speed": {}})
 
 
 def samples_of(args: argparse.Namespace, base: BaseModel) -> torch.Tensor:
@@ -117,9 +117,8 @@ def measure_quality(args: argparse.Namespace, base: BaseModel, result: dict[str,
     model = base.model
     ids = samples_of(args, base)
     windows_ST = windows(tokenize(base.tokenizer, read_text(args.evaluation)), args.window, None)[:: args.every]
-    precision = resolve_precision("auto", model.device.type)
-    result |= {"windows": list(windows_ST.shape), "precision": precision}
-    autocast = autocast_factory(precision, model.device.type)
+    result["windows"] = list(windows_ST.shape)
+    autocast = autocast_factory(result["precision"], model.device.type)
     for cell in wanted:
         result["cells"][cell] = measured(args, cell, model, ids, windows_ST, autocast)
         log(f"{cell} {result['cells'][cell]}")
@@ -128,12 +127,12 @@ def measure_quality(args: argparse.Namespace, base: BaseModel, result: dict[str,
 
 
 def asked(args: argparse.Namespace) -> dict[str, Any]:
-    return question_of(args, ("methods", "sparsities", "steps", "lr"))
+    return question_of(args, ("methods", "sparsities", "steps", "lr", "no_speed", "precision"))
 
 
 def steps_of(args: argparse.Namespace, cell: str) -> Path:
     """Where a cell's search keeps its steps until the cell is measured; another cell leaves them alone."""
-    return RESULTS / f"{args.name}-{cell.replace('/', '-').replace(', ', '-')}-search.json"
+    return args.results / f"{args.name}-{cell.replace('/', '-').replace(', ', '-')}-search.json"
 
 
 def is_there(args: argparse.Namespace, cell: dict[str, Any] | None) -> bool:
@@ -177,7 +176,8 @@ def measured(
     found["seconds"] = round(time.monotonic() - started, 1)
     found["perplexity"] = evaluate({cell: pruned}, windows_ST, autocast=autocast)[cell].perplexity
     size = num_bytes(pruned)
-    return found | {"parameters": pruned.num_parameters(), "bytes": size, "of_dense": size / num_bytes(model)}
+    found |= {"parameters": pruned.num_parameters(), "bytes": size, "of_dense": size / num_bytes(model)}
+    return found | stamp(args.seed)
 
 
 def num_bytes(model: Any) -> int:
@@ -185,17 +185,24 @@ def num_bytes(model: Any) -> int:
     return 2 * model.num_parameters()
 
 
+def now(device: torch.device) -> float:
+    """Seconds, after all that was asked of a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 @torch.no_grad()
 def timed(model: Any, prompt_BT: torch.Tensor, new_tokens: int) -> dict[str, float]:
     """Tokens a second of one prompt, and of decoding behind it."""
     step, cache = greedy_stepper(model), empty_cache(model)
-    start = time.perf_counter()
+    start = now(model.device)
     latest = step(prompt_BT, cache)
-    prefill = time.perf_counter() - start
-    start = time.perf_counter()
+    middle = now(model.device)
+    prefill = middle - start
     for _ in range(new_tokens):
         latest = step(latest, cache)
-    decode = time.perf_counter() - start
+    decode = now(model.device) - middle
     return {"prefill": prompt_BT.shape[1] / prefill, "decode": new_tokens / decode}
 
 
@@ -213,7 +220,7 @@ def measure_speed(args: argparse.Namespace, model: Any, result: dict[str, Any], 
         kept = prune_structured_(masked, torch.zeros(0, 0), sizes, scores="magnitude", autocast=torch.no_grad)
         models[name] = sliced_model(masked, kept)
     generator = torch.Generator().manual_seed(args.seed)
-    prompt = torch.randint(4, model.config.vocab_size, (1, args.prompt), generator=generator)
+    prompt = torch.randint(4, model.config.vocab_size, (1, args.prompt), generator=generator).to(model.device)
     for each in models.values():  # warms up
         timed(each, prompt, 2)
     rounds = [{name: timed(each, prompt, args.new_tokens) for name, each in models.items()} for _ in range(args.rounds)]
@@ -224,6 +231,7 @@ def measure_speed(args: argparse.Namespace, model: Any, result: dict[str, Any], 
                 f"{what}_times_dense": statistics.median(x[name][what] / x["dense"][what] for x in rounds)
                 for what in rounds[0][name]
             },
+            **stamp(args.seed),
         }
         log(f"speed {name} {result['speed'][name]}")
     write_json(file, result)

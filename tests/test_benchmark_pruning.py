@@ -14,15 +14,14 @@ from elastic_sparsity.config import make_recipe
 
 
 @pytest.fixture
-def results(tmp_path, monkeypatch):
-    for script in (allocation, structured):
-        monkeypatch.setattr(script, "RESULTS", tmp_path)
+def results(tmp_path):
     return tmp_path
 
 
 @pytest.fixture
-def texts(place):  # noqa: F811
-    return "--calibration", place / "calibration.txt", "--evaluation", place / "evaluation.txt"
+def texts(place, results):  # noqa: F811
+    files = ("--calibration", place / "calibration.txt", "--evaluation", place / "evaluation.txt")
+    return *files, "--results", results, "--precision", "float32"
 
 
 def plan_file(place, path):  # noqa: F811
@@ -64,6 +63,8 @@ def test_allocation_fills_cells_and_goes_on(results, texts, place, tmp_path):  #
     assert cells["magnitude/0.7/arithmetic"] == found["cells"]["magnitude/0.7/arithmetic"], "not asked for"
     _, stopped = start(allocation, plan, *few, "--seed", "1")
     assert stopped is not None and "seed" in stopped
+    _, stopped = start(allocation, plan, *few, "--precision", "bfloat16")
+    assert stopped is not None and "in float32, now bfloat16" in stopped
 
 
 def test_structured_measures_quality_and_speed(results, texts):
@@ -71,6 +72,8 @@ def test_structured_measures_quality_and_speed(results, texts):
     few += ["--steps", "3", "--lr", "1e-3"]
     speed = ["--prompt", "8", "--new-tokens", "2", "--rounds", "1"]
     methods = ["obs, searched", "obs, equal searched", "obs, tuned", "obs", "magnitude"]
+    started(structured, *few, *speed, "--sparsities", "0.4", "--methods", *methods, "--no-speed")
+    assert json.loads((results / "structured.json").read_text())["speed"] == {}
     text = started(structured, *few, *speed, "--sparsities", "0.4", "--methods", *methods)
     found = json.loads((results / "structured.json").read_text())
     assert list(found["cells"]) == ["dense", *(f"0.4/{method}" for method in methods)]
