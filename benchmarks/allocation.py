@@ -132,6 +132,11 @@ def fingerprint(plan: AllocationPlan, sparsity: float) -> str | None:
     return hashlib.sha256(kept.encode()).hexdigest()[:16]
 
 
+def groups_of(result: dict[str, Any]) -> list[str]:
+    """Every method and level of the cells, as "wanda/0.6", in order."""
+    return sorted({cell.rpartition("/")[0] for cell in result["cells"]})
+
+
 def show(result: dict[str, Any]) -> None:
     """Perplexities, and how much lower than uniform."""
     table = Table(
@@ -141,7 +146,7 @@ def show(result: dict[str, Any]) -> None:
     names = list(dict.fromkeys(cell.split("/")[2] for cell in result["cells"]))
     for column in ("method", "level", *names):
         table.add_column(column, justify="left" if column in ("method", "level") else "right")
-    for method, level in dict.fromkeys(tuple(cell.split("/")[:2]) for cell in result["cells"]):
+    for method, level in (group.split("/") for group in groups_of(result)):
         found = {n: result["cells"].get(f"{method}/{level}/{n}", {}).get("perplexity") for n in names}
         flat = found.get(UNIFORM)
         cells = [
@@ -162,7 +167,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     names = list(dict.fromkeys(cell.split("/")[2] for cell in result["cells"]))
-    groups = list(dict.fromkeys(cell.rpartition("/")[0] for cell in result["cells"]))
+    groups = groups_of(result)
     figure, axis = pyplot.subplots(figsize=(2.5 + 1.6 * len(groups), 3.8), layout="constrained")
     width = 0.9 / len(names)
     for number, name in enumerate(names):
