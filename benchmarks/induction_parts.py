@@ -39,7 +39,7 @@ from elastic_sparsity.baselines import METHODS, prune_one_shot_
 from elastic_sparsity.calibration_text import calibration_tokens
 from elastic_sparsity.config import Recipe, make_recipe
 from elastic_sparsity.data import read_text, tokenize, windows
-from elastic_sparsity.errors import AbsorptionError, ConfigError
+from elastic_sparsity.errors import AbsorptionError, ConfigError, NumericsError
 from elastic_sparsity.evaluate import evaluate
 from elastic_sparsity.feature_stage import StageSettings
 from elastic_sparsity.files import write_json
@@ -152,7 +152,7 @@ class Bench:
             key = f"{name}/{variant}"
             try:
                 made = self.inducer.make(row, variant)
-            except AbsorptionError as error:
+            except (AbsorptionError, NumericsError) as error:
                 self.result["rows"][key] = {"refused": str(error), **stamp(self.args.seed)}
                 write_json(self.file, self.result)
                 log(f"{key}: refused: {error}")

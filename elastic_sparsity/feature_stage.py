@@ -127,8 +127,8 @@ def train_(
             loss.backward()  # type: ignore[no-untyped-call]
         if not math.isfinite(float(loss.detach())) or not finite_parameters(x.grad for x in free if x.grad is not None):
             raise NumericsError(
-                f"{where}: the stage's loss at level {level.name} is {float(loss.detach())} at step {step}; lower the "
-                "learning rate, or set precision = 'float32'."
+                f"{where}: at step {step} the stage's loss at level {level.name} is {float(loss.detach())}, and it or a "
+                "gradient is not finite; lower the learning rate, or set precision = 'float32'."
             )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

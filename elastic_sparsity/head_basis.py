@@ -40,7 +40,8 @@ def entropy(energy_OI: Tensor) -> Tensor:
     """
     total_O1 = energy_OI.sum(dim=1, keepdim=True).clamp_min(torch.finfo(energy_OI.dtype).tiny)
     share_OI = energy_OI / total_O1
-    entropy_O = -torch.special.xlogy(share_OI, share_OI).sum(dim=1)
+    # Not xlogy: its gradient at a share of zero is infinite, and weights that were quantised hold many zeros.
+    entropy_O = -(share_OI * share_OI.clamp_min(torch.finfo(share_OI.dtype).tiny).log()).sum(dim=1)
     return (entropy_O * total_O1[:, 0]).sum() / total_O1.sum()
 
 

@@ -48,6 +48,9 @@ def test_entropy_by_hand():
     assert float(entropy(torch.cat([even, 3 * even]))) == pytest.approx(float(entropy(even)))
     # Four times the energy, four times the weight: (1 * log 4 + 5 / 4 * 0) / (9 / 4) of the mean.
     assert float(entropy(torch.cat([even, one]))) == pytest.approx(float(entropy(even)) * 4 / 9)
+    weight = torch.tensor([[0.0, 1.0, 2.0]], requires_grad=True)
+    entropy(weight.square()).backward()
+    assert weight.grad is not None and torch.isfinite(weight.grad).all() and weight.grad[0, 0] == 0
 
 
 def test_turned_values_lower_the_entropy_and_stay_a_rotation_of_the_start():
