@@ -127,7 +127,7 @@ def train_(
             loss.backward()  # type: ignore[no-untyped-call]
         if not math.isfinite(float(loss.detach())) or not finite_parameters(x.grad for x in free if x.grad is not None):
             raise NumericsError(
-                f"{where}: at step {step} the stage's loss at level {level.name} is {float(loss.detach())}, and it or a "
+                f"{where}: at step {step} the loss at level {level.name} is {float(loss.detach())}, and it or a "
                 "gradient is not finite; lower the learning rate, or set precision = 'float32'."
             )
         optimizer.step()
