@@ -5,8 +5,9 @@
 All methods see the same calibration samples; all but the searched ones remove the same numbers of heads and MLP
 channels from every block, and the searched ones no fewer parameters than those.
 "obs, dense inputs" is what the published Tyr-the-Pruner code does: blocks calibrated on the dense stream. The searched
-ones judge by 16 of the samples. The tuned one is then trained, `--steps` of two samples each, towards the dense model's
-logits (a cell with other steps is measured anew).
+ones judge by 16 of the samples; "whole" goes all the way to the counts that these ask for, plain "searched" half of it.
+The tuned one is then trained, `--steps` of two samples each, towards the dense model's logits (a cell with other steps
+is measured anew).
 Speeds depend on the shapes alone, so methods of equal counts share theirs: dense and cut models take turns in one
 process, a ratio is the median of ratios within rounds. A cell goes into the JSON as soon as it is measured and is not
 measured again; `--restart` begins anew.
@@ -37,12 +38,13 @@ from elastic_sparsity.precision import autocast_factory
 from elastic_sparsity.pruning import TUNING_BATCH
 from elastic_sparsity.structured import prune_structured_
 from elastic_sparsity.structured_parts import sizes_for, sliced_model, usual_multiple
-from elastic_sparsity.structured_search import search_sizes
+from elastic_sparsity.structured_search import STRENGTH, search_sizes
 from elastic_sparsity.structured_search_file import SearchFile
 from elastic_sparsity.structured_tuning import tune_
 
 METHODS: dict[str, dict[str, Any]] = {
     "obs, searched": {"scores": "obs", "search": "blocks"},
+    "obs, searched whole": {"scores": "obs", "search": "blocks", "strength": 1.0},
     "obs, equal searched": {"scores": "obs", "search": "equal"},
     "obs, tuned": {"scores": "obs", "is_tuned": True},
     "obs": {"scores": "obs"},
@@ -153,6 +155,7 @@ def measured(
         share, _, method = cell.partition("/")
         options = dict(METHODS[method])
         search, is_tuned = options.pop("search", None), options.pop("is_tuned", False)
+        strength = options.pop("strength", STRENGTH)
         multiple = args.multiple or usual_multiple(model)
         masked = copy.deepcopy(model)
         if search is None:
@@ -160,7 +163,7 @@ def measured(
         else:
             steps = SearchFile(steps_of(args, cell), {"cell": cell, "question": asked(args)})  # goes on if interrupted
             searched = search_sizes(masked, ids, float(share), multiple, search=search, damping=args.damping,
-                                    batch_size=4, autocast=autocast, file=steps)  # fmt: skip
+                                    batch_size=4, autocast=autocast, strength=strength, file=steps)  # fmt: skip
             sizes = searched.sizes
             found |= searched.record()
         kept = prune_structured_(masked, ids, sizes, at_once=multiple, damping=args.damping, autocast=autocast,

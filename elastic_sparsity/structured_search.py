@@ -2,8 +2,9 @@
 
 "equal" tries the divisions of the budget between attention and MLP that an ordinary config.json can say. "blocks" goes
 on from the best of them: one backward pass prices all branches at once, the best counts within the budget are set
-together and kept if the loss falls (`descent`). Tyr-the-Pruner (arXiv 2503.09657) searches by evolution over a few
-sparsities a block; here any count is at hand, and the search is over in minutes.
+together and kept if the loss falls (`descent`). Where that ends is the best for the text that judges, and too far for
+other text: the counts lie half the way to it (`STRENGTH`). Tyr-the-Pruner (arXiv 2503.09657) searches by evolution
+over a few sparsities a block; here any count is at hand, and the search is over in minutes.
 """
 
 import logging
@@ -25,13 +26,16 @@ from elastic_sparsity.structured_parts import expressible_groups, parts_of, size
 from elastic_sparsity.structured_search_file import SearchFile, SearchState
 from elastic_sparsity.structured_sizes import HELD_OUT, Sizes
 from elastic_sparsity.supernet import TopKL
-from elastic_sparsity.unit_budget import UnitBudget, moved_within, parameters
+from elastic_sparsity.unit_budget import UnitBudget, moved_within, parameters, part_way
 from elastic_sparsity.unit_net import UnitNet
 from elastic_sparsity.wiring import wiring_of
 
 log = logging.getLogger(__name__)
 Search = Literal["equal", "blocks"]
 SEARCHES: tuple[str, ...] = get_args(Search)
+STRENGTH = 0.5
+"""How far to go from equal counts to those of the descent. On text of another kind SmolLM2-135M gets better up to about
+here and then worse again (benchmarks/README.md), though the KL on the text that judges falls all the way."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,16 +45,19 @@ class Searched:
     Attributes:
         equal: held-out KL to the dense model by the key/value heads that every block keeps, before the real refit.
         losses: of the descent's start and of every step; empty without one.
+        strength: how far the counts go from equal ones to those that the descent found.
     """
 
     sizes: Sizes
     equal: dict[int, float]
     losses: list[float]
+    strength: float = STRENGTH
 
     def record(self) -> dict[str, Any]:
         """For a JSON file; the counts themselves are elsewhere."""
         equal = {str(groups): loss for groups, loss in self.equal.items()}
-        return {"held_out": HELD_OUT, "equal": equal, "losses": self.losses}
+        found = {"held_out": HELD_OUT, "equal": equal, "losses": self.losses}
+        return found | {"strength": self.strength} if self.losses else found
 
 
 def check_search(search: str | None, scores: str, num_samples: int) -> None:
@@ -78,6 +85,7 @@ def search_sizes(
     batch_size: int,
     autocast: Callable[[], Any],
     settings: DescentSettings | None = None,
+    strength: float = STRENGTH,
     file: SearchFile | None = None,
     what: str = "blocks",
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
@@ -87,6 +95,7 @@ def search_sizes(
     Args:
         model: causal LM in float32, in eval mode.
         token_ids_ST: calibration samples; the last `HELD_OUT` judge, the others order and refit.
+        strength: of search "blocks", from 0 to 1, see `Searched`.
         file: keeps every step; what an interrupted search left there is gone on from. The caller removes it.
         what: is searched, for the progress.
     Returns: counts that remove no fewer parameters than the counts by rule (`sizes_for`) do.
@@ -94,6 +103,8 @@ def search_sizes(
         another search, damaged, or cannot be written.
     """
     check_search(search, "obs", len(token_ids_ST))
+    if not 0 <= strength <= 1:
+        raise ConfigError(f"strength: expected 0 to 1, found {strength}.")
     start = sizes_for(model, sparsity, multiple)
     starts = [start, *_other_starts(model, start, sparsity, multiple)]
     if search == "equal" and len(starts) == 1:  # heads that must stay leave no choice
@@ -108,10 +119,16 @@ def search_sizes(
             )  # fmt: skip
         finally:
             net.restore_()
+    best = min(starts, key=lambda sizes: state.equal[str(sizes.groups[0])])
+    kept = state.kept
+    if search == "blocks":
+        budget = _budget(net, _kept(net, best), parameters(net.costs, _kept(net, start)), multiple)
+        kept = part_way(_kept(net, best), state.kept, strength, budget)
     return Searched(
-        sizes=next((sizes for sizes in starts if _kept(net, sizes) == state.kept), _sizes(net, start, state.kept)),
+        sizes=best if _kept(net, best) == kept else _sizes(net, start, kept),
         equal={int(groups): loss for groups, loss in state.equal.items()},
         losses=state.losses if search == "blocks" else [],
+        strength=strength,
     )
 
 

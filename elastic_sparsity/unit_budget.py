@@ -82,6 +82,41 @@ def moved_within(kept: Sequence[int], prices: Prices, budget: UnitBudget, radius
     return chosen if _cost(chosen, options) <= _cost(kept, options) else list(kept)
 
 
+def part_way(start: Sequence[int], end: Sequence[int], share: float, budget: UnitBudget) -> list[int]:
+    """Numbers of units on the way from `start` to `end`, which spend the budget as far as whole quanta do.
+
+    Branches of the smallest quantum (of the MLP) lie `share` of the way, all shifted alike to meet the budget; numbers
+    of others (heads) are rounded towards `start`.
+
+    Args:
+        share: of the way, in [0, 1]; 0 is `start` and 1 is `end`, as they are.
+    Returns: numbers within the budget, as `start` and `end` must be; `end` if rounding leaves no others.
+    Raises: ConfigError: a share outside.
+    """
+    if not 0 <= share <= 1:
+        raise ConfigError(f"share of the way: expected 0 to 1, found {share}.")
+    if share in (0, 1) or list(start) == list(end):
+        return list(end if share else start)
+    wanted = [a + share * (b - a) for a, b in zip(start, end, strict=True)]
+    kept = [a + math.trunc((w - a) / step) * step for a, w, step in zip(start, wanted, budget.steps, strict=True)]
+    quanta = budget.quanta
+    fine = [i for i, step in enumerate(budget.steps) if step == quanta[i]]
+    while budget.spent(kept) > budget.most:
+        over = [i for i in fine if kept[i] - budget.steps[i] >= budget.low[i]]
+        if not over:
+            return list(end)
+        i = max(over, key=lambda i: ((kept[i] - wanted[i]) / quanta[i], -i))
+        kept[i] -= budget.steps[i]
+    while True:
+        left = budget.most - budget.spent(kept)
+        under = [i for i in fine if kept[i] + budget.steps[i] <= budget.high[i]
+                 and budget.costs[i] * budget.steps[i] <= left]  # fmt: skip
+        if not under:
+            return kept
+        i = max(under, key=lambda i: ((wanted[i] - kept[i]) / quanta[i], -i))
+        kept[i] += budget.steps[i]
+
+
 def _options(
     i: int, kept: int, curve: Sequence[float], budget: UnitBudget, radius: float, curvature: float
 ) -> dict[int, float]:

@@ -130,7 +130,10 @@ def test_a_search_keeps_the_budget_and_lowers_the_loss(variant):
     sizes = found.sizes
     assert found.losses[0] == min(found.equal.values()) and len(found.losses) > 1
     assert not has_choice or found.equal == equal.equal
-    assert (min(found.losses) < found.losses[0]) == (sizes != equal.sizes)
+    whole = search_sizes(model, IDS, 0.4, 8, search="blocks", strength=1.0, **options)
+    assert whole.losses == found.losses and (found.strength, whole.strength) == (0.5, 1.0)
+    assert (min(found.losses) < found.losses[0]) == (whole.sizes != equal.sizes)
+    assert whole.sizes != equal.sizes or sizes == equal.sizes, "half of no way"
     assert min(sizes.removed, equal.sizes.removed) >= even.removed and sizes.total == even.total
     assert all(1 <= count <= even.num_groups for count in sizes.groups)
     assert all(count % 8 == 0 and 8 <= count <= even.num_channels for count in sizes.channels)
@@ -145,7 +148,7 @@ def test_a_search_keeps_the_budget_and_lowers_the_loss(variant):
 def test_the_loss_it_reports_is_that_of_its_counts():
     model = tiny_model("llama")
     options = {"damping": 0.01, "batch_size": 4, "autocast": AUTOCAST}
-    found = search_sizes(model, IDS, 0.4, 8, search="blocks", **options)
+    found = search_sizes(model, IDS, 0.4, 8, search="blocks", strength=1.0, **options)
     loss = TopKL(model, IDS[-HELD_OUT:], AUTOCAST)
     net = scored(model, sizes_for(model, 0.4, 8))
     net.apply_(kept_of(net, found.sizes))

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastic_sparsity.errors import ConfigError
-from elastic_sparsity.unit_budget import UnitBudget, moved_within
+from elastic_sparsity.unit_budget import UnitBudget, moved_within, part_way
 
 
 def cost(kept, start, prices, budget, curvature):
@@ -78,3 +78,33 @@ def test_a_budget_that_is_exceeded_is_named():
     budget = UnitBudget(costs=(5,), steps=(1,), low=(1,), high=(3,), most=9)
     with pytest.raises(ConfigError, match="10 parameters are kept, more than the 9 allowed"):
         moved_within([2], [[0.0] * 4], budget, 1.0, 0.0)
+
+
+@settings(max_examples=200, deadline=None)
+@given(problems(), st.data())
+def test_part_of_the_way_spends_the_budget_and_lies_between(problem, data):
+    start, _, budget, _, _ = problem
+    ends = [
+        data.draw(st.integers(1, high // step)) * step for high, step in zip(budget.high, budget.steps, strict=True)
+    ]
+    end = ends if budget.spent(ends) <= budget.most else start
+    assert part_way(start, end, 0, budget) == start and part_way(start, end, 1, budget) == end
+    found = part_way(start, end, data.draw(st.floats(0.01, 0.99)), budget)
+    assert budget.spent(found) <= budget.most
+    fine = [i for i, (step, quantum) in enumerate(zip(budget.steps, budget.quanta, strict=True)) if step == quantum]
+    for i, (a, k, b) in enumerate(zip(start, found, end, strict=True)):
+        assert budget.low[i] <= k <= budget.high[i] and (k - a) % budget.steps[i] == 0
+        assert i in fine or min(a, b) <= k <= max(a, b)
+        more = [*found[:i], k + budget.steps[i], *found[i + 1 :]]
+        assert found in (start, end) or i not in fine or more[i] > budget.high[i] or budget.spent(more) > budget.most
+
+
+def test_half_the_way_by_hand():
+    """A head costs 10, a channel 1, channels go by 4: heads by one are rounded away, by two become one; 10 that a head
+    gives go to the channels that are furthest below what was wanted, and no more than fits.
+    """
+    budget = UnitBudget(costs=(10, 10, 1, 1), steps=(1, 1, 4, 4), low=(1, 1, 4, 4), high=(4, 4, 40, 40), most=80)
+    assert part_way([2, 2, 20, 20], [3, 1, 28, 12], 0.5, budget) == [2, 2, 24, 16]
+    assert part_way([3, 3, 8, 8], [3, 1, 16, 24], 0.5, budget) == [3, 2, 12, 16]
+    with pytest.raises(ConfigError, match="expected 0 to 1, found 2"):
+        part_way([2, 2, 20, 20], [3, 1, 28, 12], 2, budget)
