@@ -32,7 +32,7 @@ from elastic_sparsity.config import Recipe, make_recipe
 from elastic_sparsity.data import read_text, tokenize, windows
 from elastic_sparsity.evaluate import evaluate
 from elastic_sparsity.files import write_json
-from elastic_sparsity.inducing import absorb_importance_
+from elastic_sparsity.inducing import absorb_importance_, only_patterns
 from elastic_sparsity.induction import Induced
 from elastic_sparsity.models import BaseModel, load_base
 from elastic_sparsity.precision import autocast_factory, default_device, resolve_precision
@@ -168,7 +168,7 @@ class Maker:
         found = self.learned[0]
         importance = {name: found.input_norms[name] * scale for name, scale in found.scales.items()}
         absorbed = copied(self.base)
-        absorb_importance_(absorbed.model, importance)
+        absorb_importance_(absorbed.model, importance, rows_apart=only_patterns(self.recipe.build_ladder().levels))
         return absorbed
 
     def source_of(self, method: str, kind: str) -> BaseModel:

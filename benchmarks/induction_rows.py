@@ -19,7 +19,7 @@ from elastic_sparsity.fold_choice import FOLDS, ORDERS
 from elastic_sparsity.folding import relative_error
 from elastic_sparsity.head_basis import principal_basis
 from elastic_sparsity.importance import wanda_scores
-from elastic_sparsity.inducing import absorb_importance_
+from elastic_sparsity.inducing import absorb_importance_, only_patterns
 from elastic_sparsity.ladder import Level
 from elastic_sparsity.models import BaseModel
 from elastic_sparsity.residual import permute_residual_, rotate_residual_
@@ -134,11 +134,13 @@ class Inducer:
             scales = found.scales
             if variant == "magnitude":
                 base = copied(base)
-                absorb_importance_(base.model, {name: found.input_norms[name] * x for name, x in scales.items()})
+                importance = {name: found.input_norms[name] * x for name, x in scales.items()}
+                absorb_importance_(base.model, importance, rows_apart=only_patterns(self.levels))
                 scales = None
         elif row.scores == "norms":
             with spent() as cost:
-                absorb_importance_(base.model, {name: x.sqrt() for name, x in self._square_sums(base.model).items()})
+                importance = {name: x.sqrt() for name, x in self._square_sums(base.model).items()}
+                absorb_importance_(base.model, importance, rows_apart=only_patterns(self.levels))
             note["scores"] = cost
         costs = [{key: part[key] for key in COSTS if key in part} for part in note.values()]
         if note:

@@ -5,7 +5,7 @@ On its own it writes a model: first the folds beyond the paper, then one of the 
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from elastic_sparsity.folding import check_function_kept, relative_error
 from elastic_sparsity.fused_layers import fused_layers
 from elastic_sparsity.induction import Induced, InductionSettings, learn_channel_scales
 from elastic_sparsity.induction_file import save_scales
+from elastic_sparsity.ladder import Level
 from elastic_sparsity.models import BaseModel, load_base
 from elastic_sparsity.precision import autocast_factory, resolve_precision
 from elastic_sparsity.wiring import check_equal_blocks
@@ -120,7 +121,8 @@ def induce(recipe: Recipe, output: str | Path, progress: Progress = silent) -> I
             found = learn(recipe, base, token_ids_ST, precision, Workers(), progress)
         if before is None:
             before = _logits(model.float(), token_ids_ST)
-        absorb_importance_(model, {name: found.input_norms[name] * found.scales[name] for name in found.scales})
+        importance = {name: found.input_norms[name] * found.scales[name] for name in found.scales}
+        absorb_importance_(model, importance, rows_apart=only_patterns(recipe.build_ladder().levels))
     assert before is not None
     error = check_function_kept(before, _logits(model, token_ids_ST), torch.float32)
     log.info("induction: absorbed; the logits moved by %.1e of their largest, which is rounding", error)
@@ -213,7 +215,12 @@ def _logits(model: Any, token_ids_ST: Tensor) -> Tensor:
     return logits
 
 
-def absorb_importance_(model: Any, importance: Mapping[str, Tensor]) -> None:
+def only_patterns(levels: Sequence[Level]) -> bool:
+    """Whether magnitudes are only ever compared within a row: N:M groups are, other levels order the whole matrix."""
+    return all(level.pattern for level in levels)
+
+
+def absorb_importance_(model: Any, importance: Mapping[str, Tensor], *, rows_apart: bool) -> None:
     """Folds every input channel's importance into the weights, wherever the architecture has an exact pair for it.
 
     The function is kept; a weight's magnitude becomes |weight| times the importance of its input, up to a common factor
@@ -221,11 +228,14 @@ def absorb_importance_(model: Any, importance: Mapping[str, Tensor]) -> None:
 
     Args:
         importance: positive (I,) by linear name.
+        rows_apart: whether only weights of one row will be compared. If not, only what comes from a norm takes its
+            importance: a linear that produces the channels has its rows divided by it, and then whole rows of it go
+            (SmolLM2-135M by magnitude at 50 %: perplexity 598 as it is, 126 behind norms alone, 242,004 everywhere).
     """
     prefix = architecture_of(model.config.model_type).blocks
     for index, block in enumerate(decoder_blocks(model)):
         for pair in scale_pairs(block, model.config):
-            if pair.consumers:
+            if pair.consumers and (rows_apart or pair.kind == "norm"):
                 scale_pair_(block, pair, _wanted_scales(pair, f"{prefix}.{index}", importance))
 
 

@@ -121,7 +121,7 @@ def test_absorbed_importance_is_in_the_magnitudes(family):
     ids = torch.arange(40).reshape(2, 20)
     widths = {name: weight_OI(linear).shape[1] for name, linear in linears_of(model).items()}
     by_width = {w: torch.rand(w, generator=torch.Generator().manual_seed(w)) + 0.2 for w in set(widths.values())}
-    absorb_importance_(model, {name: by_width[width] for name, width in widths.items()})
+    absorb_importance_(model, {name: by_width[width] for name, width in widths.items()}, rows_apart=True)
     assert torch.allclose(model(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-5)
     prefix, seen = architecture_of(model.config.model_type).blocks, 0
     for index, block in enumerate(decoder_blocks(model)):
@@ -138,6 +138,26 @@ def test_absorbed_importance_is_in_the_magnitudes(family):
     assert seen >= (2 if family == "opt-350m" else 4)
 
 
+@pytest.mark.parametrize("family", ["llama", "opt", "gemma2"])
+@torch.no_grad()
+def test_where_the_whole_matrix_is_compared_no_linear_has_its_rows_divided(family):
+    model, plain = tiny_model(family), tiny_model(family)
+    ids = torch.arange(40).reshape(2, 20)
+    importance = {name: torch.linspace(0.2, 5.0, weight_OI(linear).shape[1])
+                  for name, linear in linears_of(model).items()}  # fmt: skip
+    absorb_importance_(model, importance, rows_apart=False)
+    assert torch.allclose(model(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-5)
+    prefix, changed = architecture_of(model.config.model_type).blocks, 0
+    for index, block in enumerate(decoder_blocks(model)):
+        behind_norms = {p for pair in scale_pairs(block, model.config) if pair.kind == "norm" for p in pair.consumers}
+        for path in architecture_of(model.config.model_type).linears:
+            ratio = weight_OI(block.get_submodule(path)) / weight_OI(plain.get_submodule(f"{prefix}.{index}.{path}"))
+            assert torch.allclose(ratio, ratio[:1].expand_as(ratio), rtol=1e-4), "every row alike"
+            assert torch.allclose(ratio, torch.ones_like(ratio)) == (path not in behind_norms)
+            changed += path in behind_norms
+    assert changed >= 4
+
+
 def test_channels_that_share_a_producer_get_the_geometric_mean():
     model = tiny_model("llama")
     plain = tiny_model("llama")
@@ -145,7 +165,7 @@ def test_channels_that_share_a_producer_get_the_geometric_mean():
     name = "model.layers.0.self_attn.q_proj"
     ones[name] = ones[name].clone()
     ones[name][0] = 8.0  # k and v ask for 1: 8 ** (1 / 3) = 2
-    absorb_importance_(model, ones)
+    absorb_importance_(model, ones, rows_apart=True)
     ratio = (model.get_submodule(name).weight / plain.get_submodule(name).weight)[0].detach()
     assert float(ratio[0] / ratio[1]) == pytest.approx(2.0, rel=1e-5)
 
@@ -167,8 +187,9 @@ def test_an_induced_model_is_a_plain_one_that_computes_the_same(induced):
     with torch.no_grad():
         assert torch.allclose(stock(ids).logits, original(ids).logits, atol=1e-5)
     assert stock.num_parameters() == original.num_parameters()
-    weight = stock.get_submodule("model.layers.0.mlp.down_proj").weight
-    assert not torch.allclose(weight, original.get_submodule("model.layers.0.mlp.down_proj").weight, rtol=1e-2)
+    for path, changes in (("gate_proj", True), ("down_proj", False)):  # the ladder has levels by the whole matrix
+        before, after = (x.get_submodule(f"model.layers.0.mlp.{path}").weight for x in (original, stock))
+        assert torch.allclose(after, before, rtol=1e-2) != changes
 
 
 def test_scales_come_back_with_the_model(induced, tmp_path):
