@@ -120,7 +120,7 @@ ALLOWED = {
     "inducing": {
         "torch", "absorbed_stage", "absorption", "arch", "attention", "calibration_text", "config", "distill",
         "errors", "feature_stage", "files", "fold_choice", "folding", "fused_layers", "induction",
-        "induction_file", "models", "precision", "wiring", "workers",
+        "induction_file", "ladder", "models", "precision", "wiring", "workers",
     },
     "block_phase": {
         "torch", "activations", "adapters", "arch", "block_state", "blocks", "calibrate", "config", "distill", "errors",
