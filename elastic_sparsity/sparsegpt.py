@@ -31,7 +31,6 @@ def sparsegpt(
     damping: float = 0.01,
     block_size: int = 128,
     channel_scale_I: Tensor | None = None,
-    keep_OI: Tensor | None = None,
     where: str = "weight",
 ) -> Tensor:
     """The pruned and compensated weight.
@@ -43,7 +42,6 @@ def sparsegpt(
         pattern: (N, M) keeps N of every M along the input dimension.
         channel_scale_I: learned scale of every input channel's importance (see `induction`): it helps to choose the
             masks, and changes no compensation.
-        keep_OI: bool, True = keep: a mask that is chosen already; sparsity, pattern and scale then choose nothing.
     Returns: (O, I) float32.
     Raises: NumericsError: if the Hessian does not factor, naming `where`.
     """
@@ -61,18 +59,16 @@ def sparsegpt(
         divisor_I /= channel_scale_I.to(divisor_I)
     if pattern is not None:  # a group of M must not straddle two blocks
         block_size -= block_size % pattern[1]
-    if keep_OI is not None and keep_OI.shape != weight.shape:
-        raise ShapeError(f"{where}: weight {tuple(weight.shape)} against mask {tuple(keep_OI.shape)}.")
     for start in range(0, width, block_size):
         end = min(start + block_size, width)
         local = factor[start:end, start:end]
         block = weight[:, start:end].clone()
         errors = torch.zeros_like(block)
-        keep = torch.zeros_like(block, dtype=torch.bool) if keep_OI is None else keep_OI[:, start:end]
-        if pattern is None and keep_OI is None:
+        keep = torch.zeros_like(block, dtype=torch.bool)
+        if pattern is None:
             keep = _block_mask(block, divisor_I[start:end], sparsity)
         for j in range(end - start):
-            if pattern is not None and keep_OI is None and j % pattern[1] == 0:
+            if pattern is not None and j % pattern[1] == 0:
                 group = slice(j, j + pattern[1])
                 saliency = block[:, group].square() / divisor_I[start:end][group].square()
                 best = saliency.argsort(dim=1, descending=True, stable=True)[:, : pattern[0]]
