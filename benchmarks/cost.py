@@ -15,8 +15,8 @@ after an interruption the same command goes on with the next one, unless machine
 Schedules: elastic: the recipe. independent: a run a level, with the tokens that the elastic run spends on it;
 "same steps": each of them as long as the elastic run, counted from the same timings. Which of the two gives elastic's
 quality is for `quality.py` to say: its methods independent and, on request, independent-same. epts: 1,280 steps a block
-of one sample, seven groups, no end-to-end phase, as its official code does it, but by this package's faster code and on
-samples as long as the recipe's (theirs: 2,048 tokens).
+of 2,048 tokens, seven groups, no end-to-end phase, as its official code does it, but by this package's faster code and
+in samples as long as the recipe's (theirs: one of 2,048 tokens a step).
 """
 
 import argparse

@@ -13,7 +13,7 @@ sparsegpt, dsnot (and obs). Trained: elastic: the recipe. independent: the recip
 that the elastic run spends on it; independent-lora: the same, adapters only; independent-full: the same tokens, all in
 full-weight block tuning. epts: EPTS's schedule with the token-passes of the whole elastic run. On request:
 independent-same: independent with as many steps as the whole elastic run; independent-full-block: full weights, the
-block phase's tokens only; epts-official: EPTS's own 1,280 steps a block and 128 samples. `schedules.py` has the
+block phase's tokens only; epts-official: EPTS's own 1,280 steps a block and samples. `schedules.py` has the
 accounting. --sweep-full-lr LR ... adds independent-full with other learning rates, of the first seed alone.
 
 Pruned and trained models are measured as shipped, rounded to the checkpoint's dtype; the dense one as it computes.

@@ -12,7 +12,8 @@ The accounting, in one place:
 - Full-weight block tuning has no end-to-end phase: it spends all of the level's tokens in each block.
 - Statistics, dense targets and the teacher's logits are work, not training tokens: `cost.py` counts and times them.
 - EPTS has no end-to-end phase: it gets steps until the *token-passes through blocks* of its whole run, all kinds
-  alike, are those of the whole elastic run ("equal passes"). Its own steps are another run, on request.
+  alike, are those of the whole elastic run ("equal passes"). Its own steps are another run, on request. A step of
+  either sees as many tokens as one of its code, which takes samples of 2,048: of shorter samples a batch.
 """
 
 from pathlib import Path
@@ -129,8 +130,9 @@ def epts(recipe: Recipe, shapes: ModelShapes, *, official: bool = False) -> Reci
 
     Args:
         recipe: of `elastic`.
-        official: 1,280 steps a block on 128 samples (fewer if the recipe has no more), as its code; else the elastic
-            run's samples of the block phase, and as many steps as make its token-passes those of the elastic run.
+        official: 1,280 steps a block on the tokens of 128 samples of 2,048 (fewer if the recipe has no more), as its
+            code; else 128 samples of the recipe's length (more would leave little for training), and as many steps as
+            make its token-passes those of the elastic run.
     """
     theirs = read_recipe(RECIPES / "epts-7b.toml")
     ends = theirs.ladder.group_ends or ()
@@ -142,10 +144,12 @@ def epts(recipe: Recipe, shapes: ModelShapes, *, official: bool = False) -> Reci
         "patterns": [],
         "group_ends": list(ends),
     }
-    changes["block"]["samples"] = min(theirs.block.samples, recipe.calibration.samples)
+    theirs_in_ours = max(1, round(theirs.calibration.length / recipe.calibration.length))
+    samples = theirs.block.samples * (theirs_in_ours if official else 1)
+    samples = min(samples, recipe.calibration.samples)
+    changes["block"] |= {"batch_size": min(theirs_in_ours, samples), "samples": samples}
     if official:
         return changed(recipe, changes)
-    changes["block"]["samples"] = recipe.block.samples
 
     def passes(steps: int) -> int:
         changes["block"]["steps"] = steps

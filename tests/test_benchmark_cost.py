@@ -65,8 +65,8 @@ def test_cost_in_part_counts_extrapolates_and_goes_on(place, common, monkeypatch
     assert "~" in text and ">=" in text
     elastic, alone = rows["elastic"], rows["independent"]
     trained = "forward and backward"
-    assert alone["passes"][trained] == elastic["passes"][trained] == 2 * (4 * 2 * 16 + 12 * 2 * 16)
-    assert rows["epts schedule"]["passes"][trained] == 2 * 1280 * 7 * 16
+    assert alone["passes"][trained] == elastic["passes"][trained] == 2 * (4 * 2 * 16 + 40 * 2 * 16)
+    assert rows["epts schedule"]["passes"][trained] == 2 * 1280 * 7 * 8 * 16
     assert rows["same"]["seconds"] == pytest.approx(alone["seconds"])  # of one level, the same steps
     assert result["single"][:2] == before["single"]
     for row in result["single"]:

@@ -78,7 +78,7 @@ def test_quality_says_what_is_no_full_protocol_and_keeps_questions_apart(measure
 
 
 def test_every_method_stands_for_other_work(place):
-    """Steps and samples of 0.6 by hand: half of 12 end-to-end steps, of which each is as long as a block's."""
+    """Steps and samples of 0.6 by hand: half of 40 end-to-end steps, of which each is as long as a block's."""
     recipe = schedules.elastic(
         read_recipe(place / "recipe.toml", {"calibration": {"source": str(place / "calibration.txt")}}), 0
     )
@@ -90,13 +90,13 @@ def test_every_method_stands_for_other_work(place):
 
     epts_steps = schedules.epts(recipe, read_shapes(recipe.model.id)).block.steps
     assert {method: work(method) for method in TRAINED} == {
-        "elastic": (4, 4, 12),
-        "independent": (4, 4, 6),
-        "independent-same": (4, 4, 12),
-        "independent-lora": (4, 4, 6),
-        "independent-full": (10, 8, 0),
+        "elastic": (4, 4, 40),
+        "independent": (4, 4, 20),
+        "independent-same": (4, 4, 40),
+        "independent-lora": (4, 4, 20),
+        "independent-full": (24, 8, 0),
         "independent-full-block": (4, 4, 0),
-        "epts": (epts_steps, 4, 0),
+        "epts": (epts_steps, 8, 0),
         "epts-official": (1280, 8, 0),
     }
     level = recipe.build_ladder().levels[0]

@@ -123,13 +123,17 @@ def test_what_each_run_trains(recipe):
 def test_epts_gets_the_elastic_runs_passes(recipe, counted):
     longer = schedules.changed(recipe, {"end_to_end": {"steps": 40}})
     epts = schedules.epts(longer, read_shapes(recipe.model.id))
-    one_step = 2 * 7 * 16
+    one_step = 2 * 7 * 16 * epts.block.batch_size
     assert abs(counted(epts).passes.total() - counted(longer).passes.total()) <= one_step / 2
     assert (epts.scores.stream, epts.block.loss, epts.block.densest_weight) == ("dense", "mse", 0.5)
     assert epts.group_ranks() == (8,) * 7 and epts.mixer_weights() == (0.1, 0.1, 0.1, 0.1, 0.2, 0.2, 0.2)
     assert {0.5, 0.6, 0.7} <= set(epts.ladder.sparsities) and not epts.ladder.patterns
     official = schedules.epts(longer, read_shapes(recipe.model.id), official=True)
     assert (official.block.steps, official.block.samples) == (1280, 6)
+    assert epts.block.batch_size == 6, "2,048 tokens a step are 128 samples of 16, and there are 6"
+    long = schedules.changed(recipe, {"calibration": {"length": 512, "samples": 600}, "end_to_end": {"steps": 2000}})
+    theirs = [schedules.epts(long, read_shapes(recipe.model.id), official=official).block for official in (False, True)]
+    assert [(block.samples, block.batch_size) for block in theirs] == [(128, 4), (512, 4)]
 
 
 def test_epts_needs_tokens_for_a_step(recipe):

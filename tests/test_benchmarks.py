@@ -40,7 +40,7 @@ samples = 4
 batch_size = 2
 [end_to_end]
 trainable = "base"
-steps = 12
+steps = 40
 batch_size = 2
 """
 
