@@ -26,7 +26,7 @@ from elastic_sparsity.baselines import prune_one_shot_
 from elastic_sparsity.calibration_text import calibration_tokens
 from elastic_sparsity.config import Recipe, make_recipe
 from elastic_sparsity.data import token_hash
-from elastic_sparsity.errors import ConfigError
+from elastic_sparsity.errors import ConfigError, NumericsError
 from elastic_sparsity.files import write_json
 from elastic_sparsity.measure import zero_shot_protocol
 from elastic_sparsity.models import BaseModel, load_base
@@ -57,10 +57,17 @@ def main() -> None:
         missing = [name for name in tasks if name not in done]
         if not missing:
             continue
-        for score in scores(make(), tokenizer, tasks, missing, args, protocol["precision"], f"{method} {level}"):
-            row = {"level": level, "method": method, **score}
-            check_documents([*result["rows"], row])
-            result["rows"].append(row)
+        title = f"{method} {level}"
+        try:
+            for score in scores(make(), tokenizer, tasks, missing, args, protocol["precision"], title):
+                result.get("failures", {}).pop(title, None)  # of an earlier start
+                row = {"level": level, "method": method, **score}
+                check_documents([*result["rows"], row])
+                result["rows"].append(row)
+                write_json(path, result)
+        except NumericsError as error:  # of one model; the others can still be measured
+            log(f"{title} failed: {error}")
+            result.setdefault("failures", {})[title] = {"error": str(error), **stamp(protocol["seed"])}
             write_json(path, result)
     show(result, path.with_suffix(".png"))
 
@@ -187,6 +194,8 @@ def show(result: dict[str, Any], picture: Path) -> None:
     documents = result["protocol"]["documents"]
     title = f"zero-shot, % right ± standard error ({documents} documents a task)"
     Console(width=200).print(tasks_table(rows, title))
+    for name, failure in result.get("failures", {}).items():
+        Console(width=150).print(f"{name} failed: {failure['error']}", markup=False, style="red")
     if task_means(rows):
         plot_tasks(rows, picture, f"mean of {len({row['task'] for row in rows})} zero-shot tasks")
 

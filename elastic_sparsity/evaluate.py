@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from elastic_sparsity.arch import head_function
-from elastic_sparsity.errors import NumericsError, ShapeError
+from elastic_sparsity.errors import ConfigError, NumericsError, ShapeError
 
 Logits = Callable[[Tensor], Tensor]
 ROWS = 128  # logits of this many positions exist at once
@@ -69,12 +69,16 @@ def evaluate(
     Args:
         models: name to causal LM.
         windows_ST: token windows; each predicts its tokens 2 to T.
-        reference_hidden: the reference's final hidden states (T - 1, D) of a window, e.g. `KeptHidden`; None = run it.
+        reference: the model that KL is measured against; None = no KL.
+        reference_hidden: its final hidden states (T - 1, D) of a window, e.g. `KeptHidden`; None = run it.
         autocast: context factory for matrix-product precision.
         share: which windows this worker takes; None = all.
         sum_: adds up tensors over all workers, in place.
     Raises: NumericsError: if a model's loss is not finite. ShapeError: if a vocabulary differs from the reference's.
+        ConfigError: if hidden states come without the reference, whose head they need.
     """
+    if reference_hidden is not None and reference is None:
+        raise ConfigError("evaluate: reference_hidden without reference: no head makes logits of it; give both.")
     nll = dict.fromkeys(models, 0.0)
     kl = dict.fromkeys(models, 0.0)
     with autocast():

@@ -18,7 +18,7 @@ import size
 import zero_shot
 
 from elastic_sparsity import ElasticCheckpoint
-from elastic_sparsity.errors import DataError
+from elastic_sparsity.errors import DataError, NumericsError
 from elastic_sparsity.files import write_json
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -204,6 +204,18 @@ def test_zero_shot_goes_on_where_it_stopped(tiny_checkpoint, place):
     started(zero_shot, *common, "--levels", 0.6, "--baselines", "wanda")
     rows = json.loads((place / "zero_shot.json").read_text())["rows"]
     assert [row["method"] for row in rows] == ["elastic", "dense", "wanda"]
+
+    def no_number(*args):
+        raise NumericsError("the logits are not finite")
+
+    failing = [*common, "--levels", 0.6, "--baselines", "magnitude"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(zero_shot, "scores", no_number)
+        assert "magnitude 0.6 failed: the logits are not finite" in started(zero_shot, *failing)
+    assert [*json.loads((place / "zero_shot.json").read_text())["failures"]] == ["magnitude 0.6"]
+    started(zero_shot, *failing)
+    result = json.loads((place / "zero_shot.json").read_text())
+    assert result["rows"][-1]["method"] == "magnitude" and not result["failures"], "tried again, and found"
     other = [*common, "--levels", 0.7, "--baselines", "wanda", "--calibration", place / "evaluation.txt"]
     _, stopped = start(zero_shot, *other)
     assert stopped is not None and "gives samples of sha256" in stopped

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elastic_sparsity.errors import NumericsError, ShapeError
+from elastic_sparsity.errors import ConfigError, NumericsError, ShapeError
 from elastic_sparsity.evaluate import KeptHidden, evaluate
 from elastic_sparsity.tiny import tiny_model
 
@@ -113,6 +113,12 @@ def test_a_kept_reference_changes_no_figure_and_runs_once_a_window(kept_windows,
     assert kept.free_bytes == one_window // 2
     assert found == [evaluate({"it": model}, ids, **options) for model in models]
     assert len({x["it"].kl for x in found}) == 2
+
+
+def test_hidden_states_without_their_model_are_refused():
+    kept = KeptHidden(tiny_model("llama"))
+    with pytest.raises(ConfigError, match="reference_hidden without reference"):
+        evaluate({"it": tiny_model("llama")}, windows(), reference_hidden=kept, autocast=nullcontext)
 
 
 def test_bfloat16_autocast_is_close_to_float32():
