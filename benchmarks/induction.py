@@ -5,9 +5,10 @@
 Both columns prune the same model on the same calibration samples. Induction learns from further tokens, which the
 JSON tells; "gap closed" is the share of the log-perplexity gap to the dense model that it removes, and the verdict says
 whether a cell is worse by more than its spread over seeds (`induction_table`). Magnitude is that of the induced model's
-own weights; plain magnitude knows no sample, so that seeds after the first copy it. Weights that were measured already
-are not measured again. Every cell goes into the JSON as soon as it is measured, and what was learned stays in --work:
-an interrupted run goes on, `--restart` measures all cells anew.
+own weights; plain magnitude knows no sample, so that seeds after the first copy it. SparseGPT with induction updates
+what the learned masks keep, by --update of what it does alone (`baselines.prune_one_shot_`). Weights that were measured
+already are not measured again. Every cell goes into the JSON as soon as it is measured, and what was learned stays in
+--work: an interrupted run goes on, `--restart` measures all cells anew.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from rich.console import Console
 from spent import spent
 from torch import Tensor
 
-from elastic_sparsity.baselines import METHODS, prune_one_shot_
+from elastic_sparsity.baselines import LEARNED_UPDATE, METHODS, prune_one_shot_
 from elastic_sparsity.calibration_text import calibration_tokens
 from elastic_sparsity.config import Recipe, make_recipe
 from elastic_sparsity.data import read_text, tokenize, windows
@@ -50,6 +51,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--samples", type=int, default=128, help="pruning's calibration samples")
     parser.add_argument("--length", type=int, default=512, help="tokens of a sample")
+    parser.add_argument("--update", type=float, default=LEARNED_UPDATE, help="of SparseGPT on learned masks, 0 to 1")
     parser.add_argument("--window", type=int, default=2048)
     parser.add_argument("--max-windows", type=int)
     parser.add_argument("--precision", default="auto", choices=("auto", "float32", "bfloat16"))
@@ -134,10 +136,11 @@ class Bench:
                 log(f"seed {seed}: induction {maker.learned[1]}")
             pruned = copy.deepcopy(maker.source_of(method, kind).model)
             scales = maker.learned[0].scales if kind == "induced" and method != "magnitude" else None
+            learned = scales is not None and maker.learned[0].used
             with spent() as pruning:
                 prune_one_shot_(
                     pruned, ids_ST[: self.args.samples], levels[level], method, channel_scales=scales,
-                    autocast=self.autocast,
+                    update=self.args.update if learned else None, autocast=self.autocast,
                 )  # fmt: skip
             found = judged(pruned, cells, self.windows_ST, self.autocast)
             cells[cell] = {**found, "pruning": pruning, **stamp(seed)}

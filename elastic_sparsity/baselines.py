@@ -20,6 +20,9 @@ from elastic_sparsity.mask_moves import moved_mask
 from elastic_sparsity.masks import WHOLE_MATRIX, drop_levels, mask_at, matrix_mask, pattern_mask
 from elastic_sparsity.sparsegpt import sparsegpt
 
+LEARNED_UPDATE = 0.5
+"""How much of SparseGPT's update is applied to weights under learned masks, see `prune_one_shot_`."""
+
 METHODS = ("magnitude", "wanda", "ria", "obs", "dsnot", "sparsegpt")
 
 
@@ -34,14 +37,20 @@ def prune_one_shot_(
     batch_size: int = 4,
     channel_scales: Mapping[str, Tensor] | None = None,
     allocation: Mapping[str, int] | None = None,
+    update: float | None = None,
     autocast: Callable[[], Any],
     on_block: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Prunes all linears of the decoder blocks to one level, in place.
 
     Args:
-        channel_scales: what `induction` learned, by linear name; they scale the scores that choose the masks.
+        channel_scales: what `induction` learned, by linear name; they scale the scores that choose the masks. SparseGPT
+            then takes the masks of Wanda's scores, scaled, and updates what they keep: masks that were learned through
+            the whole model do better than those it chooses layer by layer.
         allocation: weights kept a row by linear name, instead of the level's sparsity everywhere; unstructured only.
+        update: SparseGPT's change of the kept weights, times this; 0 = they stay as they are. None = all of it, as the
+            paper does, or half of it on learned masks: these were learned with unchanged weights, and a whole step to
+            the layer's own optimum on a few samples undoes a part of what they gained (benchmarks/LOG.md, 2026-11-28).
     Raises: ConfigError: unknown method, or an allocation of N:M. NumericsError: bad statistics.
     """
     if method not in METHODS:
@@ -61,7 +70,7 @@ def prune_one_shot_(
             if allocation:
                 wanted_here = replace(level, sparsity=1 - allocation[name] / weight.shape[1])
             scale_I = (channel_scales or {}).get(name)
-            weight.copy_(pruned_weight(weight, found[path], wanted_here, method, damping, name, scale_I))
+            weight.copy_(pruned_weight(weight, found[path], wanted_here, method, damping, name, scale_I, update))
         on_block(index + 1, len(blocks))
 
 
@@ -94,20 +103,13 @@ def pruned_weight(
     damping: float,
     where: str,
     channel_scale_I: Tensor | None = None,
+    update: float | None = None,
 ) -> Tensor:
     """One (O, I) weight pruned to a level, float32."""
-    if method == "sparsegpt":
-        assert statistics.gram_II is not None
-        return sparsegpt(
-            weight,
-            statistics.gram_II,
-            sparsity=level.sparsity,
-            pattern=level.pattern,
-            damping=damping,
-            channel_scale_I=channel_scale_I,
-            where=where,
-        )
-    scored = "wanda" if method == "dsnot" else method
+    if method == "sparsegpt" and (channel_scale_I is None or bool((channel_scale_I == 1).all())):  # nothing learned
+        found = _updated(weight, statistics, level, damping, where, None)
+        return found if update is None else torch.lerp(torch.where(found != 0, weight.float(), 0.0), found, update)
+    scored = "wanda" if method in ("dsnot", "sparsegpt") else method
     scores = importance_scores(scored, weight, statistics, damping, where, channel_scale_I)
     if level.pattern is not None:
         mask = pattern_mask(scores, *level.pattern)
@@ -118,4 +120,18 @@ def pruned_weight(
     if method == "dsnot":
         norm_I = statistics.square_sum_I.sqrt()
         mask = moved_mask(weight, mask, statistics.mean_I, statistics.variance_I, norm_I, pattern=level.pattern)
-    return torch.where(mask, weight.float(), 0.0)
+    kept = torch.where(mask, weight.float(), 0.0)
+    if method == "sparsegpt":
+        found = _updated(weight, statistics, level, damping, where, mask)
+        return torch.lerp(kept, found, LEARNED_UPDATE if update is None else update)
+    return kept
+
+
+def _updated(
+    weight: Tensor, statistics: InputStatistics, level: Level, damping: float, where: str, keep_OI: Tensor | None
+) -> Tensor:
+    assert statistics.gram_II is not None
+    return sparsegpt(
+        weight, statistics.gram_II, sparsity=level.sparsity, pattern=level.pattern, damping=damping, keep_OI=keep_OI,
+        where=where,
+    )  # fmt: skip

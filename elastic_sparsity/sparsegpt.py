@@ -30,7 +30,7 @@ def sparsegpt(
     pattern: tuple[int, int] | None = None,
     damping: float = 0.01,
     block_size: int = 128,
-    channel_scale_I: Tensor | None = None,
+    keep_OI: Tensor | None = None,
     where: str = "weight",
 ) -> Tensor:
     """The pruned and compensated weight.
@@ -40,10 +40,10 @@ def sparsegpt(
         gram_II: sum of x xT over calibration tokens, float32.
         sparsity: fraction of zeros, used when `pattern` is None; exact per block up to ties, not per row.
         pattern: (N, M) keeps N of every M along the input dimension.
-        channel_scale_I: learned scale of every input channel's importance (see `induction`): it helps to choose the
-            masks, and changes no compensation.
+        keep_OI: bool mask, chosen before; then neither sparsity nor pattern chooses. None = chosen on the way, as the
+            paper does, from weights that carry the errors of the columns before.
     Returns: (O, I) float32.
-    Raises: NumericsError: if the Hessian does not factor, naming `where`.
+    Raises: NumericsError: if the Hessian does not factor. ShapeError: if the mask does not fit. Both name `where`.
     """
     weight = weight_OI.float().clone()
     weight[:, gram_II.diagonal() == 0] = 0.0
@@ -53,10 +53,8 @@ def sparsegpt(
         raise NumericsError(f"{where}: the inverse Hessian does not factor with damping {damping}; raise it.")
     width = weight.shape[1]
     divisor_I = factor.diagonal().clone()  # saliency is (weight / divisor)^2
-    if channel_scale_I is not None:
-        if channel_scale_I.shape != (width,):
-            raise ShapeError(f"{where}: {width} inputs against channel scale {tuple(channel_scale_I.shape)}.")
-        divisor_I /= channel_scale_I.to(divisor_I)
+    if keep_OI is not None and keep_OI.shape != weight.shape:
+        raise ShapeError(f"{where}: {tuple(weight.shape)} against a mask of {tuple(keep_OI.shape)}.")
     if pattern is not None:  # a group of M must not straddle two blocks
         block_size -= block_size % pattern[1]
     for start in range(0, width, block_size):
@@ -64,11 +62,11 @@ def sparsegpt(
         local = factor[start:end, start:end]
         block = weight[:, start:end].clone()
         errors = torch.zeros_like(block)
-        keep = torch.zeros_like(block, dtype=torch.bool)
-        if pattern is None:
+        keep = torch.zeros_like(block, dtype=torch.bool) if keep_OI is None else keep_OI[:, start:end]
+        if keep_OI is None and pattern is None:
             keep = _block_mask(block, divisor_I[start:end], sparsity)
         for j in range(end - start):
-            if pattern is not None and j % pattern[1] == 0:
+            if keep_OI is None and pattern is not None and j % pattern[1] == 0:
                 group = slice(j, j + pattern[1])
                 saliency = block[:, group].square() / divisor_I[start:end][group].square()
                 best = saliency.argsort(dim=1, descending=True, stable=True)[:, : pattern[0]]

@@ -147,6 +147,24 @@ def test_scales_choose_masks_of_every_method():
         importance_scores("wanda", weight, statistics, 0.01, "here", torch.ones(15))
 
 
+@pytest.mark.parametrize("level", LADDER.levels, ids=lambda level: level.name)
+def test_sparsegpt_updates_what_learned_masks_keep_by_half(level):
+    torch.manual_seed(0)
+    weight, x, scale = torch.randn(6, 16), torch.randn(64, 16) @ torch.randn(16, 16), torch.rand(16) + 0.1
+    statistics = InputStatistics(16, gram=True)
+    statistics.update(x)
+
+    def pruned(method, *update):
+        return pruned_weight(weight, statistics, level, method, 0.01, "here", scale, *update)
+
+    kept, whole, half = pruned("wanda"), pruned("sparsegpt", 1.0), pruned("sparsegpt")
+    assert torch.equal(pruned("sparsegpt", 0.0), kept)
+    assert torch.equal(whole != 0, kept != 0) and not torch.equal(whole, kept)
+    torch.testing.assert_close(half, (kept + whole) / 2)
+    by_itself = pruned_weight(weight, statistics, level, "sparsegpt", 0.01, "here")
+    assert torch.equal(pruned_weight(weight, statistics, level, "sparsegpt", 0.01, "here", torch.ones(16)), by_itself)
+
+
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "obs", "sparsegpt"])
 def test_ones_change_nothing(method):
     plain, scaled = (tiny_model("llama").requires_grad_(False) for _ in range(2))

@@ -147,12 +147,15 @@ def test_a_gram_that_does_not_factor_names_the_weight():
         sparsegpt(torch.ones(2, 2), torch.tensor([[1.0, 3.0], [3.0, 1.0]]), sparsity=0.5, where="model.layers.1.fc2")
 
 
-def test_channel_scales_choose_and_ones_do_not():
+def test_a_mask_chosen_before_is_kept_and_its_own_changes_nothing():
     weight, x = problem(12, 256)
-    plain = sparsegpt(weight, x.T @ x, sparsity=0.5)
-    assert torch.equal(plain, sparsegpt(weight, x.T @ x, sparsity=0.5, channel_scale_I=torch.ones(256)))
-    scale = torch.ones(256)
-    scale[7] = 1e6
-    assert (sparsegpt(weight, x.T @ x, sparsity=0.9, channel_scale_I=scale)[:, 7] != 0).all()
-    with pytest.raises(ShapeError, match="channel scale"):
-        sparsegpt(weight, x.T @ x, sparsity=0.5, channel_scale_I=torch.ones(255))
+    gram = x.T @ x
+    for choose in ({"sparsity": 0.5}, {"sparsity": 0.0, "pattern": (2, 4)}):
+        plain = sparsegpt(weight, gram, **choose)
+        again = sparsegpt(weight, gram, sparsity=0.9, keep_OI=plain != 0)
+        assert torch.equal(again, plain)
+    mask = pattern_mask(weight.abs(), 2, 4)
+    found = sparsegpt(weight, gram, sparsity=0.0, keep_OI=mask)
+    assert torch.equal(found != 0, mask) and output_error(weight, found, x) < output_error(weight, weight * mask, x)
+    with pytest.raises(ShapeError, match="against a mask"):
+        sparsegpt(weight, gram, sparsity=0.5, keep_OI=mask[:, 1:])
