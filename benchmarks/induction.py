@@ -58,6 +58,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--restart", action="store_true", help="measure all again; what lies in --work stays")
     add_place(parser, "induction")
     args = parser.parse_args()
+    if not 0 <= args.update <= 1:
+        parser.error("--update is a share, from 0 to 1.")
     args.precision = resolve_precision(args.precision, default_device())
     return args
 
@@ -136,11 +138,10 @@ class Bench:
                 log(f"seed {seed}: induction {maker.learned[1]}")
             pruned = copy.deepcopy(maker.source_of(method, kind).model)
             scales = maker.learned[0].scales if kind == "induced" and method != "magnitude" else None
-            learned = scales is not None and maker.learned[0].used
             with spent() as pruning:
                 prune_one_shot_(
                     pruned, ids_ST[: self.args.samples], levels[level], method, channel_scales=scales,
-                    update=self.args.update if learned else None, autocast=self.autocast,
+                    update=self.args.update, autocast=self.autocast,
                 )  # fmt: skip
             found = judged(pruned, cells, self.windows_ST, self.autocast)
             cells[cell] = {**found, "pruning": pruning, **stamp(seed)}

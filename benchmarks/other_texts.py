@@ -8,17 +8,18 @@ the model writes itself, by another seed than self-calibration, so that no run h
 """
 
 import argparse
-import json
 import random
 from pathlib import Path
+from typing import Any
 
 from cells import exit_on_error, log
 
 from elastic_sparsity.calibration_text import HELD_OUT_SEED
 from elastic_sparsity.data import sample_from_model
 from elastic_sparsity.errors import DataError
-from elastic_sparsity.files import file_sha256
+from elastic_sparsity.files import atomic_file, file_sha256
 from elastic_sparsity.models import load_base
+from elastic_sparsity.task_files import read_documents
 
 
 def main() -> None:
@@ -31,7 +32,6 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512, help="tokens of each of them")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    args.output.mkdir(parents=True, exist_ok=True)
     keep(args.output / "passages.txt", passages(args.task_data, args.characters, args.seed))
     keep(args.output / "self.txt", written(args.model, args.samples, args.length, args.seed + HELD_OUT_SEED))
 
@@ -45,9 +45,8 @@ def passages(folder: Path, characters: int, seed: int) -> str:
     for name in ("boolq", "lambada_openai"):
         file = folder / f"{name}.jsonl"
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
-            found += [passage_of(json.loads(line)) for line in lines]
-        except (OSError, ValueError, KeyError) as error:
+            found += [passage_of(document) for document in read_documents(file)]
+        except (ValueError, KeyError) as error:
             raise DataError(f"{file}: not the passages of {name}: {error!r}; see benchmarks/tasks.") from error
     chosen, size = [], 0
     order = list(dict.fromkeys(found))
@@ -60,7 +59,7 @@ def passages(folder: Path, characters: int, seed: int) -> str:
     return "\n\n".join(chosen)
 
 
-def passage_of(row: dict[str, str]) -> str:
+def passage_of(row: dict[str, Any]) -> str:
     """BoolQ's passage without its question; LAMBADA's with its last word."""
     if "context" in row:
         return f"{row['context']} {row['continuation']}"
@@ -78,9 +77,8 @@ def written(model: str, samples: int, length: int, seed: int) -> str:
 
 
 def keep(file: Path, text: str) -> None:
-    scratch = file.with_suffix(".partial")
-    scratch.write_text(text, encoding="utf-8")
-    scratch.replace(file)
+    with atomic_file(file) as scratch:
+        scratch.write_text(text, encoding="utf-8")
     log(f"{file}: {len(text):,} characters, sha256 {file_sha256(file)[:16]}")
 
 

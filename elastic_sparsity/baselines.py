@@ -37,7 +37,7 @@ def prune_one_shot_(
     batch_size: int = 4,
     channel_scales: Mapping[str, Tensor] | None = None,
     allocation: Mapping[str, int] | None = None,
-    update: float | None = None,
+    update: float = LEARNED_UPDATE,
     autocast: Callable[[], Any],
     on_block: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
@@ -48,9 +48,9 @@ def prune_one_shot_(
             then takes the masks of Wanda's scores, scaled, and updates what they keep: masks that were learned through
             the whole model do better than those it chooses layer by layer.
         allocation: weights kept a row by linear name, instead of the level's sparsity everywhere; unstructured only.
-        update: SparseGPT's change of the kept weights, times this; 0 = they stay as they are. None = all of it, as the
-            paper does, or half of it on learned masks: these were learned with unchanged weights, and a whole step to
-            the layer's own optimum on a few samples undoes a part of what they gained (benchmarks/LOG.md, 2026-11-28).
+        update: how much of SparseGPT's change of the kept weights is applied on learned masks, 0 to 1: these were
+            learned with unchanged weights, and a whole step to the layer's own optimum on a few samples undoes a part
+            of what they gained (benchmarks/LOG.md, 2026-11-28). On masks of its own all of it is, as in the paper.
     Raises: ConfigError: unknown method, or an allocation of N:M. NumericsError: bad statistics.
     """
     if method not in METHODS:
@@ -103,12 +103,11 @@ def pruned_weight(
     damping: float,
     where: str,
     channel_scale_I: Tensor | None = None,
-    update: float | None = None,
+    update: float = LEARNED_UPDATE,
 ) -> Tensor:
     """One (O, I) weight pruned to a level, float32."""
     if method == "sparsegpt" and (channel_scale_I is None or bool((channel_scale_I == 1).all())):  # nothing learned
-        found = _updated(weight, statistics, level, damping, where, None)
-        return found if update is None else torch.lerp(torch.where(found != 0, weight.float(), 0.0), found, update)
+        return _updated(weight, statistics, level, damping, where, None)
     scored = "wanda" if method in ("dsnot", "sparsegpt") else method
     scores = importance_scores(scored, weight, statistics, damping, where, channel_scale_I)
     if level.pattern is not None:
@@ -122,8 +121,7 @@ def pruned_weight(
         mask = moved_mask(weight, mask, statistics.mean_I, statistics.variance_I, norm_I, pattern=level.pattern)
     kept = torch.where(mask, weight.float(), 0.0)
     if method == "sparsegpt":
-        found = _updated(weight, statistics, level, damping, where, mask)
-        return torch.lerp(kept, found, LEARNED_UPDATE if update is None else update)
+        return torch.lerp(kept, _updated(weight, statistics, level, damping, where, mask), update)
     return kept
 
 
