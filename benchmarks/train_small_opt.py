@@ -7,7 +7,7 @@ from Trainer's last checkpoint, other settings are refused by name.
 
     python benchmarks/train_small_opt.py small-opt --text abc-news.txt
 
-Time at the defaults: about 30 minutes on one core that does 50 GFLOP/s. The last 2 % of the text are held out. Never
+Time at the defaults: 32 minutes on one core of a Zen 3. The last 2 % of the text are held out. Never
 give it the text that perplexity is measured on.
 """
 
@@ -57,10 +57,10 @@ class Settings:
 
     vocabulary: int = 4096
     context: int = 256
-    hidden: int = 192
+    hidden: int = 128
     layers: int = 6
-    heads: int = 3
-    steps: int = 2000
+    heads: int = 2
+    steps: int = 4000
     batch_size: int = 8
     learning_rate: float = 2e-3
     warmup: int = 100
