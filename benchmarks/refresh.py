@@ -15,11 +15,10 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from cells import add_place, check_texts, differences, exit_on_error, log, read_result, stamp
+from cells import add_place, begin, check_texts, exit_on_error, log, question_of, stamp
 from rich.console import Console
 from rich.table import Table
 
@@ -27,7 +26,7 @@ from elastic_sparsity.arch import linears_of, weight_OI
 from elastic_sparsity.attention import training_attention
 from elastic_sparsity.blocks import input_hooks
 from elastic_sparsity.data import read_text, tokenize, windows
-from elastic_sparsity.files import file_sha256, is_file, write_json
+from elastic_sparsity.files import write_json
 from elastic_sparsity.importance import InputStatistics, wanda_scores
 from elastic_sparsity.metric_refresh import refreshed_scores, scaled_square_sum
 from elastic_sparsity.models import load_base
@@ -48,7 +47,10 @@ def main() -> None:
     args = parser.parse_args()
     check_texts(args.calibration)
     file = args.results / f"{args.name}.json"
-    result = begin(args, file)
+    # No seed: nothing is drawn. The samples are the first windows of the text, the scales a ramp.
+    clock = "wall" if default_device() == "cuda" else "cpu"
+    question = question_of(args, ()) | {"precision": "float32", "clock": clock}
+    result = begin(args, file, question, {"rows": {}})
     if any(name not in result["rows"] for name in ROWS):
         base = load_base(args.model)
         model = base.model.float()
@@ -57,28 +59,6 @@ def main() -> None:
         with training_attention(model), torch.no_grad():
             measure(model, ids_ST.to(model.device), args.rounds, result, lambda: write_json(file, result))
     show(result)
-
-
-def begin(args: argparse.Namespace, file: Path) -> dict[str, Any]:
-    """The result so far, if it is of the same protocol and `--restart` was not given; else a new one."""
-    protocol = {
-        "model": args.model,
-        "calibration": Path(args.calibration).name,
-        "calibration_text_sha256": file_sha256(Path(args.calibration))[:16] if is_file(args.calibration) else None,
-        "samples": [args.samples, args.length],
-        "rounds": args.rounds,
-        "precision": "float32",
-        "clock": "wall" if default_device() == "cuda" else "cpu",
-        "seed": None,  # nothing is drawn: the first windows of the text, scales from a ramp
-    }
-    if file.is_file() and not args.restart:
-        found = read_result(file, ("protocol", "rows"))
-        both = differences({"clock": "cpu", **found["protocol"]}, protocol)  # older results do not name the clock
-        if both:
-            raise SystemExit(f"{file}: is of another question: {both}. Give --restart or another --name.")
-        return found
-    file.parent.mkdir(parents=True, exist_ok=True)
-    return {"protocol": protocol, "rows": {}}
 
 
 def norms_anew(model: Any, linears: dict[str, Any], ids_ST: torch.Tensor) -> dict[str, InputStatistics]:
@@ -144,7 +124,7 @@ def seconds(work: Callable[[], None]) -> float:
 
 def show(result: dict[str, Any]) -> None:
     samples, length = result["samples"]
-    clock = "CPU s" if result["protocol"]["clock"] == "cpu" else "s"
+    clock = "CPU s" if result["question"]["clock"] == "cpu" else "s"
     table = Table(title=f"Wanda's metric of {result['linears']} linears, {samples} x {length} tokens, medians")
     for column in ("", f"anew, {clock}", f"refreshed, {clock}", "times"):
         table.add_column(column, justify="right" if column else "left")
