@@ -20,11 +20,11 @@ from elastic_sparsity.channel_order import improved_order
 from elastic_sparsity.errors import ConfigError
 from elastic_sparsity.feature_stage import BlockResult, better, check_samples, choice_of, feature_errors
 from elastic_sparsity.functional_fold import outputs_inputs
-from elastic_sparsity.head_basis import balanced_basis, pair_angles, principal_basis, turned_values
+from elastic_sparsity.head_basis import balanced_basis, in_proportion, pair_angles, principal_basis, turned_values
 from elastic_sparsity.importance import InputStatistics, wanda_scores
 from elastic_sparsity.ladder import Ladder, Level, keep_count
 from elastic_sparsity.metric_refresh import mixed_square_sum
-from elastic_sparsity.rotation import mix_values_, permute_mlp_, permute_values_, turn_query_key_
+from elastic_sparsity.rotation import MAX_CONDITION, mix_values_, permute_mlp_, permute_values_, turn_query_key_
 from elastic_sparsity.soft_mask import hard_mask, thresholds
 from elastic_sparsity.wiring import heads_of, mlp_rows, wiring_of
 
@@ -212,10 +212,13 @@ class _Chooser:
 
     def _mixed(self, name: str, matrices_KCC: Tensor, patterns: list[tuple[int, int]]) -> _Candidate:
         """For N:M each head's new channels are put in a good order at once: bases have the strong ones side by side."""
-        gram_II, out_OI = self.grams[self.row.out], self._weight(self.row.out)
+        gram_II, value_OI, out_OI = self.grams[self.row.out], self._weight(self.row.value), self._weight(self.row.out)
         assert gram_II is not None
         square_sum_I, ordered = self.square_sums[self.row.out].clone(), []
-        for matrix_CC, columns_RC in zip(matrices_KCC, self.heads.out_KRC, strict=True):
+        sides = zip(matrices_KCC, self.heads.value_KC, self.heads.out_KRC, strict=True)
+        for matrix_CC, rows_C, columns_RC in sides:
+            read_RDC = torch.stack([out_OI[:, c] for c in columns_RC])
+            matrix_CC = in_proportion(matrix_CC, value_OI[rows_C], read_RDC, MAX_CONDITION / 2)
             grams_RCC = torch.stack([gram_II[c][:, c] for c in columns_RC]).cpu().double()
             squares_RC = mixed_square_sum(grams_RCC, matrix_CC).float()
             if patterns:

@@ -33,6 +33,30 @@ def balanced_basis(gram_CC: Tensor, out_DC: Tensor) -> Tensor:
     return (torch.linalg.eigh(energy_CC).eigenvectors.flip(-1).T @ inverse_CC).contiguous()
 
 
+def in_proportion(matrix_CC: Tensor, value_CD: Tensor, out_RDC: Tensor, max_condition: float) -> Tensor:
+    """Rows of a basis scaled, so that weights on both sides of it stand to each other as the head's did before.
+
+    Scales change none of Wanda's masks, but one learning rate trains both sides: white values made those of two blocks
+    of SmolLM2-135M 400 times smaller against the output's weights, and the first steps of training broke them.
+
+    Args:
+        matrix_CC: an invertible basis.
+        value_CD: rows of the value linear for this head; out_RDC: the output linear's columns for each query head.
+        max_condition: beyond it channels are scaled less unlike each other than that would take.
+    Returns: (C, C) float64. Channels without a weight on one side keep the others' mean scale.
+    """
+    matrix, value, out = matrix_CC.double(), value_CD.double(), out_RDC.double()
+    value_C, out_C = (matrix @ value).square().mean(1), (out @ torch.linalg.inv(matrix)).square().mean((0, 1))
+    logs_C = (value.square().mean() * out_C).log() - (out.square().mean() * value_C).log()
+    known_C = logs_C.isfinite()
+    if not known_C.any():
+        return matrix
+    middle = logs_C[known_C].mean()
+    spread = 2 * torch.log(max_condition / torch.linalg.cond(matrix)).clamp_min(0.0)
+    apart_C = torch.where(known_C, logs_C - middle, 0.0).clamp(-spread, spread)
+    return matrix * ((middle + apart_C) / 4).exp()[:, None]
+
+
 def entropy(energy_OI: Tensor) -> Tensor:
     """Mean over rows of the entropy of a row's energy, made a distribution; nats. Scale-free: a row's scale is nothing.
 

@@ -58,6 +58,19 @@ def test_errors_are_those_of_the_block_pruned_by_hand():
     assert last.after["2:4"] == pytest.approx(sum(errors) / 4, rel=1e-3)
 
 
+def test_folded_values_and_output_weights_keep_their_proportion():
+    """So that one learning rate suits both afterwards, as it did before."""
+
+    def proportions(model):
+        weights = [(b.self_attn.v_proj.weight, b.self_attn.o_proj.weight) for b in decoder_blocks(model)]
+        return [float(value.detach().square().mean() / out.detach().square().mean()) for value, out in weights]
+
+    model = tiny_model("llama").requires_grad_(False)
+    before = proportions(model)
+    assert any(x.chosen == "balanced" for x in choose(model, ["values"]))
+    assert proportions(model) == pytest.approx(before, rel=0.1)
+
+
 def test_same_choice_again():
     first, second = (tiny_model("llama").requires_grad_(False) for _ in range(2))
     assert choose(first, FOLDS) == choose(second, FOLDS)

@@ -5,7 +5,14 @@ import torch
 from exact import random
 
 from elastic_sparsity.errors import ShapeError
-from elastic_sparsity.head_basis import balanced_basis, entropy, pair_angles, principal_basis, turned_values
+from elastic_sparsity.head_basis import (
+    balanced_basis,
+    entropy,
+    in_proportion,
+    pair_angles,
+    principal_basis,
+    turned_values,
+)
 from elastic_sparsity.metric_refresh import mixed_square_sum
 
 
@@ -39,6 +46,35 @@ def test_balanced_basis_of_values_that_never_move():
     gram = gram_of(6)
     gram[2], gram[:, 2] = 0.0, 0.0
     assert torch.linalg.cond(balanced_basis(gram, random(9, 6))) < 1e5
+
+
+def proportion(value_CD, out_RDC):
+    return value_CD.square().mean(1).sqrt() / out_RDC.square().mean((0, 1)).sqrt()
+
+
+def test_in_proportion_keeps_what_weights_were_to_each_other():
+    value, out = random(6, 12, seed=1), 7 * random(2, 10, 6, seed=2)
+    basis = 1e-3 * balanced_basis(gram_of(6), out.flatten(0, 1))
+    even = in_proportion(basis, value, out, max_condition=1e5)
+    now = proportion(even @ value, out @ torch.linalg.inv(even))
+    assert torch.allclose(now, (value.square().mean() / out.square().mean()).sqrt().expand(6))
+    assert torch.allclose(even / even.norm(dim=1, keepdim=True), basis / basis.norm(dim=1, keepdim=True))
+    rotation = principal_basis(gram_of(6))  # of weights that are alike already: hardly anything is left to do
+    assert torch.linalg.cond(in_proportion(rotation, value, out, max_condition=1e5)) < 3
+
+
+def test_in_proportion_within_a_condition_and_beside_weights_that_are_zero():
+    value, out = random(6, 12, seed=1), random(2, 10, 6, seed=2)
+    value[3], out[:, :, 4] = 0.0, 0.0
+    same = in_proportion(torch.eye(6), value, out, max_condition=1e5)
+    assert torch.equal(same, same.diagonal().diag()) and torch.isfinite(same).all()
+    assert torch.allclose(same[3, 3], same[4, 4])
+    assert torch.equal(in_proportion(torch.eye(6), torch.zeros(6, 12), out, max_condition=1e5), torch.eye(6).double())
+    value[0] *= 1e6
+    steep = in_proportion(torch.eye(6), value, out, max_condition=10.0)
+    assert torch.linalg.cond(steep) == pytest.approx(10.0)
+    already = torch.diag(torch.tensor([1e3, 1, 1, 1, 1, 1]))
+    assert torch.linalg.cond(in_proportion(already, value, out, max_condition=10.0)) == pytest.approx(1e3)
 
 
 def test_entropy_by_hand():
