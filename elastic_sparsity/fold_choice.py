@@ -223,8 +223,8 @@ class _Chooser:
             squares_RC = mixed_square_sum(grams_RCC, matrix_CC).float()
             if patterns:
                 back_CC = torch.linalg.inv(matrix_CC)
-                mixed = [out_OI[:, c].double() @ back_CC for c in columns_RC]
-                scores = [wanda_scores(w, x).square() for w, x in zip(mixed, squares_RC, strict=True)]
+                mixed_RDC = read_RDC.double() @ back_CC
+                scores = [wanda_scores(w, x).square() for w, x in zip(mixed_RDC, squares_RC, strict=True)]
                 order_C = improved_order(torch.cat(scores), *patterns[0])
                 matrix_CC, squares_RC = matrix_CC[order_C], squares_RC[:, order_C]
             ordered.append(matrix_CC)
