@@ -129,14 +129,15 @@ def test_a_crash_changes_nothing(name, number, trainable, activations, mode, tmp
     assert not (tmp_path / "crashed.run").exists()
 
 
-def test_a_snapshot_of_the_end_to_end_phase(tmp_path, monkeypatch):
+@pytest.mark.parametrize("levels_per_batch", [1, 2])
+def test_a_snapshot_of_the_end_to_end_phase(levels_per_batch, tmp_path, monkeypatch):
     """Going on in the middle of the phase: parameters, moments, order of levels and losses as if nothing had been."""
-    recipe = tiny_recipe(end_to_end={"trainable": "base", "steps": 9})
+    recipe = tiny_recipe(end_to_end={"trainable": "base", "steps": 9, "levels_per_batch": levels_per_batch})
     optimize(recipe, tmp_path / "whole")
     import elastic_sparsity.end_to_end as end_to_end
     import elastic_sparsity.pipeline as pipeline
 
-    real_loss, real_snapshots, seen = end_to_end._step_loss, pipeline.Snapshots, []
+    real_loss, real_snapshots, seen = end_to_end.kl_to_dense, pipeline.Snapshots, []
     monkeypatch.setattr(pipeline, "Snapshots", lambda **fields: real_snapshots(**fields, seconds=0))
 
     def fails(*args, **kwargs):
@@ -145,7 +146,7 @@ def test_a_snapshot_of_the_end_to_end_phase(tmp_path, monkeypatch):
             raise Crash
         return real_loss(*args, **kwargs)
 
-    monkeypatch.setattr(end_to_end, "_step_loss", fails)
+    monkeypatch.setattr(end_to_end, "kl_to_dense", fails)
     with pytest.raises(Crash):
         optimize(recipe, tmp_path / "crashed")
     optimize(recipe, tmp_path / "crashed")
