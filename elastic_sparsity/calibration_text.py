@@ -28,6 +28,7 @@ from elastic_sparsity.precision import DTYPES, resolve_precision
 
 log = logging.getLogger(__name__)
 
+SAMPLER = 2  # another number whenever the same seed gives other text, so that what was kept is not taken for it
 HELD_OUT_SEED = 1_000_003  # added to the recipe's seed: text that calibration never sees, whatever its amount
 
 Progress = Callable[[str, int, int], None]
@@ -68,7 +69,7 @@ def _self_sampled(recipe: Recipe, base: BaseModel, samples: int, seed: int, prog
     wanted, device = recipe.calibration, base.model.device.type
     precision = resolve_precision(recipe.precision, device)
     key = f"{base.identity['sha256'][:16]}-{samples}x{wanted.length}-t{wanted.temperature:g}-{precision}-s{seed}"
-    path = cache_folder() / "self-calibration" / f"{key}.safetensors"
+    path = cache_folder() / f"self-calibration-{SAMPLER}" / f"{key}.safetensors"
     if path.is_file():
         try:
             return load_file(path)["token_ids"]

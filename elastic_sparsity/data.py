@@ -16,7 +16,7 @@ from torch import Tensor
 
 from elastic_sparsity.errors import DataError, NumericsError, brief
 from elastic_sparsity.files import is_file
-from elastic_sparsity.generating import empty_cache, stepper
+from elastic_sparsity.generating import roomy_cache, stepper
 
 log = logging.getLogger(__name__)
 
@@ -171,18 +171,31 @@ def sample_from_model(
         size = min(SELF_BATCH, samples - start)
         ids = torch.empty(size, length, dtype=torch.int64)
         ids[:, 0] = torch.randint(model.config.vocab_size, (size,), generator=generator)
-        step, cache, latest = stepper(model), empty_cache(model), ids[:, :1].to(model.device)
+        step, cache, latest = stepper(model), roomy_cache(model, length), ids[:, :1].to(model.device)
         for position in range(1, length):
             logits = step(latest, cache).float().cpu() / temperature  # the generator lives on the CPU
             if not torch.isfinite(logits).all():
                 raise NumericsError("self-calibration: the model's logits are not finite; its weights overflow.")
             logits[:, banned] = float("-inf")
-            chosen = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
+            chosen = draw(logits, generator)
             ids[:, position] = chosen[:, 0]
             latest = chosen.to(model.device)
         parts.append(ids)
         on_batch(min(start + SELF_BATCH, samples), samples)
     return torch.cat(parts)
+
+
+def draw(logits_BV: Tensor, generator: torch.Generator) -> Tensor:
+    """(B, 1) a token a row, from the softmax of the logits, by inversion: one random number a row.
+
+    `torch.multinomial` draws one for every token of the vocabulary, on a CPU one after the other: measured with 64 rows
+    of 49,152 logits 80 ms, this 16 to 37, where the model itself takes 100 to 300.
+    """
+    sums_BV = logits_BV.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    total_B1 = sums_BV[:, -1:]
+    at_B1 = torch.rand(total_B1.shape, dtype=torch.float64, generator=generator) * total_B1
+    below_B1 = torch.nextafter(total_B1, torch.zeros_like(total_B1))  # the product may round up to the total
+    return torch.searchsorted(sums_BV, torch.minimum(at_B1, below_B1), right=True)
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -31,3 +31,41 @@ def empty_cache(model: Any) -> Any:
     from transformers import DynamicCache  # slow import, only here
 
     return DynamicCache(config=model.config)
+
+
+def roomy_cache(model: Any, num_tokens: int) -> Any:
+    """The same with room for `num_tokens` from the start: the usual one copies all its keys and values at every token.
+
+    Layers of another kind than the one that grows (sliding windows, states) stay as they are; more tokens than there is
+    room for are copied as usual. The logits are bit for bit those with the usual cache.
+    """
+    from transformers.cache_utils import DynamicLayer
+
+    class RoomyLayer(DynamicLayer):
+        room: tuple[Tensor, Tensor] | None = None
+
+        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            start = self.get_seq_length()
+            end = start + key_states.shape[-2]
+            if self.room is not None and self.keys.data_ptr() != self.room[0].data_ptr():
+                self.room = None  # somebody chose or repeated sequences, which gave new tensors
+            if end > num_tokens or (start and self.room is None):
+                self.room = None
+                found: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
+                return found
+            if self.room is None:  # what the first call sets beside the tensors is the library's own business
+                super().update(key_states, value_states, *args, **kwargs)
+                self.room = _room(key_states, num_tokens), _room(value_states, num_tokens)
+            for room, new in zip(self.room, (key_states, value_states), strict=True):
+                room[..., start:end, :] = new
+            self.keys, self.values = (room[..., :end, :] for room in self.room)
+            return self.keys, self.values
+
+    cache = empty_cache(model)
+    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+def _room(states: Tensor, num_tokens: int) -> Tensor:
+    """Uninitialised, for `num_tokens` instead of the tokens (dimension -2) of `states`."""
+    return states.new_empty((*states.shape[:-2], num_tokens, states.shape[-1]))

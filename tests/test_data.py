@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from elastic_sparsity.data import read_text, sample_from_model, sample_windows, token_hash, tokenize, windows
+from elastic_sparsity.data import draw, read_text, sample_from_model, sample_windows, token_hash, tokenize, windows
 from elastic_sparsity.errors import DataError
 from elastic_sparsity.tiny import byte_tokenizer, tiny_model
 
@@ -85,6 +85,25 @@ def test_self_sampling_is_seeded_and_follows_the_model():
     greedy = model(cold[:, :-1]).logits
     greedy[..., 0] = float("-inf")
     assert torch.equal(greedy.argmax(-1), cold[:, 1:]), "at temperature zero every token is the model's best"
+
+
+def test_draws_follow_the_softmax_and_leave_out_what_has_no_share():
+    """Against the shares themselves, 40,000 draws; a token of no share is never drawn, at the ends of a row either."""
+    logits = torch.tensor([[float("-inf"), 0.3, -1.0, float("-inf"), 2.0, -0.5, float("-inf")]])
+    drawn = draw(logits.expand(40_000, -1), torch.Generator().manual_seed(0))
+    assert drawn.shape == (40_000, 1)
+    shares = torch.bincount(drawn[:, 0], minlength=7) / 40_000
+    wanted = logits.softmax(-1)[0]
+    assert not shares[wanted == 0].any()
+    assert torch.all((shares - wanted).abs() <= 4 * (wanted * (1 - wanted) / 40_000).sqrt())
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0], ids=["least", "greatest"])
+def test_the_ends_of_the_unit_interval_draw_a_token_that_has_a_share(value, monkeypatch):
+    """Also where a product with the total would round up to it, as no generator ever gives."""
+    logits = torch.tensor([[float("-inf"), 0.0, 1.0, float("-inf")]])
+    monkeypatch.setattr(torch, "rand", lambda shape, dtype, generator: torch.full(shape, value, dtype=dtype))
+    assert int(draw(logits, torch.Generator())) == (1 if value == 0.0 else 2)
 
 
 def test_token_hash_tells_apart():
