@@ -47,8 +47,8 @@ def roomy_cache(model: Any, num_tokens: int) -> Any:
         def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
             start = self.get_seq_length()
             end = start + key_states.shape[-2]
-            if self.room is not None and self.keys.data_ptr() != self.room[0].data_ptr():
-                self.room = None  # somebody chose or repeated sequences, which gave new tensors
+            if self.room is not None and (self.keys is None or self.keys.data_ptr() != self.room[0].data_ptr()):
+                self.room = None  # somebody reset it, or chose or repeated sequences, which gave new tensors
             if end > num_tokens or (start and self.room is None):
                 self.room = None
                 found: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
