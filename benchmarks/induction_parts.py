@@ -6,6 +6,7 @@ Rows: `none`; `absorbed` (reading A, eq. 5 to 8, folded exactly), `absorbed, fro
 left out); `scores` (reading B, eq. 11); `gains` (reading C, tuned after masking); `scales` (s = |X| in closed form, for
 magnitude); every fold of `fold_choice`; `folds` (all of these); `residual order` (of the whole stream, for N:M) and
 `residual rotation` (to principal axes; it unties a head whose norm has gains, and is marked if it adds parameters);
+`residual order, folds`;
 `all` (folds, then scores); `all, gains`. A row that the model has no exact form of is marked as refused.
 
 Every cell says perplexity, and seconds and the process's peak memory of its induction. Cells go into the JSON as soon

@@ -66,6 +66,7 @@ ROWS: dict[str, Row] = {
     "folds": Row(folds=FOLDS),
     "residual order": Row(residual="order"),
     "residual rotation": Row(residual="rotation"),
+    "residual order, folds": Row(residual="order", folds=FOLDS),
     "all": Row(folds=FOLDS, scores="learned"),
     "all, gains": Row(folds=FOLDS, scores="learned", gains=True),
 }
