@@ -31,7 +31,7 @@ SHARED = ("inducing", "importance", "soft_mask", "ladder")
 CODE = {
     "scores": (*SHARED, "induction", "end_to_end"),
     "folds": (*SHARED, "fold_choice", "feature_stage", "functional_fold", "channel_order", "head_basis",
-              "metric_refresh", "rotation", "folding", "calibrate"),
+              "metric_refresh", "rotation", "folding", "calibrate", "residual", "residual_order"),
     "absorbed": (*SHARED, "absorbed_stage", "feature_stage", "functional_fold", "absorption", "spectral_loss",
                  "head_basis", "metric_refresh", "folding", "calibrate"),
 }  # fmt: skip

@@ -4,9 +4,9 @@
 
 Rows: `none`; `absorbed` (reading A, eq. 5 to 8, folded exactly), `absorbed, from ones`, `absorbed, no penalty` (eq. 8
 left out); `scores` (reading B, eq. 11); `gains` (reading C, tuned after masking); `scales` (s = |X| in closed form, for
-magnitude); every fold of `fold_choice`; `folds` (all of these); `residual order` (of the whole stream, for N:M) and
-`residual rotation` (to principal axes; it unties a head whose norm has gains, and is marked if it adds parameters);
-`residual order, folds`;
+magnitude); every fold of `fold_choice`; `folds` (all of these); `residual_order` (of the whole stream, for N:M), alone
+and before `folds`; `residual rotation` (to principal axes; it unties a head whose norm has gains, and is marked if it
+adds parameters);
 `all` (folds, then scores); `all, gains`. A row that the model has no exact form of is marked as refused.
 
 Every cell says perplexity, and seconds and the process's peak memory of its induction. Cells go into the JSON as soon

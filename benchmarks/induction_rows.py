@@ -11,22 +11,20 @@ from refresh import norms_anew
 from spent import spent, together
 from torch import Tensor
 
-from elastic_sparsity.arch import architecture_of, decoder_blocks, linears_of, weight_OI
-from elastic_sparsity.channel_order import improved_order
+from elastic_sparsity.arch import linears_of
 from elastic_sparsity.config import Recipe
 from elastic_sparsity.errors import AbsorptionError
-from elastic_sparsity.fold_choice import FOLDS, ORDERS
+from elastic_sparsity.fold_choice import FOLDS, ORDERS, RESIDUAL_ORDER
 from elastic_sparsity.folding import relative_error
 from elastic_sparsity.head_basis import principal_basis
-from elastic_sparsity.importance import wanda_scores
 from elastic_sparsity.inducing import absorb_importance_, only_patterns
 from elastic_sparsity.ladder import Level
 from elastic_sparsity.models import BaseModel
-from elastic_sparsity.residual import permute_residual_, rotate_residual_
-from elastic_sparsity.wiring import wiring_of
+from elastic_sparsity.precision import autocast_factory
+from elastic_sparsity.residual import rotate_residual_
+from elastic_sparsity.residual_order import choose_residual_order_
 
 TRIED_TOKENS = 64
-THINNED = 8  # of a linear's rows every eighth chooses the residual order: all of a model's would take gigabytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,14 +32,14 @@ class Row:
     """What is done, in this order.
 
     Attributes:
-        residual: "order" of the residual channels for N:M, or "rotation" of the stream to its principal axes.
-        folds: of `fold_choice`.
+        rotated: the residual stream, to its principal axes, and then into an order for N:M.
+        folds: of `fold_choice`, and `residual_order`.
         absorbed: settings of reading A; None = not done.
         scores: "learned" = reading B; "norms" = |X| in closed form, which is Wanda's score and so for magnitude alone.
         gains: reading C, of the pruned model.
     """
 
-    residual: str | None = None
+    rotated: bool = False
     folds: tuple[str, ...] = ()
     absorbed: dict[str, Any] | None = None
     scores: str | None = None
@@ -50,7 +48,7 @@ class Row:
     @property
     def needs_pattern(self) -> bool:
         """Whether nothing of it means anything without an N:M level."""
-        return self.residual == "order" or bool(self.folds and set(self.folds) <= set(ORDERS))
+        return bool(self.folds and set(self.folds) <= set(ORDERS))
 
 
 ROWS: dict[str, Row] = {
@@ -64,9 +62,9 @@ ROWS: dict[str, Row] = {
     "scales": Row(scores="norms"),
     **{kind: Row(folds=(kind,)) for kind in FOLDS},
     "folds": Row(folds=FOLDS),
-    "residual order": Row(residual="order"),
-    "residual rotation": Row(residual="rotation"),
-    "residual order, folds": Row(residual="order", folds=FOLDS),
+    RESIDUAL_ORDER: Row(folds=(RESIDUAL_ORDER,)),
+    "residual rotation": Row(rotated=True),
+    "residual_order, folds": Row(folds=(RESIDUAL_ORDER, *FOLDS)),
     "all": Row(folds=FOLDS, scores="learned"),
     "all, gains": Row(folds=FOLDS, scores="learned", gains=True),
 }
@@ -120,10 +118,10 @@ class Inducer:
         if row.needs_pattern and not patterns:
             raise AbsorptionError("an order of channels changes N:M masks alone, and --levels has none.")
         base, scales, note = self.base, None, {}
-        if row.residual or row.scores == "norms":
+        if row.rotated or row.scores == "norms":
             base = copied(base)
-        if row.residual:
-            note["residual"] = self._change_residual_(base.model, row.residual, patterns)
+        if row.rotated:
+            note["residual"] = self._rotate_residual_(base.model)
         if row.folds:
             kinds = [kind for kind in row.folds if patterns or kind not in ORDERS]
             base, note["folds"] = self.source.folded(self.recipe(folds=kinds), base)
@@ -158,14 +156,16 @@ class Inducer:
         found = norms_anew(model, linears_of(model), self.source.ids_ST[: self.samples])
         return {name: statistics.checked(name).square_sum_I for name, statistics in found.items()}
 
-    def _change_residual_(self, model: Any, kind: str, patterns: list[tuple[int, int]]) -> dict[str, Any]:
+    def _rotate_residual_(self, model: Any) -> dict[str, Any]:
         """Principal axes lie side by side, strong ones first, which N:M cannot use: they get an order too."""
-        added = 0
+        recipe, given_ST = self.recipe(), self.source.ids_ST[: self.samples]
+        ladder, held_out = recipe.build_ladder(), recipe.induction.held_out
         with spent() as cost:
-            if kind == "rotation":
-                added = rotate_residual_(model, residual_axes(model, self.source.ids_ST[: self.samples]))
-            if patterns:
-                permute_residual_(model, residual_order(model, self._square_sums(model), patterns[0]))
+            added = rotate_residual_(model, residual_axes(model, given_ST))
+            if any(level.pattern for level in ladder.levels):
+                ids_ST = torch.cat([given_ST, self.source.ids_ST[-held_out:]])
+                autocast = autocast_factory(self.source.precision, ids_ST.device.type)
+                choose_residual_order_(model, ids_ST, ladder, held_out, autocast)
         return {"added_parameters": added, **cost}
 
 
@@ -185,19 +185,3 @@ def residual_axes(model: Any, token_ids_ST: Tensor) -> Tensor:
             x_TD /= x_TD.square().mean(dim=1, keepdim=True).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
             gram_DD.addmm_(x_TD.T, x_TD)
     return principal_basis(gram_DD).T.contiguous()
-
-
-def residual_order(model: Any, square_sums: dict[str, Tensor], pattern: tuple[int, int]) -> Tensor:
-    """(D,) an order of the residual channels under which the linears that read them keep more of Wanda's scores.
-
-    Args:
-        square_sums: of the linears' inputs, by name.
-    """
-    wiring, linears, scores = wiring_of(model.config), linears_of(model), []
-    prefix = architecture_of(model.config.model_type).blocks
-    for index in range(len(decoder_blocks(model))):
-        for path in (*wiring.attention_inputs, *wiring.mlp_inputs):
-            name = f"{prefix}.{index}.{path}"
-            found_OI = wanda_scores(weight_OI(linears[name])[::THINNED], square_sums[name]).square()
-            scores.append(found_OI / found_OI.sum())  # every linear counts as much
-    return improved_order(torch.cat(scores), *pattern)

@@ -41,7 +41,10 @@ def register(app: typer.Typer, progress: Callable[[bool], AbstractContextManager
         calibration: Annotated[str, typer.Option(help='Text file, hub data set or "self".')] = "self",
         reading: Annotated[str, typer.Option(help="The paper's scales: scores or absorbed.")] = "scores",
         folds: Annotated[
-            str, typer.Option(help="Beyond the paper: values, query_key, value_order, mlp_order, commas between.")
+            str,
+            typer.Option(
+                help="Beyond the paper: residual_order, values, query_key, value_order, mlp_order, commas between."
+            ),
         ] = "",
         start: Annotated[str, typer.Option(help="Where absorbed scales begin: medians (eq. 5) or ones.")] = "medians",
         penalty: Annotated[

@@ -92,9 +92,9 @@ class InductionSection(_Section):
     reading: Literal["scores", "absorbed", "gains"] = "scores"
     """What the scales of arXiv 2602.21652 are: factors of the scores (eq. 11), folded into the weights exactly (eq. 3),
     or gains tuned after masking, which is for one level and so for the library and the benchmark alone."""
-    folds: tuple[Literal["values", "query_key", "value_order", "mlp_order"], ...] = ()
-    """Beyond the paper, chosen block by block where held-out error falls, before the reading: a matrix per value head,
-    an angle per RoPE pair, orders of channels for N:M. The function stays; nothing is added."""
+    folds: tuple[Literal["residual_order", "values", "query_key", "value_order", "mlp_order"], ...] = ()
+    """Beyond the paper, chosen where held-out error falls, before the reading: an order of the residual channels for
+    N:M; block by block a matrix per value head, an angle per RoPE pair, orders of channels. Nothing is added."""
     spectral: Rate = 0.01
     """Weight of the penalty (lambda of eq. 6) of `reading = "absorbed"`."""
     penalty: Literal["spectral", "entropy"] = "spectral"

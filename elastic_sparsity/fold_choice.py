@@ -30,7 +30,8 @@ from elastic_sparsity.wiring import heads_of, mlp_rows, wiring_of
 
 # In the order in which they are tried: a matrix between values and output undoes an order of their channels.
 FOLDS = ("values", "query_key", "value_order", "mlp_order")
-ORDERS = ("value_order", "mlp_order")
+RESIDUAL_ORDER = "residual_order"  # of the whole model, before its blocks: module `residual_order`
+ORDERS = (RESIDUAL_ORDER, "value_order", "mlp_order")
 TURN_RATE = 0.01  # of Adam on the skew-symmetric matrix behind a rotation
 
 
@@ -112,11 +113,11 @@ def choose_folds_(
     return results
 
 
-def check_kinds(kinds: Sequence[str], ladder: Ladder) -> None:
+def check_kinds(kinds: Sequence[str], ladder: Ladder, known: Sequence[str] = FOLDS) -> None:
     """Raises: ConfigError."""
     for kind in kinds:
-        if kind not in FOLDS:
-            raise ConfigError(f"induction.folds: {kind!r} is unknown; expected some of {', '.join(FOLDS)}.")
+        if kind not in known:
+            raise ConfigError(f"induction.folds: {kind!r} is unknown; expected some of {', '.join(known)}.")
         if kind in ORDERS and not any(level.pattern for level in ladder.levels):
             raise ConfigError(
                 f"induction.folds: {kind!r} changes N:M masks alone, and the ladder has no pattern; add one to "

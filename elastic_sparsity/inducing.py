@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from elastic_sparsity.distill import Share
 from elastic_sparsity.errors import ConfigError
 from elastic_sparsity.feature_stage import BlockResult, StageSettings
 from elastic_sparsity.files import atomic_folder, check_output_folder
-from elastic_sparsity.fold_choice import FoldSettings, check_kinds, choose_folds_
+from elastic_sparsity.fold_choice import FOLDS, RESIDUAL_ORDER, FoldSettings, check_kinds, choose_folds_
 from elastic_sparsity.folding import check_function_kept, relative_error
 from elastic_sparsity.fused_layers import fused_layers
 from elastic_sparsity.induction import Induced, InductionSettings, learn_channel_scales
@@ -31,6 +32,7 @@ from elastic_sparsity.induction_file import save_scales
 from elastic_sparsity.ladder import Level
 from elastic_sparsity.models import BaseModel, load_base
 from elastic_sparsity.precision import autocast_factory, resolve_precision
+from elastic_sparsity.residual_order import choose_residual_order_
 from elastic_sparsity.wiring import check_equal_blocks
 from elastic_sparsity.workers import Workers
 
@@ -152,7 +154,7 @@ def _check_can_induce(recipe: Recipe) -> None:
         raise ConfigError("induction.steps: 0 steps absorb nothing; expected 1 or more, or reading = 'scores'.")
     if wanted.reading == "scores" and recipe.scores.method == "magnitude":
         raise ConfigError("scores.method: 'magnitude' would learn scales that know no input; use 'wanda'.")
-    check_kinds(wanted.folds, recipe.build_ladder())
+    check_kinds(wanted.folds, recipe.build_ladder(), (RESIDUAL_ORDER, *FOLDS))
 
 
 def fold(
@@ -162,18 +164,17 @@ def fold(
 
     Raises: ConfigError, AbsorptionError.
     """
-    wanted = recipe.induction
-    return list(
-        choose_folds_(
-            base.model,
-            _few(token_ids_ST, wanted.samples, wanted.held_out),
-            recipe.build_ladder(),
-            wanted.folds,
-            FoldSettings(held_out=wanted.held_out),
-            autocast_factory(precision, base.model.device.type),
-            lambda done, total: progress("folds", done, total),
-        )
-    )
+    wanted, ladder, found = recipe.induction, recipe.build_ladder(), []
+    samples_ST = _few(token_ids_ST, wanted.samples, wanted.held_out)
+    autocast = autocast_factory(precision, base.model.device.type)
+    of_blocks = [kind for kind in wanted.folds if kind != RESIDUAL_ORDER]
+    if RESIDUAL_ORDER in wanted.folds:
+        found.append(choose_residual_order_(base.model, samples_ST, ladder, wanted.held_out, autocast))
+    if of_blocks:
+        settings = FoldSettings(held_out=wanted.held_out)
+        report = partial(progress, "folds")
+        found += choose_folds_(base.model, samples_ST, ladder, of_blocks, settings, autocast, report)
+    return list(found)
 
 
 def absorb(

@@ -32,6 +32,14 @@ class _Place:
     reads: Tensor | None = None
 
 
+def check_residual(model: Any) -> None:
+    """That `permute_residual_` can take a model.
+
+    Raises: AbsorptionError, UnsupportedModelError: as it does.
+    """
+    _places(model)
+
+
 @torch.no_grad()
 def permute_residual_(model: Any, order_D: Tensor) -> None:
     """New channel d of the residual stream is the old one order[d]. Exact for every norm; tied embeddings stay tied.

@@ -12,14 +12,11 @@ import induction_made  # isort: skip
 import induction_parts  # isort: skip
 import refresh  # isort: skip
 from induction_plot import held_share, shown_blocks  # isort: skip
-from induction_rows import ROWS, Row, residual_axes, residual_order, variant_of  # isort: skip
+from induction_rows import ROWS, Row, residual_axes, variant_of  # isort: skip
 from induction_work import WorkFolder, code_of, code_sha256, work_folder  # isort: skip
 from spent import spent, together  # isort: skip
 
-from elastic_sparsity.arch import linears_of, weight_OI
-from elastic_sparsity.channel_order import kept_share
-from elastic_sparsity.importance import wanda_scores
-from elastic_sparsity.residual import permute_residual_, rotate_residual_
+from elastic_sparsity.residual import rotate_residual_
 from elastic_sparsity.tiny import tiny_model
 
 COST = {"seconds", "cpu_seconds", "peak_bytes", "added_bytes"}
@@ -121,8 +118,9 @@ def test_parts_make_every_piece_once_and_go_on(few, tmp_path, made):
     cells = found["cells"]
     assert {name: cells[name] for name in before["cells"]} == before["cells"]
     assert len(cells) == 4 * len(ROWS) - 2, "the closed form is for magnitude alone"
-    # A fold a kind and the whole set; scores with and without folds; four forms of reading A for two kinds of scores.
-    assert {name: made[name] for name in ("fold", "learn", "absorb")} == {"fold": 5, "learn": 2, "absorb": 8}
+    # A fold a kind, the whole set, the residual order alone and before them; scores with and without folds; four forms
+    # of reading A for two kinds of scores.
+    assert {name: made[name] for name in ("fold", "learn", "absorb")} == {"fold": 7, "learn": 2, "absorb": 8}
     for name, cell in cells.items():
         assert cell.keys() >= STAMP and cell["induction"].keys() >= COST and cell["seed"] == 0
         assert (cell["induction"]["peak_bytes"] > 0) == (not name.startswith("none/"))
@@ -138,7 +136,7 @@ def test_parts_make_every_piece_once_and_go_on(few, tmp_path, made):
     assert (tmp_path / "induction_parts.png").read_bytes().startswith(b"\x89PNG")
     assert "lower at" in text and "peak" in text
     # An order of channels moves no mask of Wanda's within rows: up to rounding the same function.
-    for row in ("value_order", "mlp_order", "residual order"):
+    for row in ("value_order", "mlp_order", "residual_order"):
         plain = cells["none/wanda/0.5"]["perplexity"]
         assert cells[f"{row}/wanda/0.5"]["perplexity"] == pytest.approx(plain, rel=1e-4)
     counts = dict(made)
@@ -276,7 +274,7 @@ def test_rows_and_their_variants():
     assert variant_of(ROWS["absorbed"], "magnitude") == variant_of(ROWS["all"], "magnitude") == "magnitude"
     assert variant_of(ROWS["scores"], "sparsegpt") == "wanda"
     assert Row(folds=("mlp_order",)).needs_pattern and not Row(folds=("mlp_order", "values")).needs_pattern
-    assert not ROWS["none"].needs_pattern and ROWS["residual order"].needs_pattern
+    assert not ROWS["none"].needs_pattern and ROWS["residual_order"].needs_pattern
 
 
 @pytest.fixture
@@ -300,22 +298,6 @@ def test_the_rotation_makes_the_streams_moments_diagonal(ids_ST):
     assert (gram - gram.diag().diag()).abs().max() < 1e-4 * gram.diag().max()
     assert (gram.diag().diff() <= 1e-4 * gram.diag().max()).all(), "largest first"
     assert gram.trace() == pytest.approx(float((before.T @ before).trace()), rel=1e-6)
-
-
-def test_the_residual_order_keeps_more_at_2_4(ids_ST):
-    model = tiny_model("llama")
-
-    def kept():
-        found = refresh.norms_anew(model, linears_of(model), ids_ST)
-        sums = {name: x.square_sum_I for name, x in found.items()}
-        readers = [name for name in sums if name.endswith(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"))]
-        scores = [wanda_scores(weight_OI(linears_of(model)[name])[::8], sums[name]).square() for name in readers]
-        return sums, kept_share(torch.cat([x / x.sum() for x in scores]), 2, 4)
-
-    with torch.no_grad():
-        sums, before = kept()
-        permute_residual_(model, residual_order(model, sums, (2, 4)))
-        assert kept()[1] > before
 
 
 def test_what_the_plot_shows():

@@ -247,20 +247,22 @@ def test_what_induce_refuses(tmp_path):
     assert make_recipe(recipe().model_dump()).induction.steps == 6
 
 
-FOLDED = {"steps": 0, "samples": 6, "held_out": 4, "folds": ["values", "query_key", "value_order", "mlp_order"]}
+FOLDS = ["residual_order", "values", "query_key", "value_order", "mlp_order"]
+FOLDED = {"steps": 0, "samples": 6, "held_out": 4, "folds": FOLDS}
 
 
 @pytest.mark.parametrize(
     "changes",
     [
         {"induction": FOLDED},
+        {"induction": {**FOLDED, "folds": ["residual_order"]}},
         {"induction": {**FOLDED, "folds": ["mlp_order"], "steps": 4, "batch_size": 2}},
         {
             "induction": {**STAGE, "reading": "absorbed", "start": "ones", "steps": 30},
             "scores": {"method": "magnitude"},
         },
     ],
-    ids=["folds", "folds and scores", "absorbed"],
+    ids=["folds", "residual order alone", "folds and scores", "absorbed"],
 )
 def test_every_way_to_induce_writes_a_plain_model_that_says_the_same(tmp_path, changes):
     found = induce(recipe(**changes), tmp_path / "model")

@@ -116,11 +116,15 @@ ALLOWED = {
         "torch", "arch", "blocks", "calibrate", "channel_order", "errors", "feature_stage", "functional_fold",
         "head_basis", "importance", "ladder", "metric_refresh", "rotation", "soft_mask", "wiring",
     },
+    "residual_order": {
+        "torch", "arch", "blocks", "calibrate", "channel_order", "feature_stage", "fold_choice", "importance", "ladder",
+        "residual", "wiring",
+    },
     "gains": {"torch", "arch", "blocks", "feature_stage", "functional_fold", "ladder"},
     "inducing": {
         "torch", "absorbed_stage", "absorption", "arch", "attention", "calibration_text", "config", "distill",
         "errors", "feature_stage", "files", "fold_choice", "folding", "fused_layers", "induction",
-        "induction_file", "ladder", "models", "precision", "wiring", "workers",
+        "induction_file", "ladder", "models", "precision", "residual_order", "wiring", "workers",
     },
     "block_phase": {
         "torch", "activations", "adapters", "arch", "block_state", "blocks", "calibrate", "config", "distill", "errors",
