@@ -7,7 +7,6 @@ Letters: N tokens of a batch, T tokens of a sample, O outputs, I inputs, r rank.
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from elastic_sparsity import attention
 from elastic_sparsity import end_to_end as phase_two
 from elastic_sparsity.activations import HOST
-from elastic_sparsity.adapters import set_level_
 from elastic_sparsity.arch import architecture_of, decoder_blocks, head_function, weight_OI
 from elastic_sparsity.block_phase import Job, attach_elastic_
 from elastic_sparsity.models import load_base
@@ -136,11 +134,8 @@ def end_to_end_step(shapes: Shapes) -> dict[str, Counts]:
 
 
 def end_to_end(shapes: Shapes, recipe: Any) -> dict[str, Counts]:
-    """Operations by part over all steps; the teacher runs once a batch."""
-    wanted = recipe.end_to_end
-    batches = -(-wanted.steps // wanted.levels_per_batch)
-    times = {"teacher's blocks": batches, "attention": (3 * wanted.steps + batches) / 4}  # of its four parts one
-    return {part: count * times.get(part, wanted.steps) for part, count in end_to_end_step(shapes).items()}
+    """Operations by part over all steps."""
+    return {part: count * recipe.end_to_end.steps for part, count in end_to_end_step(shapes).items()}
 
 
 def check_counts(recipe: Any, shapes: Shapes, ids: torch.Tensor) -> dict[str, float]:
@@ -153,7 +148,7 @@ def check_counts(recipe: Any, shapes: Shapes, ids: torch.Tensor) -> dict[str, fl
     autocast: Callable[[], Any] = autocast_factory(precision, "cpu")
     with autocast():
         head = head_function(model)
-    levels, switch_ = recipe.build_ladder().levels, partial(set_level_, model)
+    levels = recipe.build_ladder().levels
 
     def counted(hidden: torch.Tensor) -> torch.Tensor:  # the counter's hooks refuse a leaf inside autograd.grad
         return head(hidden.view_as(hidden))
@@ -161,7 +156,7 @@ def check_counts(recipe: Any, shapes: Shapes, ids: torch.Tensor) -> dict[str, fl
     with attention.training_attention(model), FlopCounterMode(display=False) as counter:
         for level in levels:
             batch = ids[: recipe.end_to_end.batch_size]
-            phase_two.kl_to_dense(model, counted, batch, level, autocast, switch_).backward()
+            phase_two._step_loss(model, counted, batch, level, autocast).backward()
     found = counter.get_flop_counts()["Global"]
     attended = sum(found.pop(name, 0) for name in (torch.ops.aten.bmm, torch.ops.aten.baddbmm))
     ours = end_to_end_step(shapes)

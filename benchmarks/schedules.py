@@ -5,8 +5,7 @@ The accounting, in one place:
 - Block phase: every step trains every group once, on one batch; a group serves one level here. So the elastic run
   spends `block.steps` batches a block on each level, and a run for one level does the same steps.
 - End to end: one level a step in balanced order, so each level gets `end_to_end.steps` over the number of levels. Where
-  that does not come out even, a run for one level takes the larger number. It reads the first of the same samples, new
-  ones at every step, also where steps of several levels share a batch.
+  that does not come out even, a run for one level takes the larger number. It reads the first of the same samples.
 - Steps of other levels also move the adapters that a level inherits (2:4 inherits those of the densest level). That is
   what sharing gives, and is not charged to the level; but a run for one level gets adapters of the whole rank that the
   level adds up in the elastic checkpoint, so that it has as much to train.
@@ -83,13 +82,12 @@ def independent(recipe: Recipe, level: Level, *, trainable: str = "as elastic", 
             "search": recipe.allocation.search and not level.pattern,
         },
     }
-    changes["end_to_end"] = {"levels_per_batch": 1}
     if not same_steps:
-        changes["end_to_end"]["steps"] = level_steps(recipe)[1]
+        changes["end_to_end"] = {"steps": level_steps(recipe)[1]}
     if trainable == "adapters":
         changes["block"] = {"base_lr": 0.0}
         if recipe.end_to_end.trainable != "off":
-            changes["end_to_end"]["trainable"] = "adapters"
+            changes.setdefault("end_to_end", {})["trainable"] = "adapters"
     return changed(recipe, changes)
 
 

@@ -165,8 +165,6 @@ class EndToEndSection(_Section):
     """auto = base values and adapters if training them fits into memory, else adapters, else off."""
     steps: NonNegative = 400
     batch_size: Batch = 1
-    levels_per_batch: Positive = 1
-    """Steps in a row that share a batch, each for another level: the dense model runs once for all of them."""
     adapter_lr: Rate = 1e-3
     base_lr: Rate = 1e-4
     warmup: Share = 0.05
@@ -174,6 +172,7 @@ class EndToEndSection(_Section):
     """0 = no clipping."""
     gradient_checkpointing: bool = False
     """Run each block again in the backward pass instead of keeping its activations: a third slower, less memory."""
+
     shard: bool = False
     """With several workers: share out parameters, gradients and optimiser states (FSDP) instead of copying them."""
 

@@ -101,7 +101,6 @@ class EndToEndSettings:
     warmup: float
     clip_norm: float
     gradient_checkpointing: bool = False
-    levels_per_batch: int = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,7 +144,6 @@ def train_end_to_end_(
         model: causal LM whose decoder blocks hold elastic linears; everything else is frozen.
         head: final hidden states to logits.
         token_ids_ST: calibration samples, used in order and again from the start when they run out.
-        settings: `levels_per_batch` steps in a row share a batch, for which the dense model runs once.
         on_step: called with (steps done, steps) after each step.
         share: this worker's part of every batch.
     Returns: mean KL to the dense model (nats a token) of every level name over the last quarter of its steps.
@@ -157,14 +155,8 @@ def train_end_to_end_(
     if snapshots is not None and snapshots.start is not None:
         first, history = _go_on_(model, optimizer, *snapshots.start)
 
-    switch_ = partial(set_level_, model)
-    teacher = _LastBatch(partial(dense_states, model, autocast=autocast, switch_=switch_))
-
     def loss_of(name: str, ids_BT: Tensor) -> Tensor:
-        known = teacher(ids_BT)
-        return kl_to_dense(
-            model, head, ids_BT, levels[name], autocast, switch_, settings.gradient_checkpointing, dense_BTD=known
-        )
+        return _step_loss(model, head, ids_BT, levels[name], autocast, settings.gradient_checkpointing)
 
     saved = time.monotonic()
     for done, name, value in steps_(
@@ -200,8 +192,7 @@ def steps_(
     Args:
         order: what every step trains, by name.
         loss_of: its loss on (B, T) token ids.
-        token_ids_ST: calibration samples, used in order and again from the start when they run out; every
-            `levels_per_batch` steps the next ones.
+        token_ids_ST: calibration samples, used in order and again from the start when they run out.
         first: steps that are done.
         phase, rates: for messages: what trains, and the settings that hold its learning rates.
     Yields: after each step: steps done, the name, and the loss before the step.
@@ -212,8 +203,7 @@ def steps_(
     for step, level in enumerate(order[first:], first):
         for group, rate in zip(optimizer.param_groups, top_rates, strict=True):
             group["lr"] = rate * cosine(step, len(order), settings.warmup)
-        batch = step // settings.levels_per_batch
-        chosen = (batch * settings.batch_size + torch.tensor(share.places)) % token_ids_ST.shape[0]
+        chosen = (step * settings.batch_size + torch.tensor(share.places)) % token_ids_ST.shape[0]
         loss = loss_of(level, token_ids_ST[chosen])
         loss.backward()
         share.mean_gradients_(parameters)
@@ -286,38 +276,15 @@ def checkpointed(model: Any, wanted: bool) -> Iterator[None]:
             del block.forward  # the class's own again
 
 
-class _LastBatch:
-    """The dense model's final hidden states; those of the last batch are kept, for the steps that share it.
-
-    Args:
-        run: token ids (B, T) to the states (B, T, D).
-    """
-
-    def __init__(self, run: Callable[[Tensor], Tensor]) -> None:
-        self._run = run
-        self._last: tuple[Tensor, Tensor] | None = None
-
-    def __call__(self, ids_BT: Tensor) -> Tensor:
-        if self._last is None or not torch.equal(self._last[0], ids_BT):
-            self._last = None  # two batches' states need not exist at once
-            self._last = (ids_BT, self._run(ids_BT))
-        return self._last[1]
-
-
-@torch.no_grad()
-def dense_states(
+def _step_loss(
     model: nn.Module,
+    head: HeadFn,
     ids_BT: Tensor,
-    *,
+    level: Level,
     autocast: Callable[[], torch.autocast],
-    switch_: Callable[[Level | None], None],
+    gradient_checkpointing: bool = False,
 ) -> Tensor:
-    """The dense model's final hidden states (B, T, D), in the precision of `autocast`; leaves the model dense."""
-    body: nn.Module = model.base_model  # type: ignore[assignment]
-    with autocast():
-        switch_(None)
-        states: Tensor = body(ids_BT, use_cache=False).last_hidden_state
-    return states
+    return kl_to_dense(model, head, ids_BT, level, autocast, partial(set_level_, model), gradient_checkpointing)
 
 
 def kl_to_dense(
@@ -328,24 +295,22 @@ def kl_to_dense(
     autocast: Callable[[], torch.autocast],
     switch_: Callable[[Level | None], None],
     gradient_checkpointing: bool = False,
-    *,
-    dense_BTD: Tensor | None = None,
 ) -> Tensor:
     """Mean KL of a level to the dense model, which is the same model switched to its dense weights.
 
     Args:
         ids_BT: token ids.
         switch_: sets all linears to a level; None = dense. The model is left at `level`.
-        dense_BTD: `dense_states` of these ids, where they are known; None = the dense model runs.
     """
     body: nn.Module = model.base_model  # type: ignore[assignment]
-    if dense_BTD is None:
-        dense_BTD = dense_states(model, ids_BT, autocast=autocast, switch_=switch_)
     with autocast():
+        switch_(None)
+        with torch.no_grad():
+            teacher = body(ids_BT, use_cache=False).last_hidden_state
         switch_(level)
         with checkpointed(model, gradient_checkpointing):
-            student_BTD = body(ids_BT, use_cache=False).last_hidden_state
-        return head_kl(student_BTD, dense_BTD, head)
+            student = body(ids_BT, use_cache=False).last_hidden_state
+        return head_kl(student, teacher, head)
 
 
 def _mean(values: Sequence[float]) -> float:

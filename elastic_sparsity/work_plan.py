@@ -67,9 +67,8 @@ def work_of(z: Sizes) -> list[Work]:
     ]
     if z.choices.trainable != "off":
         steps = wanted.steps * wanted.batch_size * length
-        read = -(-wanted.steps // wanted.levels_per_batch) * wanted.batch_size * length
         rows += [
-            ("dense logits", "end to end", FORWARD, s.depth * read, 0),
+            ("dense logits", "end to end", FORWARD, s.depth * steps, 0),
             ("training", "end to end", STEP, s.depth * steps, s.depth * wanted.steps),
         ]
     found = [

@@ -60,15 +60,11 @@ def words(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("levels_per_batch", [1, 2])
-def test_a_run_for_one_level_trains_on_what_the_elastic_run_spends_on_it(levels_per_batch, recipe, counted):
-    recipe = schedules.changed(recipe, {"end_to_end": {"levels_per_batch": levels_per_batch}})
+def test_a_run_for_one_level_trains_on_what_the_elastic_run_spends_on_it(recipe, counted):
     elastic = counted(recipe).trained
     depth = 2
     for level in recipe.build_ladder().levels:
-        independent = schedules.independent(recipe, level)
-        assert independent.end_to_end.levels_per_batch == 1, "its own steps never see a batch twice"
-        alone = counted(independent).trained
+        alone = counted(schedules.independent(recipe, level)).trained
         assert alone == {level.name: elastic[level.name]} == {level.name: depth * schedules.level_tokens(recipe)}
     everything = schedules.full_weight(recipe, level)
     assert counted(everything).trained == {level.name: elastic[level.name]}
@@ -157,8 +153,6 @@ def test_epts_needs_tokens_for_a_step(recipe):
         {"block": {"samples": 5, "batch_size": 3}},
         {"block": {"samples": 2, "batch_size": 3}},
         {"block": {"steps": 0}},
-        {"end_to_end": {"steps": 8, "levels_per_batch": 2}},
-        {"end_to_end": {"steps": 7, "levels_per_batch": 3}},
     ],
     ids=str,
 )

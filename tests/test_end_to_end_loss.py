@@ -140,9 +140,8 @@ class Toy(nn.Module):
         self.base_model = Body(train_base)
 
 
-def run(model: Toy, ids: Tensor | None = None, **changes) -> tuple[dict[str, float], list[tuple[int, int]]]:
-    if ids is None:
-        ids = torch.randint(0, 11, (3, 9), generator=torch.Generator().manual_seed(4))
+def run(model: Toy, **changes) -> tuple[dict[str, float], list[tuple[int, int]]]:
+    ids = torch.randint(0, 11, (3, 9), generator=torch.Generator().manual_seed(4))
     numbers = {name: getattr(SETTINGS, name) for name in EndToEndSettings.__slots__} | changes
     done = []
     generator = torch.Generator().manual_seed(5)
@@ -201,21 +200,6 @@ def test_the_first_losses_are_those_of_the_untrained_levels():
             set_level_(model, level)
             expected = reference_kl(model.base_model(ids, False).last_hidden_state, teacher, small_head())
             assert losses[level.name] == pytest.approx(float(expected), rel=1e-5)
-
-
-@pytest.mark.parametrize(("share", "steps", "dense_runs"), [(1, 6, 6), (2, 6, 3), (2, 5, 3), (3, 6, 2), (9, 6, 1)])
-def test_levels_that_share_a_batch(share, steps, dense_runs):
-    """The same as every step on samples written out one by one, but the dense model runs once a batch."""
-    ids, runs = torch.randint(0, 11, (12, 9), generator=torch.Generator().manual_seed(4)), []
-    taken = [2 * (step // share) + place for step in range(steps) for place in range(2)]
-    shared, alone = Toy(train_base=True), Toy(train_base=True)
-    shared.base_model.register_forward_hook(lambda body, *_: runs.append(body.linear.level))
-    numbers = {"steps": steps, "batch_size": 2, "base_lr": 1e-2}
-    losses, _ = run(shared, ids, levels_per_batch=share, **numbers)
-    assert losses == run(alone, ids[taken], **numbers)[0]
-    for ours, theirs in zip(shared.parameters(), alone.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
-    assert (runs.count(None), len(runs)) == (dense_runs, dense_runs + steps)
 
 
 def test_a_loss_that_is_not_finite_names_its_level():

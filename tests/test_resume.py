@@ -129,15 +129,14 @@ def test_a_crash_changes_nothing(name, number, trainable, activations, mode, tmp
     assert not (tmp_path / "crashed.run").exists()
 
 
-@pytest.mark.parametrize("levels_per_batch", [1, 2])
-def test_a_snapshot_of_the_end_to_end_phase(levels_per_batch, tmp_path, monkeypatch):
+def test_a_snapshot_of_the_end_to_end_phase(tmp_path, monkeypatch):
     """Going on in the middle of the phase: parameters, moments, order of levels and losses as if nothing had been."""
-    recipe = tiny_recipe(end_to_end={"trainable": "base", "steps": 9, "levels_per_batch": levels_per_batch})
+    recipe = tiny_recipe(end_to_end={"trainable": "base", "steps": 9})
     optimize(recipe, tmp_path / "whole")
     import elastic_sparsity.end_to_end as end_to_end
     import elastic_sparsity.pipeline as pipeline
 
-    real_loss, real_snapshots, seen = end_to_end.kl_to_dense, pipeline.Snapshots, []
+    real_loss, real_snapshots, seen = end_to_end._step_loss, pipeline.Snapshots, []
     monkeypatch.setattr(pipeline, "Snapshots", lambda **fields: real_snapshots(**fields, seconds=0))
 
     def fails(*args, **kwargs):
@@ -146,7 +145,7 @@ def test_a_snapshot_of_the_end_to_end_phase(levels_per_batch, tmp_path, monkeypa
             raise Crash
         return real_loss(*args, **kwargs)
 
-    monkeypatch.setattr(end_to_end, "kl_to_dense", fails)
+    monkeypatch.setattr(end_to_end, "_step_loss", fails)
     with pytest.raises(Crash):
         optimize(recipe, tmp_path / "crashed")
     optimize(recipe, tmp_path / "crashed")
