@@ -15,7 +15,10 @@ from elastic_sparsity.terminal import plain, say
 
 
 def show_blocks(results: Sequence[Any]) -> None:
-    """How far the masked blocks' held-out errors fell, by level: geometric means over the blocks."""
+    """How far the masked blocks' held-out errors fell, by level: geometric means over the blocks.
+
+    Of the residual order, which is the whole model's, it is the squared scores that N:M drops.
+    """
     if not results:
         return
     table = Table(title="Held-out error of the masked blocks (Wanda's or magnitude's masks), change")
