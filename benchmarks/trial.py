@@ -42,7 +42,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--evaluation", required=True)
     parser.add_argument("--trial", required=True, help="its name in the table")
     parser.add_argument("--set", nargs="*", default=[], metavar="SECTION.FIELD=VALUE", help="what it changes")
-    parser.add_argument("--seeds", nargs="*", type=int, default=[0])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--recipe", default="smollm2-135m", help="of recipes/, or a file")
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--length", type=int, default=256)
