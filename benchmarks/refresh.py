@@ -15,6 +15,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from rich.table import Table
 
 from elastic_sparsity.arch import linears_of, weight_OI
 from elastic_sparsity.attention import training_attention
-from elastic_sparsity.blocks import input_hooks
+from elastic_sparsity.calibrate import dense_statistics
 from elastic_sparsity.data import read_text, tokenize, windows
 from elastic_sparsity.files import write_json
 from elastic_sparsity.importance import InputStatistics, wanda_scores
@@ -63,17 +64,7 @@ def main() -> None:
 
 def norms_anew(model: Any, linears: dict[str, Any], ids_ST: torch.Tensor) -> dict[str, InputStatistics]:
     """Statistics by linear name, from a pass, one sample at a time as in the paper's table 3."""
-    found: dict[str, InputStatistics] = {}
-
-    def observe(names: tuple[str, ...], x: torch.Tensor) -> None:
-        if names[0] not in found:
-            found.update(dict.fromkeys(names, InputStatistics(x.shape[-1], gram=False, device=x.device)))
-        found[names[0]].update(x)
-
-    with input_hooks(linears, observe):
-        for ids_T in ids_ST:
-            model.base_model(ids_T[None], use_cache=False)
-    return found
+    return dense_statistics(model, linears, ids_ST, nullcontext)
 
 
 def measure(model: Any, ids_ST: torch.Tensor, rounds: int, result: dict[str, Any], keep: Callable[[], None]) -> None:

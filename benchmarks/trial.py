@@ -22,18 +22,17 @@ from typing import Any
 from cells import add_place, begin, check_texts, exit_on_error, log, question_of, stamp
 from rich.console import Console
 from rich.table import Table
+from schedules import RECIPES, changed
 from spent import spent
 
 from elastic_sparsity import ElasticCheckpoint, ElasticModel, optimize, read_recipe
-from elastic_sparsity.config import Recipe, make_recipe
+from elastic_sparsity.config import Recipe
 from elastic_sparsity.data import check_vocabulary, read_text, tokenize, windows
 from elastic_sparsity.errors import ConfigError
 from elastic_sparsity.evaluate import evaluate
 from elastic_sparsity.files import is_file, write_json
 from elastic_sparsity.precision import autocast_factory, default_device
 from elastic_sparsity.slicing import load_tokenizer
-
-RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 def arguments() -> argparse.Namespace:
@@ -53,6 +52,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--every", type=int, default=24, help="measure every n-th window")
     parser.add_argument("--work", type=Path, help="folder in which an interrupted run goes on, and checkpoints stay")
+    parser.add_argument("--restart", action="store_true", help="a new JSON, without the trials that are there")
     add_place(parser, "trial")
     return parser.parse_args()
 
@@ -76,18 +76,16 @@ def changes_of(settings: list[str]) -> dict[str, dict[str, Any]]:
 def recipe_of(args: argparse.Namespace, seed: int) -> Recipe:
     """The recipe made small, and changed."""
     path = args.recipe if is_file(args.recipe) else RECIPES / f"{args.recipe}.toml"
-    data = read_recipe(path).model_dump(mode="json") | {"seed": seed, "precision": args.precision}
     small = {
         "calibration": {"source": args.calibration, "samples": args.samples, "length": args.length},
         "block": {"samples": args.block_samples, "steps": args.block_steps},
         "end_to_end": {"steps": args.steps, "trainable": "base"},
     }
-    for changes in (small, changes_of(args.set)):
-        for section, fields in changes.items():
-            if not isinstance(data.get(section), dict):
-                raise ConfigError(f"--set: {section!r} is no section of a recipe.")
-            data[section] |= fields
-    return make_recipe(data, "--set")
+    recipe, changes = changed(read_recipe(path), small, seed), changes_of(args.set)
+    for section in changes:
+        if not isinstance(recipe.model_dump().get(section), dict):
+            raise ConfigError(f"--set: {section!r} is no section of a recipe.")
+    return changed(recipe, changes).model_copy(update={"precision": args.precision})
 
 
 def run(recipe: Recipe, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -111,7 +109,7 @@ def main() -> None:
     args = arguments()
     check_texts(args.calibration, args.evaluation)
     file = args.results / f"{args.name}.json"
-    result = begin_trials(args, file)
+    result = begin(args, file, question_of(args, ("trial", "set", "seeds", "work")), {"trials": {}})
     changes = changes_of(args.set)
     before = result["trials"].setdefault(args.trial, {"set": changes, "seeds": {}})
     if before["set"] != changes:
@@ -128,11 +126,6 @@ def main() -> None:
         write_json(file, result)
         log(f"{args.trial}, seed {seed}: {' / '.join(f'{x:.2f}' for x in found['perplexity'].values())}")
     show(result)
-
-
-def begin_trials(args: argparse.Namespace, file: Path) -> dict[str, Any]:
-    args.restart = False
-    return begin(args, file, question_of(args, ("trial", "set", "seeds", "work")), {"trials": {}})
 
 
 def show(result: dict[str, Any]) -> None:

@@ -51,3 +51,26 @@ def block_statistics(
     for name, found in statistics.items():
         found.checked(f"{where}.{name}")
     return statistics
+
+
+@torch.no_grad()
+def dense_statistics(
+    model: Any, linears: Mapping[str, nn.Module], token_ids_ST: Tensor, autocast: Callable[[], Any]
+) -> dict[str, InputStatistics]:
+    """Statistics of a whole model's linears from one pass, a sample at a time; those that share an input share one.
+
+    Args:
+        linears: of the model, by name.
+    Raises: NumericsError: if a statistic is not finite, naming the linear.
+    """
+    found: dict[str, InputStatistics] = {}
+
+    def observe(names: tuple[str, ...], x: Tensor) -> None:
+        if names[0] not in found:
+            found.update(dict.fromkeys(names, InputStatistics(x.shape[-1], gram=False, device=x.device)))
+        found[names[0]].update(x)
+
+    with autocast(), input_hooks(dict(linears), observe):
+        for ids_T in token_ids_ST:
+            model.base_model(ids_T[None], use_cache=False)
+    return {name: statistics.checked(name) for name, statistics in found.items()}

@@ -164,7 +164,8 @@ def fold(
 
     Raises: ConfigError, AbsorptionError.
     """
-    wanted, ladder, found = recipe.induction, recipe.build_ladder(), []
+    wanted, ladder = recipe.induction, recipe.build_ladder()
+    found: list[BlockResult] = []
     samples_ST = _few(token_ids_ST, wanted.samples, wanted.held_out)
     autocast = autocast_factory(precision, base.model.device.type)
     of_blocks = [kind for kind in wanted.folds if kind != RESIDUAL_ORDER]
@@ -174,7 +175,7 @@ def fold(
         settings = FoldSettings(held_out=wanted.held_out)
         report = partial(progress, "folds")
         found += choose_folds_(base.model, samples_ST, ladder, of_blocks, settings, autocast, report)
-    return list(found)
+    return found
 
 
 def absorb(

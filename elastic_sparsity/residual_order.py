@@ -10,11 +10,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from elastic_sparsity.arch import architecture_of, decoder_blocks, linears_of, weight_OI
-from elastic_sparsity.blocks import BlockRunner
-from elastic_sparsity.calibrate import block_statistics
+from elastic_sparsity.calibrate import dense_statistics
 from elastic_sparsity.channel_order import improved_order, kept_share
 from elastic_sparsity.feature_stage import better, check_samples
 from elastic_sparsity.fold_choice import RESIDUAL_ORDER, FoldResult, check_kinds
@@ -62,22 +61,10 @@ def choose_residual_order_(
     return FoldResult(before=before, after=best, used=order_D is not None, kind=RESIDUAL_ORDER, chosen=chosen)
 
 
-@torch.no_grad()
 def square_sums(model: Any, token_ids_ST: Tensor, autocast: Callable[[], Any]) -> dict[str, Tensor]:
     """(D,) sums of squares of the inputs of every linear that reads the residual stream, by the linear's name."""
-    blocks, row = decoder_blocks(model), wiring_of(model.config)
-    runner = BlockRunner(model.base_model, list(blocks), token_ids_ST, 1)
-    hidden, found = runner.first_hidden(), {}
-    prefix = architecture_of(model.config.model_type).blocks
-    for index, block in enumerate(blocks):
-        readers = {path: block.get_submodule(path) for path in (*row.attention_inputs, *row.mlp_inputs)}
-        call = runner.call(index)
-        where = f"{prefix}.{index}"
-        statistics = block_statistics(runner, call, readers, [hidden], gram=False, autocast=autocast, where=where)
-        found.update({f"{where}.{path}": statistics[path].square_sum_I for path in readers})
-        with autocast():
-            hidden = runner.map(call, hidden)
-    return found
+    found = dense_statistics(model, _readers(model), token_ids_ST, autocast)
+    return {name: statistics.square_sum_I for name, statistics in found.items()}
 
 
 @torch.no_grad()
@@ -92,7 +79,15 @@ def reader_scores(model: Any, sums: Mapping[str, Tensor], first: int, stride: in
 
 def _stride(model: Any) -> int:
     """At least 2, so that other rows are left to judge."""
-    row = wiring_of(model.config)
-    readers = (*row.attention_inputs, *row.mlp_inputs)
-    total = sum(weight_OI(block.get_submodule(path)).numel() for block in decoder_blocks(model) for path in readers)
+    total = sum(weight_OI(linear).numel() for linear in _readers(model).values())
     return max(2, -(-total // NUMBERS))
+
+
+def _readers(model: Any) -> dict[str, nn.Module]:
+    """The linears that read the residual stream, by name."""
+    row, prefix = wiring_of(model.config), architecture_of(model.config.model_type).blocks
+    return {
+        f"{prefix}.{index}.{path}": block.get_submodule(path)
+        for index, block in enumerate(decoder_blocks(model))
+        for path in (*row.attention_inputs, *row.mlp_inputs)
+    }

@@ -117,7 +117,7 @@ ALLOWED = {
         "head_basis", "importance", "ladder", "metric_refresh", "rotation", "soft_mask", "wiring",
     },
     "residual_order": {
-        "torch", "arch", "blocks", "calibrate", "channel_order", "feature_stage", "fold_choice", "importance", "ladder",
+        "torch", "arch", "calibrate", "channel_order", "feature_stage", "fold_choice", "importance", "ladder",
         "residual", "wiring",
     },
     "gains": {"torch", "arch", "blocks", "feature_stage", "functional_fold", "ladder"},
