@@ -27,6 +27,7 @@ from elastic_sparsity.manifest import CONFIG_NAME
 from elastic_sparsity.models import BaseModel, load_base
 from elastic_sparsity.precision import resolve_precision
 from elastic_sparsity.pruning import pruning_recipe, pruning_tokens, smaller_model
+from elastic_sparsity.run_folder import RunFolder
 from elastic_sparsity.skeleton import model_config
 from elastic_sparsity.structured import Scores, check_scores
 from elastic_sparsity.structured_parts import sizes_for, usual_multiple
@@ -100,7 +101,8 @@ def add_structured(
     return write_levels(
         checkpoint, recipe, tokens_ST, fractions,
         scores=scores, search=search, accumulate=accumulate, multiple=multiple,
-        search_path=lambda name: checkpoint.folder / f"{name}.search.json", progress=progress,
+        search_path=lambda name: checkpoint.folder / f"{name}.search.json",
+        load=lambda: load_base(recipe.model.id, recipe.model.dtype).model, progress=progress,
     )  # fmt: skip
 
 
@@ -115,14 +117,13 @@ def check_structured(recipe: Recipe, model: Any) -> None:
         check_search(wanted.search, wanted.scores, recipe.block.samples)
 
 
-def add_levels(
-    recipe: Recipe, folder: Path, token_ids_ST: Tensor, search_path: Callable[[str], Path], progress: Progress
-) -> bool:
+def add_levels(recipe: Recipe, folder: Path, token_ids_ST: Tensor, kept: RunFolder, progress: Progress) -> bool:
     """Adds a recipe's structured levels to the checkpoint that a run made; those that are there are done.
 
     Args:
         token_ids_ST: the run's calibration samples.
-        search_path: where the search of a level's counts keeps its steps, by the level's name.
+        kept: the run's own folder: there the search of a level's counts keeps its steps, and there are the base
+            model's weights, if the run changed them: what all levels share comes from these.
     Returns: whether there was anything to do.
     Raises: NumericsError, OutputError; the checkpoint is whole then, and the same call goes on.
     """
@@ -131,10 +132,17 @@ def add_levels(
     fractions = [fraction for fraction in wanted.fractions if fraction not in done]
     if not fractions:
         return False
+
+    def load() -> Any:
+        model = load_base(recipe.model.id, recipe.model.dtype).model
+        if kept.has_base:
+            kept.restore_base_(model)
+        return model
+
     write_levels(
         checkpoint, recipe, token_ids_ST, fractions,
         scores=wanted.scores, search=wanted.search, accumulate=True, multiple=wanted.multiple,
-        search_path=search_path, progress=progress,
+        search_path=kept.structured, load=load, progress=progress,
     )  # fmt: skip
     return True
 
@@ -150,18 +158,19 @@ def write_levels(
     accumulate: bool,
     multiple: int | None,
     search_path: Callable[[str], Path],
+    load: Callable[[], Any],
     progress: Progress,
 ) -> list[StructuredLevel]:
     """Prunes and adds, fraction by fraction. All has been checked.
 
     Args:
-        recipe: names the base model, which is loaded for every fraction.
+        load: gives the base model, anew for every fraction.
         search_path: where the search of a level's counts keeps its steps, by the level's name; gone once it is added.
     """
     levels: list[StructuredLevel] = []
     pruning_ST = token_ids_ST[: 0 if scores == "magnitude" else recipe.block.samples]
     for fraction in fractions:
-        model = load_base(recipe.model.id, recipe.model.dtype).model
+        model = load()
         at_once = usual_multiple(model) if multiple is None else multiple
         made = smaller_model(
             recipe,
@@ -273,9 +282,20 @@ def check_base(checkpoint: ElasticCheckpoint, base: BaseModel) -> None:
     for name, tensor in checkpoint.tensors_of("shared"):
         weight = rest.pop(name, None)
         if weight is None or not torch.equal(weight.detach().cpu().to(checkpoint.dtype), tensor):
-            raise CheckpointError(f"{where}: {name} differs, which all levels share.")
+            hint = ""
+            if _changed_weights(checkpoint):
+                hint = (
+                    " Its run changed the model's weights first (induction): name structured.fractions in the recipe."
+                )
+            raise CheckpointError(f"{where}: {name} differs, which all levels share.{hint}")
     if rest:
         raise CheckpointError(f"{where}: the checkpoint has no {min(rest)}.")
+
+
+def _changed_weights(checkpoint: ElasticCheckpoint) -> bool:
+    training = checkpoint.config.get("training")
+    induced = training.get("induction") if isinstance(training, dict) else None
+    return isinstance(induced, dict) and "changes" in induced
 
 
 def _check_new(checkpoint: ElasticCheckpoint, fraction: float) -> None:

@@ -1,6 +1,5 @@
 """The command `induce`: a model that computes the same and is easier to prune."""
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -15,22 +14,18 @@ from elastic_sparsity.terminal import plain, say
 
 
 def show_blocks(results: Sequence[Any]) -> None:
-    """How far the masked blocks' held-out errors fell, by level: geometric means over the blocks.
-
-    Of the residual order, which is the whole model's, it is the squared scores that N:M drops.
-    """
+    """How far the masked blocks' held-out errors fell, by level; see `inducing.summary`."""
     if not results:
         return
+    from elastic_sparsity.inducing import summary
+
     table = Table(title="Held-out error of the masked blocks (Wanda's or magnitude's masks), change")
     for column in ("part", "level", "change", "blocks changed"):
         table.add_column(column, justify="left" if column in ("part", "level") else "right")
-    for kind in dict.fromkeys(getattr(x, "kind", "absorbed") for x in results):
-        of_kind = [x for x in results if getattr(x, "kind", "absorbed") == kind]
-        for level in of_kind[0].before:
-            logs = [math.log(x.after[level] / x.before[level]) if x.used else 0.0 for x in of_kind]
-            change = 100 * (math.exp(sum(logs) / len(logs)) - 1)
-            used = sum(x.used for x in of_kind)
-            table.add_row(kind, plain(level), f"{change:+.1f} %", f"{used} of {len(of_kind)}")
+    for kind, found in summary(results).items():
+        for level, ratio in found["error_ratio"].items():
+            blocks = f"{found['changed']} of {found['blocks']}"
+            table.add_row(kind, plain(level), f"{100 * (ratio - 1):+.1f} %", blocks)
     Console(emoji=False).print(table)
 
 

@@ -86,8 +86,7 @@ class ScoresSection(_Section):
 
 
 class InductionSection(_Section):
-    """What is done before anything is pruned. `induce` takes all of it; a run takes `reading = "scores"` alone, which
-    leaves the model as it is."""
+    """What is done before anything is pruned, on its own (`induce`) or in a run."""
 
     reading: Literal["scores", "absorbed", "gains"] = "scores"
     """What the scales of arXiv 2602.21652 are: factors of the scores (eq. 11), folded into the weights exactly (eq. 3),
@@ -112,6 +111,15 @@ class InductionSection(_Section):
     held_out: Positive = 8
     """Calibration samples, the last ones, that judge the scales: without a gain there they are not used."""
 
+    @property
+    def is_asked(self) -> bool:
+        return bool(self.steps or self.folds)
+
+    @property
+    def changes_weights(self) -> bool:
+        """Whether the model behind it has other weights, of the same function."""
+        return bool(self.folds) or (self.reading == "absorbed" and self.steps > 0)
+
 
 class AllocationSection(_Section):
     """How sparsity is shared out to the linears."""
@@ -123,9 +131,8 @@ class AllocationSection(_Section):
     held_out: Positive = 16
     """Calibration samples, the last ones, that judge allocations in a search."""
     strength: Share | None = None
-    """How far to go from uniform to the plan, given or searched; None = 1, which is best for weights as they are, or
-    0.5 if anything is trained: SmolLM2-135M trained with 1 was worse than uniform at 60 and 70 %, and with 0.5 nowhere
-    (one short run)."""
+    """How far to go from uniform to the plan, given or searched; None = 1, best for weights as they are, or 0.5 if
+    anything is trained: SmolLM2-135M trained with 1 was worse than uniform at 60 and 70 %, with 0.5 not."""
     slope: Slope | tuple[Slope, ...] = 0.0
     """Sparsity rises by twice this from the first block to the last (arXiv 2502.14770): one number, or one for each
     unstructured level; 0 = uniform."""
@@ -172,7 +179,6 @@ class EndToEndSection(_Section):
     """0 = no clipping."""
     gradient_checkpointing: bool = False
     """Run each block again in the backward pass instead of keeping its activations: a third slower, less memory."""
-
     shard: bool = False
     """With several workers: share out parameters, gradients and optimiser states (FSDP) instead of copying them."""
 
@@ -258,18 +264,14 @@ class Recipe(_Section):
                 "memory.weights: 'stream' keeps one block in memory, end_to_end needs all of them; set "
                 "end_to_end.trainable = 'off', or end_to_end.shard = true with several workers."
             )
-        if self.memory.weights == "stream" and self.needs_whole_model:
-            key = "induction.steps" if self.induction.steps else "allocation.search"
-            raise ConfigError(f"{key}: needs the whole model in memory, but memory.weights is 'stream'.")
+        if self.memory.weights == "stream" and (field := self.needs_whole_model):
+            raise ConfigError(f"{field}: needs the whole model in memory, but memory.weights is 'stream'.")
         fractions = sorted(self.structured.fractions)
         if any(b - a < 1e-6 for a, b in pairwise(fractions)):
             raise ConfigError(f"structured.fractions: {list(self.structured.fractions)} names one twice.")
-        if self.memory.weights == "stream" and fractions:
-            raise ConfigError("structured.fractions: need the whole model in memory, but memory.weights is 'stream'.")
-        if self.induction.steps and self.induction.held_out >= self.calibration.samples:
+        if self.induction.is_asked and self.induction.held_out >= self.calibration.samples:
             raise ConfigError(
-                f"induction.held_out: {self.induction.held_out} of {self.calibration.samples} calibration.samples "
-                "leave none to learn from."
+                f"induction.held_out: {self.induction.held_out} of {self.calibration.samples} samples leave none."
             )
         if self.block.samples > self.calibration.samples:
             raise ConfigError(
@@ -288,19 +290,18 @@ class Recipe(_Section):
         if wanted.plan is not None or any(self.slopes()):
             raise ConfigError("allocation.search: makes a plan; with it, give neither allocation.plan nor slope.")
         if not self.ladder.sparsities:
-            raise ConfigError(
-                "allocation.search: only unstructured levels have an allocation; ladder.sparsities is empty."
-            )
+            raise ConfigError("allocation.search: is for unstructured levels, and ladder.sparsities is empty.")
         if wanted.held_out >= self.calibration.samples:
             raise ConfigError(
-                f"allocation.held_out: {wanted.held_out} of {self.calibration.samples} calibration.samples leave none "
-                "to score with."
+                f"allocation.held_out: {wanted.held_out} of {self.calibration.samples} samples leave none."
             )
 
     @property
-    def needs_whole_model(self) -> bool:
-        """Whether a stage before the blocks runs the model as a whole."""
-        return bool(self.induction.steps) or self.allocation.search
+    def needs_whole_model(self) -> str:
+        """What asks for a stage that runs the model as a whole, before the blocks or behind them; empty = nothing."""
+        asked = {"induction": self.induction.is_asked, "allocation.search": self.allocation.search}
+        asked["structured.fractions"] = bool(self.structured.fractions)
+        return next((field for field, is_asked in asked.items() if is_asked), "")
 
     def build_ladder(self) -> Ladder:
         return Ladder(**self.ladder.model_dump())

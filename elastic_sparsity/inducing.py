@@ -1,11 +1,12 @@
 """The induction stage of a recipe, within a run and on its own (`elastic-sparsity induce`).
 
-On its own it writes a model: first the folds beyond the paper, then one of the paper's three readings.
+First the folds beyond the paper, then one of the paper's three readings. On its own it writes a model.
 """
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -74,18 +75,81 @@ def learn(
     )
 
 
-def check_leaves_model(recipe: Recipe) -> None:
-    """That a run's induction changes scores alone.
+def check_can_run(recipe: Recipe, base: BaseModel) -> None:
+    """That a run can do what its `induction` section asks for.
 
-    Raises: ConfigError: naming what `induce` has to do first.
+    Raises: ConfigError.
     """
     wanted = recipe.induction
-    for field, changed in (("reading", wanted.reading != "scores"), ("folds", bool(wanted.folds))):
-        if changed:
+    if not wanted.is_asked:
+        return
+    _check_stages(recipe)
+    if wanted.changes_weights:
+        check_equal_blocks(base.model.config, "induction")
+        if base.channel_scales:
             raise ConfigError(
-                f"induction.{field}: {getattr(wanted, field)!r} changes the weights, a run only scores; give the run a "
-                "model that `elastic-sparsity induce` wrote with it, and leave it out here."
+                f"{base.identity['id']}: holds scales that were learned for its weights as they are, which "
+                "induction.folds and reading = 'absorbed' would change; leave these out, or give the original model."
             )
+
+
+def change_weights_(
+    recipe: Recipe, base: BaseModel, token_ids_ST: Tensor, precision: str, progress: Progress = silent
+) -> list[BlockResult]:
+    """The recipe's folds, then the scales of reading "absorbed": other weights in the same dtype, the same function.
+
+    Raises: ConfigError; AbsorptionError: if a fold is not exact here, or the logits moved.
+    """
+    with _function_kept(base.model, token_ids_ST):
+        blocks = fold(recipe, base, token_ids_ST, precision, progress) if recipe.induction.folds else []
+        if recipe.induction.reading == "absorbed":
+            blocks += absorb(recipe, base, token_ids_ST, precision, progress)
+    return blocks
+
+
+def summary(results: Sequence[BlockResult]) -> dict[str, dict[str, Any]]:
+    """By kind of change: blocks, blocks changed, and by level the held-out error behind it over the one before.
+
+    Ratios are geometric means over the blocks. Of the residual order, which is the whole model's, they are those of the
+    squared scores that N:M drops.
+    """
+    by_kind: dict[str, list[BlockResult]] = {}
+    for result in results:
+        by_kind.setdefault(getattr(result, "kind", "absorbed"), []).append(result)
+    found = {}
+    for kind, blocks in by_kind.items():
+        ratios = {
+            level: math.exp(sum(math.log(x.after[level] / x.before[level]) for x in blocks if x.used) / len(blocks))
+            for level in blocks[0].before
+        }
+        found[kind] = {"blocks": len(blocks), "changed": sum(x.used for x in blocks), "error_ratio": ratios}
+    return found
+
+
+@contextmanager
+def _function_kept(model: Any, token_ids_ST: Tensor) -> Iterator[None]:
+    """Weights are float32 inside, and have their dtype again behind it; the logits must be those of before.
+
+    Raises: AbsorptionError: on leaving, if they moved.
+    """
+    dtype = model.dtype
+    _cast_weights_(model, torch.float32)
+    before = _logits(model, token_ids_ST)
+    yield
+    error = check_function_kept(before, _logits(model, token_ids_ST), torch.float32)
+    log.info("induction: absorbed; the logits moved by %.1e of their largest, which is rounding", error)
+    if dtype != torch.float32:  # the base model's weights were exact in it, those made of them are not
+        _cast_weights_(model, dtype)
+        _cast_weights_(model, torch.float32)
+        rounded = relative_error(before, _logits(model, token_ids_ST))
+        log.info("induction: rounding to %s, as the base model is stored, moves the logits by %.1e", dtype, rounded)
+        _cast_weights_(model, dtype)
+
+
+def _cast_weights_(model: Any, dtype: torch.dtype) -> None:
+    """Of the parameters alone: rotary frequencies are buffers, which stay float32 in a model of any dtype."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def induce(recipe: Recipe, output: str | Path, progress: Progress = silent) -> Induced:
@@ -109,32 +173,17 @@ def induce(recipe: Recipe, output: str | Path, progress: Progress = silent) -> I
     check_equal_blocks(base.model.config, "induce")
     token_ids_ST, _ = calibration_tokens(recipe, base, progress)
     token_ids_ST, model = token_ids_ST.to(base.model.device), base.model
-    precision, dtype = resolve_precision(recipe.precision, model.device.type), model.dtype
-    if wanted.folds or wanted.reading == "absorbed":
-        model.float()
-    before = _logits(model.float(), token_ids_ST) if model.dtype == torch.float32 else None
-    blocks = fold(recipe, base, token_ids_ST, precision, progress) if wanted.folds else []
+    precision = resolve_precision(recipe.precision, model.device.type)
+    blocks = change_weights_(recipe, base, token_ids_ST, precision, progress) if wanted.changes_weights else []
     found = Induced(scales={}, input_norms={}, kl_before={}, kl_after={}, used=any(x.used for x in blocks))
-    if wanted.reading == "absorbed":
-        blocks += absorb(recipe, base, token_ids_ST, precision, progress)
-        found = replace(found, used=any(x.used for x in blocks))
-    elif wanted.steps:
+    if wanted.reading == "scores" and wanted.steps:
         with training_attention(model), fused_layers(model):
             found = learn(recipe, base, token_ids_ST, precision, Workers(), progress)
-        if before is None:
-            before = _logits(model.float(), token_ids_ST)
         importance = {name: found.input_norms[name] * found.scales[name] for name in found.scales}
-        absorb_importance_(model, importance, rows_apart=only_patterns(recipe.build_ladder().levels))
-    assert before is not None
-    error = check_function_kept(before, _logits(model, token_ids_ST), torch.float32)
-    log.info("induction: absorbed; the logits moved by %.1e of their largest, which is rounding", error)
-    if dtype != torch.float32:  # the base model's weights were exact in it, those made of them are not
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype).float()
-        rounded = relative_error(before, _logits(model, token_ids_ST))
-        log.info("induction: rounding to %s, as the base model is stored, moves the logits by %.1e", dtype, rounded)
+        with _function_kept(model, token_ids_ST):
+            absorb_importance_(model, importance, rows_apart=only_patterns(recipe.build_ladder().levels))
     with atomic_folder(output) as scratch:
-        model.to(dtype).save_pretrained(scratch)
+        model.save_pretrained(scratch)
         base.tokenizer.save_pretrained(scratch)
         if found.scales:
             save_scales(scratch, found.scales)
@@ -142,18 +191,22 @@ def induce(recipe: Recipe, output: str | Path, progress: Progress = silent) -> I
 
 
 def _check_can_induce(recipe: Recipe) -> None:
+    if not recipe.induction.is_asked:
+        raise ConfigError("induction.steps: 0 steps learn nothing; expected 1 or more, or some induction.folds.")
+    _check_stages(recipe)
+    if recipe.induction.reading == "scores" and recipe.scores.method == "magnitude":
+        raise ConfigError("scores.method: 'magnitude' would learn scales that know no input; use 'wanda'.")
+
+
+def _check_stages(recipe: Recipe) -> None:
     wanted = recipe.induction
     if wanted.reading == "gains":
         raise ConfigError(
             "induction.reading: 'gains' are tuned after masking, one level at a time, and change what the dense model "
             "computes; expected 'scores' or 'absorbed'. Call gains.tune_gains_ behind prune_one_shot_."
         )
-    if not wanted.steps and not wanted.folds:
-        raise ConfigError("induction.steps: 0 steps learn nothing; expected 1 or more, or some induction.folds.")
     if wanted.reading == "absorbed" and not wanted.steps:
         raise ConfigError("induction.steps: 0 steps absorb nothing; expected 1 or more, or reading = 'scores'.")
-    if wanted.reading == "scores" and recipe.scores.method == "magnitude":
-        raise ConfigError("scores.method: 'magnitude' would learn scales that know no input; use 'wanda'.")
     check_kinds(wanted.folds, recipe.build_ladder(), (RESIDUAL_ORDER, *FOLDS))
 
 

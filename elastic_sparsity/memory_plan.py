@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from elastic_sparsity.config import Recipe
 from elastic_sparsity.files import is_file
+from elastic_sparsity.fold_plan import fold_terms
 from elastic_sparsity.masks import SORTED_AT_ONCE
 from elastic_sparsity.model_shapes import ModelShapes
 from elastic_sparsity.plan_sizes import (
@@ -40,7 +41,14 @@ CHARACTERS = 40  # a token of the calibration, as `calibration_text` reads of a 
 def memory_terms(shapes: ModelShapes, recipe: Recipe, choices: Choices) -> list[Term]:
     """Every term of a run."""
     sizes = Sizes(shapes, recipe, choices)
-    terms = [*_process(sizes), *_weights(sizes), *_reading(sizes), *_allocation(sizes), *_induction(sizes)]
+    terms = [
+        *_process(sizes),
+        *_weights(sizes),
+        *_reading(sizes),
+        *_allocation(sizes),
+        *_induction(sizes),
+        *fold_terms(sizes),
+    ]
     terms += [*_streams(sizes), *_block(sizes)]
     terms += [*_training(sizes), *_end_to_end(sizes), *_saving(sizes), *structured_terms(sizes), *_disk(sizes)]
     if not choices.gpu:
@@ -72,7 +80,7 @@ def _holes(terms: Sequence[Term], choices: Choices, shapes: ModelShapes, recipe:
 
 def _early(recipe: Recipe) -> tuple[str, ...]:
     """The stages before the first block."""
-    asked = {"allocation": recipe.allocation.search, "induction": bool(recipe.induction.steps)}
+    asked = {"allocation": recipe.allocation.search, "induction": recipe.induction.is_asked}
     return ("load", *(stage for stage, is_asked in asked.items() if is_asked))
 
 
@@ -180,7 +188,7 @@ def _allocation(z: Sizes) -> Iterator[Term]:
 
 def _induction(z: Sizes) -> Iterator[Term]:
     s, p, wanted, stage = z.shapes, z.product, z.recipe.induction, ("induction",)
-    if not wanted.steps:
+    if not wanted.steps or wanted.reading != "scores":
         return
     tokens = wanted.batch_size * z.recipe.calibration.length
     yield Term(

@@ -36,7 +36,7 @@ from elastic_sparsity.end_to_end import EndToEndSettings, Snapshots, train_end_t
 from elastic_sparsity.errors import ConfigError, OutputError
 from elastic_sparsity.files import check_output_folder, is_file, write_json
 from elastic_sparsity.fused_layers import fused_layers
-from elastic_sparsity.inducing import check_leaves_model, learn
+from elastic_sparsity.inducing import change_weights_, check_can_run, learn, summary
 from elastic_sparsity.manifest import CONFIG_NAME, RUN_NAME
 from elastic_sparsity.model_shapes import read_shapes
 from elastic_sparsity.models import BaseModel, load_base, stream_base
@@ -77,7 +77,7 @@ def optimize(
             train_and_save(job, output, identity, stored_dtype)
         del job  # the trained model, before the base model is loaded again
         if workers.is_main:
-            is_extended = add_levels(recipe, output, token_ids, folder.structured, progress)
+            is_extended = add_levels(recipe, output, token_ids, folder, progress)
             if is_extended or not is_trained:
                 record_run(output, time.monotonic() - started, workers)
         workers.wait()
@@ -86,12 +86,13 @@ def optimize(
 
 def train_and_save(job: Job, output: Path, identity: dict[str, Any], stored_dtype: torch.dtype) -> None:
     """All stages that train; the first worker writes the checkpoint."""
+    folded = run_folds_(job)
     with training_attention(job.base.model), fused_layers(job.base.model):
         job, induced = run_induction(job)
         job = run_allocation(job, stored_dtype)
         block_losses, mixer_weights = run_block_phase_(job)
         final_kl = run_end_to_end_(job)
-    training = {"induction": induced, "block_losses": block_losses, "end_to_end_kl": final_kl}
+    training = {"induction": {**induced, **folded}, "block_losses": block_losses, "end_to_end_kl": final_kl}
     if job.workers.is_main:
         save_run(job, output, {**identity, "training": training}, stored_dtype, mixer_weights)
 
@@ -101,7 +102,6 @@ def prepare(
 ) -> tuple[Job, torch.dtype, dict[str, Any]]:
     """Model, text and choices of a run. Returns: the job, the base model's stored dtype, and what the run is."""
     with workers.main_first():  # the others find downloads, conversions and sampled text in the cache
-        check_leaves_model(recipe)
         if recipe.allocation.search and workers.count > 1:
             raise ConfigError(
                 f"allocation.search: runs in one process, found {workers.count}; make the plan first with "
@@ -110,6 +110,7 @@ def prepare(
         plan = None if recipe.allocation.plan is None else load_plan(Path(recipe.allocation.plan))
         planned = settle(recipe, workers.count)
         base = open_base(recipe, planned.weights)
+        check_can_run(recipe, base)
         allocation = _allocation(recipe, base, plan)
         check_structured(recipe, base.model)
         if recipe.evaluation.source is not None:
@@ -184,13 +185,28 @@ def run_allocation(job: Job, stored_dtype: torch.dtype) -> Job:
     return replace(job, allocation=_of_strength(recipe, job.base.model, found))
 
 
+def run_folds_(job: Job) -> dict[str, Any]:
+    """Gives the base model weights that are easier to prune and compute the same, if the recipe asks for it.
+
+    Returns: the record of what was changed, by kind; empty if nothing was asked for.
+    """
+    recipe, base, folder = job.recipe, job.base, job.folder
+    if not recipe.induction.changes_weights:
+        return {}
+    if job.workers.is_main and not folder.has_base:
+        blocks = change_weights_(recipe, base, job.token_ids_ST, job.precision, job.progress)
+        folder.save_base(dict(base.model.named_parameters()), {"changes": summary(blocks)})
+    job.workers.wait()
+    return folder.restore_base_(base.model)
+
+
 def run_induction(job: Job) -> tuple[Job, dict[str, Any]]:
     """Learns how much every input channel counts, before anything is scored (arXiv 2602.21652).
 
     Returns: the job with the scales, and KL by level before and after; empty if the recipe asks for none, in which case
     scales that came with the base model are used.
     """
-    if not job.recipe.induction.steps:
+    if not job.recipe.induction.steps or job.recipe.induction.reading != "scores":
         return replace(job, channel_scales=job.base.scales_of(job.recipe.scores.method)), {}
     found = job.folder.load_induction()
     if found is None:

@@ -135,7 +135,7 @@ def choose(recipe: Recipe, shapes: ModelShapes, limits: dict[str, int], gpu: boo
     streams = not recipe.model.id.endswith(".gguf") and not recipe.model.id.startswith("random:")
     if recipe.memory.weights == "auto" and (not streams or recipe.calibration.source == "self"):
         weights = ("resident",)  # no files to read in blocks, or a model that writes its own text
-    if recipe.needs_whole_model or recipe.structured.fractions:
+    if recipe.needs_whole_model:
         weights = ("resident",)
     where = recipe.memory.activations
     places = (("device", "host", "disk") if gpu else ("host", "disk")) if where == "auto" else (where,)
@@ -220,7 +220,9 @@ def _settings(recipe: Recipe, choices: Choices) -> Iterator[tuple[str, dict[str,
     if recipe.structured.fractions and recipe.structured_steps:
         yield "structured.steps = 0", {"structured": {"steps": 0}}
     if recipe.induction.steps:
-        yield "induction.steps = 0", {"induction": {"steps": 0}}
+        yield "induction.steps = 0", {"induction": {"steps": 0, "reading": "scores"}}
+    if recipe.induction.folds:
+        yield "induction.folds = []", {"induction": {"folds": []}}
     if recipe.allocation.search:
         yield "allocation.search = false", {"allocation": {"search": False}}
     if choices.weights == "resident" and not recipe.needs_whole_model:

@@ -2,6 +2,7 @@
 
 `<output>.run/` holds run.json (what the run is), allocation.json (the plan, if it searches one; see allocation_file),
 structured-0.5.json (where the search of that level's counts stands; see structured_search_file),
+base.safetensors (the base model's weights, if the run changes them before it prunes),
 induction.safetensors (scales that were learned first),
 block-0007.safetensors (a finished block, written under another name, synced and renamed: its presence commits the
 block), the hidden states that the next block starts from, and a snapshot of the end-to-end phase. All of it goes when
@@ -33,7 +34,7 @@ from elastic_sparsity.tensor_file_writer import write_tensors
 log = logging.getLogger(__name__)
 # What a run may have left; whatever else lies in the folder is somebody's, and stays.
 _OWN = re.compile(
-    r"lock|(run|allocation|structured-[\w.-]+)\.json|(block-\d{4}|induction|end-to-end|trained-\w+)\.safetensors|[\w-]+\.activations|\..+\.partial-[0-9a-f]{8}"
+    r"lock|(run|allocation|structured-[\w.-]+)\.json|(block-\d{4}|base|induction|end-to-end|trained-\w+)\.safetensors|[\w-]+\.activations|\..+\.partial-[0-9a-f]{8}"
 )
 
 
@@ -93,6 +94,31 @@ class RunFolder:
         return count
 
     @property
+    def _base(self) -> Path:
+        return self.path / "base.safetensors"
+
+    def save_base(self, tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> None:
+        """Keeps the base model's weights as the induction stage left them."""
+        self._save(self._base, tensors, note)
+
+    @property
+    def has_base(self) -> bool:
+        """Whether `save_base` is done."""
+        return is_file(self._base)
+
+    @torch.no_grad()
+    def restore_base_(self, model: Any) -> dict[str, Any]:
+        """Gives the base model, as it was loaded, the weights that `save_base` kept, in its own dtype.
+
+        Returns: their note.
+        Raises: OutputError: if the file is damaged, or gone.
+        """
+        tensors, note = self._load(self._base)
+        for name, parameter in model.named_parameters():
+            parameter.copy_(tensors[name])
+        return note
+
+    @property
     def _induction(self) -> Path:
         return self.path / "induction.safetensors"
 
@@ -116,7 +142,8 @@ class RunFolder:
     @property
     def is_worth_keeping(self) -> bool:
         """Whether a run that goes on from here is spared any work."""
-        return bool(self.finished_blocks()) or is_file(self._induction) or is_file(self.allocation)
+        stages = (self._base, self._induction, self.allocation)
+        return bool(self.finished_blocks()) or any(is_file(stage) for stage in stages)
 
     def save_block(self, index: int, tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> None:
         """Commits a finished block."""

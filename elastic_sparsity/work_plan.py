@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from elastic_sparsity.allocation import SLOPES
 from elastic_sparsity.descent import DescentSettings
+from elastic_sparsity.fold_plan import fold_passes
 from elastic_sparsity.plan_sizes import Sizes, Work
 from elastic_sparsity.structured_plan import structured_work
 
@@ -46,7 +47,7 @@ def work_of(z: Sizes) -> list[Work]:
     outputs = 0 if z.recipe.mixer.mode == "dense" else groups
     # One pass for each batch size notes what the model hands its blocks; a step's batch is whole even of few samples.
     batches = {min(block.batch_size, block.samples), block.samples % block.batch_size, block.steps and block.batch_size}
-    rows = list(_allocation(z))
+    rows = [*_allocation(z), ("folds", "induction", FORWARD, fold_passes(z), 0)]
     if z.recipe.induction.steps:
         learned = z.recipe.induction.steps * z.recipe.induction.batch_size * length
         # Of both models, before and after; more often only if what was learned has to be weakened.

@@ -1,6 +1,8 @@
 """Induction in a run and on its own: kept for a resume, absorbed exactly, read from its file, refused if damaged."""
 
+import random
 import shutil
+import string
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from elastic_sparsity.absorption import scale_pairs
 from elastic_sparsity.arch import architecture_of, decoder_blocks, linears_of, weight_OI
 from elastic_sparsity.config import make_recipe
 from elastic_sparsity.errors import ConfigError, OutputError
-from elastic_sparsity.inducing import absorb_importance_, induce
+from elastic_sparsity.inducing import absorb_importance_, change_weights_, induce
 from elastic_sparsity.induction_file import FILE_NAME, FORMAT, load_scales
 from elastic_sparsity.models import load_base
 from elastic_sparsity.slicing import load_level
@@ -281,16 +283,90 @@ def test_every_way_to_induce_writes_a_plain_model_that_says_the_same(tmp_path, c
     assert torch.equal(*texts)
 
 
+ABSORBED = {**STAGE, "reading": "absorbed", "start": "ones", "steps": 30, "samples": 6}
+
+
+@pytest.mark.parametrize(("stage", "scores"), [(FOLDED, "wanda"), (ABSORBED, "magnitude")], ids=["folds", "absorbed"])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_run_that_changes_weights_is_induce_and_then_a_run(tmp_path, family, stage, scores):
+    """The same tensors in every file, structured levels too, which share biases and norms with the others.
+
+    (Their tuning is left out: its dense model is the unchanged one, of another rounding.)
+    """
+    source = tmp_path / "text.txt"
+    source.write_text("".join(random.Random(0).choices(string.ascii_letters + string.digits + " ", k=4000)))
+    model, text = {"id": f"random:{family}"}, {"source": str(source), "samples": 16, "length": 16}
+    asked = {"calibration": text, "structured": {"fractions": [0.5], "multiple": 8, "steps": 0}}
+    asked["scores"] = {"method": scores}
+    at_once = optimize(recipe(model=model, induction=stage, **asked), tmp_path / "at-once")
+    induce(recipe(model=model, induction=stage, calibration=text, scores=asked["scores"]), tmp_path / "model")
+    after = optimize(recipe(model={"id": str(tmp_path / "model")}, induction={"steps": 0}, **asked), tmp_path / "after")
+    names = sorted(path.name for path in after.folder.glob("*.safetensors"))
+    assert "structured-0.5.safetensors" in names
+    for name in names:
+        ours, theirs = load_file(at_once.folder / name), load_file(after.folder / name)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
+    assert at_once.config["base_model"]["id"] == model["id"]
+    changes = at_once.config["training"]["induction"]["changes"]
+    assert changes.keys() == set(stage.get("folds", ["absorbed"]))
+    assert any(kind["changed"] for kind in changes.values())
+
+
+def test_a_run_goes_on_behind_its_folds(tmp_path, monkeypatch):
+    asked = recipe(induction={**FOLDED, "steps": 6, "batch_size": 2})
+    whole = optimize(asked, tmp_path / "whole")
+
+    def crash(job):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "run_induction", crash)
+        with pytest.raises(KeyboardInterrupt):
+            optimize(asked, tmp_path / "again")
+    kept = tmp_path / "again.run" / "base.safetensors"
+    intact = kept.read_bytes()
+    kept.write_bytes(intact[:-5] + bytes([intact[-5] ^ 1]) + intact[-4:])
+    with pytest.raises(OutputError, match="--restart"):
+        optimize(asked, tmp_path / "again")
+    kept.write_bytes(intact)
+
+    def not_again(*args):
+        raise AssertionError("folded a second time")
+
+    monkeypatch.setattr(pipeline, "change_weights_", not_again)
+    again = optimize(asked, tmp_path / "again")
+    assert whole.config["training"] == again.config["training"]
+    for path in whole.folder.glob("*.safetensors"):
+        assert path.read_bytes() == (again.folder / path.name).read_bytes(), path.name
+
+
+def test_changed_weights_keep_their_dtype_and_buffers_theirs(tmp_path):
+    tiny_model("llama").to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    base = load_base(str(tmp_path / "base"))
+    before = {name: buffer.clone() for name, buffer in base.model.named_buffers()}
+    assert torch.float32 in {buffer.dtype for buffer in before.values()}
+    ids = torch.randint(4, 260, (16, 16), generator=torch.Generator().manual_seed(0))
+    assert any(x.used for x in change_weights_(recipe(induction=FOLDED), base, ids, "float32"))
+    assert {parameter.dtype for parameter in base.model.parameters()} == {torch.bfloat16}
+    for name, buffer in base.model.named_buffers():
+        assert buffer.dtype == before[name].dtype
+        assert torch.equal(buffer, before[name])
+
+
+def test_a_run_does_not_change_weights_under_learned_scales(induced, tmp_path):
+    with pytest.raises(ConfigError, match="holds scales that were learned for its weights as they are"):
+        optimize(recipe(model={"id": str(induced[0])}, induction=FOLDED), tmp_path / "x")
+
+
 def test_a_run_and_induce_refuse_what_they_cannot_do_by_name(tmp_path):
-    with pytest.raises(ConfigError, match=r"induction\.reading: 'absorbed' changes the weights"):
-        optimize(recipe(induction={**STAGE, "reading": "absorbed"}), tmp_path / "x")
-    with pytest.raises(ConfigError, match=r"induction\.folds.*elastic-sparsity induce"):
-        optimize(recipe(induction=FOLDED), tmp_path / "x")
-    with pytest.raises(ConfigError, match="'gains' are tuned after masking"):
-        induce(recipe(induction={**STAGE, "reading": "gains"}), tmp_path / "x")
-    with pytest.raises(ConfigError, match="0 steps absorb nothing"):
-        induce(recipe(induction={**FOLDED, "reading": "absorbed"}), tmp_path / "x")
-    with pytest.raises(ConfigError, match="N:M masks alone"):
-        induce(recipe(induction=FOLDED, ladder={"patterns": []}), tmp_path / "x")
+    for do in (induce, optimize):
+        with pytest.raises(ConfigError, match="'gains' are tuned after masking"):
+            do(recipe(induction={**STAGE, "reading": "gains"}), tmp_path / "x")
+        with pytest.raises(ConfigError, match="0 steps absorb nothing"):
+            do(recipe(induction={**FOLDED, "reading": "absorbed"}), tmp_path / "x")
+        with pytest.raises(ConfigError, match="N:M masks alone"):
+            do(recipe(induction=FOLDED, ladder={"patterns": []}), tmp_path / "x")
     with pytest.raises(ConfigError, match="'ria'"):
         induce(recipe(induction={**STAGE, "reading": "absorbed"}, scores={"method": "ria"}), tmp_path / "x")

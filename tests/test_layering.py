@@ -164,7 +164,7 @@ ALLOWED = {
     "adding": {
         "torch", "arch", "calibration_text", "checkpoint", "checkpoint_writer", "config", "data", "errors", "hub",
         "ladder", "models", "precision", "pruning", "skeleton", "structured", "structured_parts",
-        "structured_search", "structured_section", "structured_sizes", "files", "manifest",
+        "structured_search", "structured_section", "structured_sizes", "files", "manifest", "run_folder",
     },
     "placement": {"torch", "accelerate", "errors", "precision", "semi_structured", "ways"},
     "packed": {"torch", "adapters", "errors", "native", "packed_weight"},
@@ -196,8 +196,9 @@ ALLOWED = {
     "zero_shot": {"numpy", "lm_eval", "errors", "report", "task_files"},
     "plan_sizes": {"allocation", "config", "ladder", "model_shapes", "shells"},
     "structured_plan": {"descent", "model_shapes", "plan_sizes", "structured_sizes", "wiring"},
-    "memory_plan": {"config", "files", "masks", "model_shapes", "plan_sizes", "structured_plan"},
-    "work_plan": {"allocation", "descent", "plan_sizes", "structured_plan"},
+    "fold_plan": {"fold_choice", "plan_sizes"},
+    "memory_plan": {"config", "files", "fold_plan", "masks", "model_shapes", "plan_sizes", "structured_plan"},
+    "work_plan": {"allocation", "descent", "fold_plan", "plan_sizes", "structured_plan"},
     "probe": {
         "torch", "transformers", "activations", "arch", "attention", "block_phase", "blocks", "calibrate", "config",
         "distill", "fused_layers", "mixer", "models", "precision", "run_folder", "work_plan", "workers",
