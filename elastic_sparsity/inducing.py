@@ -81,8 +81,6 @@ def check_can_run(recipe: Recipe, base: BaseModel) -> None:
     Raises: ConfigError.
     """
     wanted = recipe.induction
-    if not wanted.is_asked:
-        return
     _check_stages(recipe)
     if wanted.changes_weights:
         check_equal_blocks(base.model.config, "induction")

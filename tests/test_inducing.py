@@ -361,6 +361,8 @@ def test_a_run_does_not_change_weights_under_learned_scales(induced, tmp_path):
 
 
 def test_a_run_and_induce_refuse_what_they_cannot_do_by_name(tmp_path):
+    with pytest.raises(ConfigError, match="'gains' are tuned after masking"):
+        optimize(recipe(induction={"steps": 0, "reading": "gains"}), tmp_path / "x")
     for do in (induce, optimize):
         with pytest.raises(ConfigError, match="'gains' are tuned after masking"):
             do(recipe(induction={**STAGE, "reading": "gains"}), tmp_path / "x")

@@ -198,7 +198,7 @@ def test_a_model_of_shapes_has_the_counts_of_a_whole_one(family, tmp_path):
 
 def test_streamed_weights_are_refused_and_auto_does_not_choose_them(recipe_of):
     off = {"end_to_end": {"trainable": "off"}}
-    with pytest.raises(ConfigError, match="structured.fractions: need the whole model in memory"):
+    with pytest.raises(ConfigError, match="structured.fractions: needs the whole model in memory"):
         tiny_recipe(structured=STRUCTURED, memory={"weights": "stream"}, calibration={"source": "x"}, **off)
     chosen = choose(recipe_of(structured=STRUCTURED), read_shapes("random:llama", "auto"), {"host": 1}, False)
     assert chosen.weights == "resident"
