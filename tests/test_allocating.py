@@ -321,7 +321,7 @@ def test_a_search_in_a_run_refuses_what_it_cannot_do(monkeypatch, tmp_path):
     for section, message in (
         ({"allocation": {"search": True, "slope": 0.1}}, "allocation.search: makes a plan"),
         ({"allocation": {"search": True, "plan": "plan.json"}}, "allocation.search: makes a plan"),
-        ({"allocation": {"search": True, "held_out": 6}}, "6 of 6 calibration.samples leave none to score with"),
+        ({"allocation": {"search": True, "held_out": 6}}, "6 of 6 samples leave none"),
         ({"allocation": {"search": True, "held_out": 1},
           "ladder": {"sparsities": (), "patterns": ("2:4",)}}, "ladder.sparsities is empty"),
         ({"allocation": {"search": True, "held_out": 1}, "memory": {"weights": "stream"},
