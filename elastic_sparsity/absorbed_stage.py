@@ -59,8 +59,7 @@ def absorb_learned_(
     Returns: one result a block; where nothing was gained the block is as it was.
     Raises: ConfigError: another method, or too few samples. NumericsError.
     """
-    if method not in METHODS:
-        raise ConfigError(f"reading 'absorbed': found scores {method!r}; expected one of {', '.join(METHODS)}.")
+    check_method(method)
     check_samples(len(token_ids_ST), settings.held_out)
     blocks, row = decoder_blocks(model), architecture_of(model.config.model_type)
     runner = BlockRunner(model.base_model, list(blocks), token_ids_ST, 1)
@@ -91,6 +90,12 @@ def absorb_learned_(
         hidden = targets
         on_block(index + 1, len(blocks))
     return results
+
+
+def check_method(method: str) -> None:
+    """Raises: ConfigError: scores whose masks this stage cannot learn for."""
+    if method not in METHODS:
+        raise ConfigError(f"reading 'absorbed': found scores {method!r}; expected one of {', '.join(METHODS)}.")
 
 
 class _Learner:

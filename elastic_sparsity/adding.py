@@ -135,8 +135,8 @@ def add_levels(recipe: Recipe, folder: Path, token_ids_ST: Tensor, kept: RunFold
 
     def load() -> Any:
         model = load_base(recipe.model.id, recipe.model.dtype).model
-        if kept.has_base:
-            kept.restore_base_(model)
+        if recipe.induction.changes_weights:
+            kept.restore_base_(model.float())
         return model
 
     write_levels(
@@ -183,6 +183,7 @@ def write_levels(
             multiple=at_once,
             dtype=checkpoint.dtype,
             search_path=search_path(structured_name(fraction)),
+            load=load,
             progress=progress,
         )
         level = structured_level(fraction, made.model, made.sizes, biases=scores == "flap")
@@ -283,19 +284,13 @@ def check_base(checkpoint: ElasticCheckpoint, base: BaseModel) -> None:
         weight = rest.pop(name, None)
         if weight is None or not torch.equal(weight.detach().cpu().to(checkpoint.dtype), tensor):
             hint = ""
-            if _changed_weights(checkpoint):
+            if checkpoint.changed_base:
                 hint = (
                     " Its run changed the model's weights first (induction): name structured.fractions in the recipe."
                 )
             raise CheckpointError(f"{where}: {name} differs, which all levels share.{hint}")
     if rest:
         raise CheckpointError(f"{where}: the checkpoint has no {min(rest)}.")
-
-
-def _changed_weights(checkpoint: ElasticCheckpoint) -> bool:
-    training = checkpoint.config.get("training")
-    induced = training.get("induction") if isinstance(training, dict) else None
-    return isinstance(induced, dict) and "changes" in induced
 
 
 def _check_new(checkpoint: ElasticCheckpoint, fraction: float) -> None:

@@ -72,6 +72,13 @@ class ElasticCheckpoint:
         """Bytes of all tensor files."""
         return sum(entry.bytes for entries in self.manifest.files.values() for entry in entries)
 
+    @property
+    def changed_base(self) -> bool:
+        """Whether its run gave the base model other weights, of the same function, before it pruned (induction)."""
+        training = self.config.get("training")
+        induced = training.get("induction") if isinstance(training, dict) else None
+        return isinstance(induced, dict) and "changes" in induced
+
     def is_complete(self, level: AnyLevel) -> bool:
         """Whether this folder holds all files of a level; says nothing of what is in them."""
         return all((self.folder / entry.file).is_file() for entry in self.files_of(level))

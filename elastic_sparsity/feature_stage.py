@@ -22,6 +22,7 @@ from elastic_sparsity.soft_mask import Choice
 from elastic_sparsity.spectral_loss import SpectralNorms, feature_loss, finite_parameters, spectral_penalty
 
 LEAST_GAIN = 1e-3  # of the error: below it a gain is rounding
+ROUNDING = 1e-6  # relative squared error: below it there is nothing but rounding, also of bfloat16 products
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,8 +151,11 @@ class _Spectral:
 
 
 def better(before: Mapping[str, float], after: Mapping[str, float]) -> bool:
-    """Whether the mean logarithm of the errors fell by more than rounding."""
-    gains = [math.log(max(after[name], 1e-30) / max(before[name], 1e-30)) for name in before]
+    """Whether the mean logarithm of the errors fell by more than rounding.
+
+    Errors below `ROUNDING`, of a level that keeps everything, do not count: they can only change by any factor.
+    """
+    gains = [math.log(max(after[name], ROUNDING) / max(before[name], ROUNDING)) for name in before]
     return sum(gains) / len(gains) < -LEAST_GAIN
 
 

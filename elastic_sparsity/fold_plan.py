@@ -29,7 +29,7 @@ def fold_terms(z: Sizes) -> Iterator[Term]:
         why="W x 8: a copy and its masked weights in float32" + (", and I x I of every different input" * bool(grams)),
     )  # fmt: skip
     yield Term(
-        name="base model's weights", bytes=s.total * z.weight, place="disk", stages=STAGES[2:],
+        name="base model's weights", bytes=s.total * z.weight, place="disk", stages=STAGES[1:],
         why=f"{s.total:,} numbers x {z.weight}, as the stage left them, until the end",
     )  # fmt: skip
 
@@ -49,3 +49,11 @@ def fold_passes(z: Sizes) -> int:
         candidates = VALUE_MATRICES if kind == "values" else patterns if kind in ORDERS else 1
         passes += depth * (1 + candidates) * (patterns if kind in ORDERS else levels) * wanted.held_out
     return passes * length
+
+
+def absorbed_passes(z: Sizes) -> tuple[int, int]:
+    """Token-passes of reading "absorbed" through single blocks: forward alone, and training steps of one sample."""
+    wanted, depth, length = z.recipe.induction, z.shapes.depth, z.recipe.calibration.length
+    given = min(wanted.samples, z.recipe.calibration.samples - wanted.held_out)
+    judged = 2 * len(z.recipe.build_ladder().levels) * wanted.held_out
+    return depth * (2 * given + wanted.held_out + judged) * length, depth * wanted.steps * length

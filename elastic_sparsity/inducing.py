@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elastic_sparsity.absorbed_stage import absorb_learned_
+from elastic_sparsity.absorbed_stage import absorb_learned_, check_method
 from elastic_sparsity.absorption import Pair, scale_pair_, scale_pairs
-from elastic_sparsity.arch import architecture_of, decoder_blocks, head_function
+from elastic_sparsity.arch import architecture_of, check_finite_weights, decoder_blocks, head_function
 from elastic_sparsity.attention import training_attention
 from elastic_sparsity.calibration_text import Progress, calibration_tokens, silent
 from elastic_sparsity.config import Recipe
 from elastic_sparsity.distill import Share
 from elastic_sparsity.errors import ConfigError
-from elastic_sparsity.feature_stage import BlockResult, StageSettings
+from elastic_sparsity.feature_stage import ROUNDING, BlockResult, StageSettings
 from elastic_sparsity.files import atomic_folder, check_output_folder
 from elastic_sparsity.fold_choice import FOLDS, RESIDUAL_ORDER, FoldSettings, check_kinds, choose_folds_
 from elastic_sparsity.folding import check_function_kept, relative_error
@@ -75,14 +75,12 @@ def learn(
     )
 
 
-def check_can_run(recipe: Recipe, base: BaseModel) -> None:
-    """That a run can do what its `induction` section asks for.
+def check_base_model(recipe: Recipe, base: BaseModel) -> None:
+    """That a run can do with its model what its `induction` section asks for.
 
-    Raises: ConfigError.
+    Raises: ConfigError, UnsupportedModelError.
     """
-    wanted = recipe.induction
-    _check_stages(recipe)
-    if wanted.changes_weights:
+    if recipe.induction.changes_weights:
         check_equal_blocks(base.model.config, "induction")
         if base.channel_scales:
             raise ConfigError(
@@ -92,13 +90,21 @@ def check_can_run(recipe: Recipe, base: BaseModel) -> None:
 
 
 def change_weights_(
-    recipe: Recipe, base: BaseModel, token_ids_ST: Tensor, precision: str, progress: Progress = silent
+    recipe: Recipe,
+    base: BaseModel,
+    token_ids_ST: Tensor,
+    precision: str,
+    progress: Progress = silent,
+    dtype: torch.dtype | None = None,
 ) -> list[BlockResult]:
-    """The recipe's folds, then the scales of reading "absorbed": other weights in the same dtype, the same function.
+    """The recipe's folds, then the scales of reading "absorbed": other weights, the same function.
 
-    Raises: ConfigError; AbsorptionError: if a fold is not exact here, or the logits moved.
+    Args:
+        dtype: of the weights afterwards; None = as before.
+    Raises: ConfigError, UnsupportedModelError, NumericsError. AbsorptionError: a fold is not exact here, or the logits
+        moved.
     """
-    with _function_kept(base.model, token_ids_ST):
+    with _function_kept(base.model, token_ids_ST, dtype or base.model.dtype):
         blocks = fold(recipe, base, token_ids_ST, precision, progress) if recipe.induction.folds else []
         if recipe.induction.reading == "absorbed":
             blocks += absorb(recipe, base, token_ids_ST, precision, progress)
@@ -117,20 +123,23 @@ def summary(results: Sequence[BlockResult]) -> dict[str, dict[str, Any]]:
     found = {}
     for kind, blocks in by_kind.items():
         ratios = {
-            level: math.exp(sum(math.log(x.after[level] / x.before[level]) for x in blocks if x.used) / len(blocks))
+            level: math.exp(sum(_log(x.after[level]) - _log(x.before[level]) for x in blocks if x.used) / len(blocks))
             for level in blocks[0].before
         }
         found[kind] = {"blocks": len(blocks), "changed": sum(x.used for x in blocks), "error_ratio": ratios}
     return found
 
 
-@contextmanager
-def _function_kept(model: Any, token_ids_ST: Tensor) -> Iterator[None]:
-    """Weights are float32 inside, and have their dtype again behind it; the logits must be those of before.
+def _log(error: float) -> float:
+    return math.log(max(error, ROUNDING))
 
-    Raises: AbsorptionError: on leaving, if they moved.
+
+@contextmanager
+def _function_kept(model: Any, token_ids_ST: Tensor, dtype: torch.dtype) -> Iterator[None]:
+    """Weights are float32 inside, and `dtype` behind it; the logits must be those of before.
+
+    Raises: AbsorptionError: on leaving, if they moved. NumericsError: a weight that `dtype` cannot hold.
     """
-    dtype = model.dtype
     _cast_weights_(model, torch.float32)
     before = _logits(model, token_ids_ST)
     yield
@@ -138,6 +147,7 @@ def _function_kept(model: Any, token_ids_ST: Tensor) -> Iterator[None]:
     log.info("induction: absorbed; the logits moved by %.1e of their largest, which is rounding", error)
     if dtype != torch.float32:  # the base model's weights were exact in it, those made of them are not
         _cast_weights_(model, dtype)
+        check_finite_weights(model)
         _cast_weights_(model, torch.float32)
         rounded = relative_error(before, _logits(model, token_ids_ST))
         log.info("induction: rounding to %s, as the base model is stored, moves the logits by %.1e", dtype, rounded)
@@ -171,14 +181,19 @@ def induce(recipe: Recipe, output: str | Path, progress: Progress = silent) -> I
     check_equal_blocks(base.model.config, "induce")
     token_ids_ST, _ = calibration_tokens(recipe, base, progress)
     token_ids_ST, model = token_ids_ST.to(base.model.device), base.model
-    precision = resolve_precision(recipe.precision, model.device.type)
-    blocks = change_weights_(recipe, base, token_ids_ST, precision, progress) if wanted.changes_weights else []
+    precision, dtype, blocks = resolve_precision(recipe.precision, model.device.type), model.dtype, []
+    learns = wanted.reading == "scores" and wanted.steps > 0
+    if precision == "float32":
+        model.float()
+    if wanted.changes_weights:
+        behind = model.dtype if learns else dtype  # rounded once, at the end
+        blocks = change_weights_(recipe, base, token_ids_ST, precision, progress, behind)
     found = Induced(scales={}, input_norms={}, kl_before={}, kl_after={}, used=any(x.used for x in blocks))
-    if wanted.reading == "scores" and wanted.steps:
+    if learns:
         with training_attention(model), fused_layers(model):
             found = learn(recipe, base, token_ids_ST, precision, Workers(), progress)
         importance = {name: found.input_norms[name] * found.scales[name] for name in found.scales}
-        with _function_kept(model, token_ids_ST):
+        with _function_kept(model, token_ids_ST, dtype):
             absorb_importance_(model, importance, rows_apart=only_patterns(recipe.build_ladder().levels))
     with atomic_folder(output) as scratch:
         model.save_pretrained(scratch)
@@ -191,12 +206,16 @@ def induce(recipe: Recipe, output: str | Path, progress: Progress = silent) -> I
 def _check_can_induce(recipe: Recipe) -> None:
     if not recipe.induction.is_asked:
         raise ConfigError("induction.steps: 0 steps learn nothing; expected 1 or more, or some induction.folds.")
-    _check_stages(recipe)
+    check_stages(recipe)
     if recipe.induction.reading == "scores" and recipe.scores.method == "magnitude":
         raise ConfigError("scores.method: 'magnitude' would learn scales that know no input; use 'wanda'.")
 
 
-def _check_stages(recipe: Recipe) -> None:
+def check_stages(recipe: Recipe) -> None:
+    """That the `induction` section is one of stages before pruning.
+
+    Raises: ConfigError.
+    """
     wanted = recipe.induction
     if wanted.reading == "gains":
         raise ConfigError(
@@ -205,6 +224,8 @@ def _check_stages(recipe: Recipe) -> None:
         )
     if wanted.reading == "absorbed" and not wanted.steps:
         raise ConfigError("induction.steps: 0 steps absorb nothing; expected 1 or more, or reading = 'scores'.")
+    if wanted.reading == "absorbed":
+        check_method(recipe.scores.method)
     check_kinds(wanted.folds, recipe.build_ladder(), (RESIDUAL_ORDER, *FOLDS))
 
 

@@ -80,7 +80,7 @@ def _holes(terms: Sequence[Term], choices: Choices, shapes: ModelShapes, recipe:
 
 def _early(recipe: Recipe) -> tuple[str, ...]:
     """The stages before the first block."""
-    asked = {"allocation": recipe.allocation.search, "induction": recipe.induction.is_asked}
+    asked = {"induction": recipe.induction.is_asked, "allocation": recipe.allocation.search}
     return ("load", *(stage for stage, is_asked in asked.items() if is_asked))
 
 

@@ -57,7 +57,7 @@ def write_overlay(path: str | Path, output: str | Path, base: str | None = None)
             if value is not None and not _same_bits(tensor, value):
                 raise CheckpointError(
                     f"{path}: {name} differs from {base_id}: no overlay. Only recipes that leave the base as it is can "
-                    "have one (end_to_end.trainable = 'adapters', block.base_lr = 0, no induction)."
+                    "have one (end_to_end.trainable = 'adapters', block.base_lr = 0, no induction.folds)."
                 )
     with atomic_folder(Path(output)) as scratch:
         for file, tensors in stored.items():

@@ -44,7 +44,7 @@ def export_peft(path: str | Path, output: str | Path, level: str | float | None 
         active = {name: groups for name, groups in active.items() if all(map(checkpoint.has_group, groups))}
     if not any(active.values()):
         raise CheckpointError(f"{path}: no adapters to export here; all ranks are 0, or their files are missing.")
-    base = checkpoint.config.get("base_model")
+    base = None if checkpoint.changed_base else checkpoint.config.get("base_model")  # adapters fit other weights then
     with atomic_folder(Path(output)) as scratch:
         groups = sorted({group for found in active.values() for group in found})
         for group in groups:

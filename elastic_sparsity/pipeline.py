@@ -36,7 +36,7 @@ from elastic_sparsity.end_to_end import EndToEndSettings, Snapshots, train_end_t
 from elastic_sparsity.errors import ConfigError, OutputError
 from elastic_sparsity.files import check_output_folder, is_file, write_json
 from elastic_sparsity.fused_layers import fused_layers
-from elastic_sparsity.inducing import change_weights_, check_can_run, learn, summary
+from elastic_sparsity.inducing import change_weights_, check_base_model, check_stages, learn, summary
 from elastic_sparsity.manifest import CONFIG_NAME, RUN_NAME
 from elastic_sparsity.model_shapes import read_shapes
 from elastic_sparsity.models import BaseModel, load_base, stream_base
@@ -102,6 +102,7 @@ def prepare(
 ) -> tuple[Job, torch.dtype, dict[str, Any]]:
     """Model, text and choices of a run. Returns: the job, the base model's stored dtype, and what the run is."""
     with workers.main_first():  # the others find downloads, conversions and sampled text in the cache
+        check_stages(recipe)
         if recipe.allocation.search and workers.count > 1:
             raise ConfigError(
                 f"allocation.search: runs in one process, found {workers.count}; make the plan first with "
@@ -110,7 +111,7 @@ def prepare(
         plan = None if recipe.allocation.plan is None else load_plan(Path(recipe.allocation.plan))
         planned = settle(recipe, workers.count)
         base = open_base(recipe, planned.weights)
-        check_can_run(recipe, base)
+        check_base_model(recipe, base)
         allocation = _allocation(recipe, base, plan)
         check_structured(recipe, base.model)
         if recipe.evaluation.source is not None:

@@ -9,7 +9,7 @@ from elastic_sparsity.model_shapes import ModelShapes
 from elastic_sparsity.shells import LinearSpec
 
 STAGES = (
-    "load", "allocation", "induction", "statistics", "scores", "training", "commit",
+    "load", "induction", "allocation", "statistics", "scores", "training", "commit",
     "end to end", "saving", "structured", "tuning",
 )  # fmt: skip
 PER_BLOCK = STAGES[3:7]

@@ -220,7 +220,9 @@ def _settings(recipe: Recipe, choices: Choices) -> Iterator[tuple[str, dict[str,
     if recipe.structured.fractions and recipe.structured_steps:
         yield "structured.steps = 0", {"structured": {"steps": 0}}
     if recipe.induction.steps:
-        yield "induction.steps = 0", {"induction": {"steps": 0, "reading": "scores"}}
+        absorbed = recipe.induction.reading == "absorbed"
+        setting = "induction.steps = 0" + absorbed * ' with induction.reading = "scores"'
+        yield setting, {"induction": {"steps": 0, "reading": "scores"}}
     if recipe.induction.folds:
         yield "induction.folds = []", {"induction": {"folds": []}}
     if recipe.allocation.search:

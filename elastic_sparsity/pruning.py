@@ -116,6 +116,7 @@ def prune(
         multiple=multiple,
         dtype=model.dtype,
         search_path=search_path,
+        load=lambda: load_base(model_id, dtype).model,
         progress=progress,
     )
     with atomic_folder(output) as scratch:
@@ -204,6 +205,7 @@ def smaller_model(
     multiple: int,
     dtype: torch.dtype,
     search_path: Path,
+    load: Callable[[], Any],
     progress: Progress = silent,
 ) -> Smaller:
     """Prunes, cuts and tunes a model, which is spent then. Products, damping, batches and tuning are the recipe's.
@@ -214,6 +216,7 @@ def smaller_model(
         multiple: MLP channels that go before the costs of the rest are computed again.
         dtype: of the smaller model; the work is done in float32.
         search_path: where a search keeps its steps. It stays: what it cost is lost only when the model is written.
+        load: gives the dense model that tuning goes towards: `model` as it was, in the same basis.
     Raises: NumericsError: bad statistics or losses, or a weight that `dtype` cannot hold. OutputError: the search's
         file is of another search, damaged, or cannot be written.
     """
@@ -243,7 +246,7 @@ def smaller_model(
     for block in decoder_blocks(model):
         block.to("meta")  # its memory goes to what comes next
     if recipe.structured_steps:
-        kl = _tune_(recipe, small, token_ids_ST, title, progress)
+        kl = _tune_(recipe, small, load().float(), token_ids_ST, title, progress)
     small = _finite_in(small, dtype, title)
     return Smaller(model=small, kept=kept, sizes=sizes, searched=searched, tuned_kl=kl)
 
@@ -292,9 +295,8 @@ def _finite_in(small: Any, dtype: torch.dtype, title: str) -> Any:
     return small
 
 
-def _tune_(recipe: Recipe, small: Any, token_ids_ST: Tensor, title: str, progress: Progress) -> float:
-    """Tunes a smaller model of the recipe's base model. Returns: its KL to dense."""
-    teacher = load_base(recipe.model.id, recipe.model.dtype).model.float()
+def _tune_(recipe: Recipe, small: Any, teacher: Any, token_ids_ST: Tensor, title: str, progress: Progress) -> float:
+    """Tunes a smaller model towards the dense one, in float32, which is spent then. Returns: its KL to dense."""
     precision, like = resolve_precision(recipe.precision, small.device.type), recipe.end_to_end
     settings = EndToEndSettings(
         steps=recipe.structured_steps,

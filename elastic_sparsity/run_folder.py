@@ -17,7 +17,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -113,9 +113,9 @@ class RunFolder:
         Returns: their note.
         Raises: OutputError: if the file is damaged, or gone.
         """
-        tensors, note = self._load(self._base)
+        file, note = self._open(self._base)
         for name, parameter in model.named_parameters():
-            parameter.copy_(tensors[name])
+            parameter.copy_(file.read(name))
         return note
 
     @property
@@ -181,24 +181,30 @@ class RunFolder:
         if not self.writes:
             return
         with atomic_file(path) as scratch:
-            record = {"note": note, "sha256": self._sha256(path.name, tensors, note)}
+            record = {"note": note, "sha256": self._sha256(path.name, tensors, tensors.__getitem__, note)}
             write_tensors(scratch, tensors, {"record": json.dumps(record)})  # on disk before it gets its name
         sync_path(self.path)
 
     def _load(self, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        file, note = self._open(path)
+        return {name: file.read(name) for name in file.specs}, note
+
+    def _open(self, path: Path) -> tuple[TensorFile, dict[str, Any]]:
+        """A file of which every byte was checked, a tensor at a time, and its note. Raises: OutputError."""
         try:
             file = TensorFile(path)
-            tensors, record = {name: file.read(name) for name in file.specs}, json.loads(file.metadata["record"])
-            intact = record["sha256"] == self._sha256(path.name, tensors, record["note"])
+            record = json.loads(file.metadata["record"])
+            intact = record["sha256"] == self._sha256(path.name, file.specs, file.read, record["note"])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise OutputError(f"{path}: cannot be read: {error}; start again with --restart.") from error
         if not intact:
             raise OutputError(f"{path}: is damaged, or of another run; start again with --restart.")
-        return tensors, record["note"]
+        return file, record["note"]
 
-    def _sha256(self, name: str, tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> str:
+    def _sha256(self, name: str, keys: Iterable[str], read: Callable[[str], Tensor], note: Mapping[str, Any]) -> str:
         digest = hashlib.sha256(_sha256([self._identity, name, note]).encode())
-        for key, tensor in sorted(tensors.items()):
+        for key in sorted(keys):
+            tensor = read(key)
             digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()

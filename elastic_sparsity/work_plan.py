@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from elastic_sparsity.allocation import SLOPES
 from elastic_sparsity.descent import DescentSettings
-from elastic_sparsity.fold_plan import fold_passes
+from elastic_sparsity.fold_plan import absorbed_passes, fold_passes
 from elastic_sparsity.plan_sizes import Sizes, Work
 from elastic_sparsity.structured_plan import structured_work
 
@@ -48,7 +48,11 @@ def work_of(z: Sizes) -> list[Work]:
     # One pass for each batch size notes what the model hands its blocks; a step's batch is whole even of few samples.
     batches = {min(block.batch_size, block.samples), block.samples % block.batch_size, block.steps and block.batch_size}
     rows = [*_allocation(z), ("folds", "induction", FORWARD, fold_passes(z), 0)]
-    if z.recipe.induction.steps:
+    if z.recipe.induction.reading == "absorbed":
+        forward_passes, step_passes = absorbed_passes(z)
+        rows += [("norms, held-out errors", "induction", FORWARD, forward_passes, 0),
+                 ("absorbed scales", "induction", STEP, step_passes, 0)]  # fmt: skip
+    elif z.recipe.induction.steps:
         learned = z.recipe.induction.steps * z.recipe.induction.batch_size * length
         # Of both models, before and after; more often only if what was learned has to be weakened.
         judged = 4 * len(z.recipe.build_ladder().levels) * z.recipe.induction.held_out * length
@@ -82,7 +86,8 @@ def work_of(z: Sizes) -> list[Work]:
         flops = 2.0 * s.width * s.vocabulary * passes * (1 if work.direction == FORWARD else 2)
         found.append(replace(work, name=f"head of {work.name}", passes=passes, flops=flops, is_head=True))
     # Both models' logits, and the gradient of the student's final states.
-    induced = z.recipe.induction.steps * z.recipe.induction.batch_size * length
+    learns = z.recipe.induction.reading == "scores"
+    induced = learns * z.recipe.induction.steps * z.recipe.induction.batch_size * length
     trained = wanted.steps * wanted.batch_size * length if z.choices.trainable != "off" else 0
     for phase, steps in (("induction", induced), ("end to end", trained)):
         flops = 3 * 2.0 * s.width * s.vocabulary * steps
@@ -115,7 +120,8 @@ def seconds_of(z: Sizes, works: Sequence[Work], timing: Timing) -> float:
     total = passes * per_token + depth * (block.steps * step + timing.masks)
     induction = z.recipe.induction
     if induction.steps:  # a step masks every linear, and makes every weight's gradient
-        one_level = step / groups * induction.batch_size / block.batch_size
+        batch = induction.batch_size if induction.reading == "scores" else 1
+        one_level = step / groups * batch / block.batch_size
         total += depth * induction.steps * (one_level + timing.masks / 2)
     if z.choices.trainable != "off":
         wanted = z.recipe.end_to_end

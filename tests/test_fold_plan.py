@@ -6,9 +6,11 @@ import pytest
 import torch
 from conftest import tiny_recipe
 
+from elastic_sparsity.absorbed_stage import absorb_learned_
 from elastic_sparsity.arch import decoder_blocks
+from elastic_sparsity.feature_stage import StageSettings
 from elastic_sparsity.fold_choice import FOLDS, FoldSettings, choose_folds_
-from elastic_sparsity.fold_plan import fold_passes, fold_terms
+from elastic_sparsity.fold_plan import absorbed_passes, fold_passes, fold_terms
 from elastic_sparsity.memory_plan import memory_terms, peaks
 from elastic_sparsity.model_shapes import read_shapes
 from elastic_sparsity.plan_sizes import Choices, Sizes
@@ -28,7 +30,7 @@ def sizes(*kinds, steps=0):
 
 def counted(kinds):
     """Tokens through blocks, copies of blocks too, while the folds are chosen."""
-    z, model = sizes(*kinds), tiny_model("llama").requires_grad_(False)
+    z, model = sizes(*(kinds if kinds != ("absorbed",) else ())), tiny_model("llama").requires_grad_(False)
     length, tokens = z.recipe.calibration.length, 0
 
     def count(_block, args):
@@ -39,7 +41,11 @@ def counted(kinds):
         block.register_forward_pre_hook(count)
     ids_ST = torch.randint(4, 260, (8, length), generator=torch.Generator().manual_seed(0))
     autocast, ladder = autocast_factory("float32", "cpu"), z.recipe.build_ladder()
-    if kinds == ("residual_order",):
+    if kinds == ("absorbed",):
+        settings = StageSettings(steps=5, held_out=2, paper_start=False)
+        generator = torch.Generator().manual_seed(0)
+        absorb_learned_(model, ids_ST, ladder, "wanda", settings, generator, autocast)
+    elif kinds == ("residual_order",):
         choose_residual_order_(model, ids_ST, ladder, 2, autocast)
     else:
         choose_folds_(model, ids_ST, ladder, kinds, FoldSettings(held_out=2, turn_steps=2), autocast)
@@ -52,6 +58,16 @@ def test_passes_are_those_that_are_made(kinds):
     planned, found = fold_passes(sizes(*kinds)), counted(kinds)
     few = 2 * 8 * sizes(*kinds).recipe.calibration.length
     assert planned <= found <= planned + few
+
+
+def test_passes_of_absorbed_scales_are_those_that_are_made():
+    stage = {"reading": "absorbed", "steps": 5, "samples": 6, "held_out": 2}
+    z = Sizes(SHAPES, tiny_recipe(induction=stage, calibration={"samples": 8}), CHOICES)
+    planned, found = sum(absorbed_passes(z)), counted(("absorbed",))
+    assert planned <= found <= planned + 2 * 8 * z.recipe.calibration.length
+    work = {each.name: each.passes for each in plan(z.recipe, gpu=False, probe=False).work}
+    assert (work["norms, held-out errors"], work["absorbed scales"]) == absorbed_passes(z)
+    assert "dense logits" not in {each.name for each in plan(z.recipe, gpu=False).work if each.phase == "induction"}
 
 
 def test_folds_are_in_the_plan():

@@ -1,5 +1,6 @@
 """Induction in a run and on its own: kept for a resume, absorbed exactly, read from its file, refused if damaged."""
 
+import json
 import random
 import shutil
 import string
@@ -10,11 +11,14 @@ from conftest import tiny_recipe
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from elastic_sparsity import inducing, optimize, pipeline
+from elastic_sparsity import export_peft, inducing, optimize, pipeline, write_overlay
 from elastic_sparsity.absorption import scale_pairs
+from elastic_sparsity.adding import add_structured
 from elastic_sparsity.arch import architecture_of, decoder_blocks, linears_of, weight_OI
 from elastic_sparsity.config import make_recipe
-from elastic_sparsity.errors import ConfigError, OutputError
+from elastic_sparsity.errors import CheckpointError, ConfigError, OutputError
+from elastic_sparsity.feature_stage import better
+from elastic_sparsity.fold_choice import FoldResult
 from elastic_sparsity.inducing import absorb_importance_, change_weights_, induce
 from elastic_sparsity.induction_file import FILE_NAME, FORMAT, load_scales
 from elastic_sparsity.models import load_base
@@ -289,14 +293,11 @@ ABSORBED = {**STAGE, "reading": "absorbed", "start": "ones", "steps": 30, "sampl
 @pytest.mark.parametrize(("stage", "scores"), [(FOLDED, "wanda"), (ABSORBED, "magnitude")], ids=["folds", "absorbed"])
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_a_run_that_changes_weights_is_induce_and_then_a_run(tmp_path, family, stage, scores):
-    """The same tensors in every file, structured levels too, which share biases and norms with the others.
-
-    (Their tuning is left out: its dense model is the unchanged one, of another rounding.)
-    """
+    """The same tensors in every file, structured and tuned levels too, which share biases and norms with the others."""
     source = tmp_path / "text.txt"
     source.write_text("".join(random.Random(0).choices(string.ascii_letters + string.digits + " ", k=4000)))
     model, text = {"id": f"random:{family}"}, {"source": str(source), "samples": 16, "length": 16}
-    asked = {"calibration": text, "structured": {"fractions": [0.5], "multiple": 8, "steps": 0}}
+    asked = {"calibration": text, "structured": {"fractions": [0.5], "multiple": 8, "steps": 2}}
     asked["scores"] = {"method": scores}
     at_once = optimize(recipe(model=model, induction=stage, **asked), tmp_path / "at-once")
     induce(recipe(model=model, induction=stage, calibration=text, scores=asked["scores"]), tmp_path / "model")
@@ -339,6 +340,42 @@ def test_a_run_goes_on_behind_its_folds(tmp_path, monkeypatch):
     assert whole.config["training"] == again.config["training"]
     for path in whole.folder.glob("*.safetensors"):
         assert path.read_bytes() == (again.folder / path.name).read_bytes(), path.name
+
+
+def test_structured_levels_come_from_the_changed_weights_after_a_resume_too(tmp_path, monkeypatch):
+    asked = recipe(induction=FOLDED, structured={"fractions": [0.5], "multiple": 8, "steps": 2})
+    whole = optimize(asked, tmp_path / "whole")
+
+    def crash(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "add_levels", crash)
+        with pytest.raises(KeyboardInterrupt):
+            optimize(asked, tmp_path / "again")
+    monkeypatch.setattr(pipeline, "change_weights_", crash)
+    again = optimize(asked, tmp_path / "again")
+    for path in whole.folder.glob("*.safetensors"):
+        assert path.read_bytes() == (again.folder / path.name).read_bytes(), path.name
+
+
+def test_what_needs_the_base_models_own_weights_says_so(tmp_path):
+    folded = optimize(recipe(induction=FOLDED, end_to_end={"trainable": "adapters"}), tmp_path / "folded").folder
+    with pytest.raises(CheckpointError, match=r"no overlay.*no induction\.folds"):
+        write_overlay(folded, tmp_path / "overlay")
+    with pytest.raises(CheckpointError, match=r"changed the model's weights first \(induction\)"):
+        add_structured(folded, [0.5], samples=4, length=16)
+    export_peft(folded, tmp_path / "peft")
+    config = json.loads((tmp_path / "peft" / "group-0" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] is None
+
+
+def test_a_level_that_keeps_everything_has_no_say():
+    errors = {"0": 0.0, "0.5": 0.2}, {"0": 1e-13, "0.5": 0.1}
+    assert better(*errors)
+    assert not better(errors[0], {"0": 0.0, "0.5": 0.2})
+    found = inducing.summary([FoldResult(before=errors[0], after=errors[1], used=True, kind="values", chosen="x")])
+    assert found["values"]["error_ratio"] == {"0": 1.0, "0.5": pytest.approx(0.5)}
 
 
 def test_changed_weights_keep_their_dtype_and_buffers_theirs(tmp_path):
