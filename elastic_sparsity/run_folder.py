@@ -17,7 +17,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -113,10 +113,8 @@ class RunFolder:
         Returns: their note.
         Raises: OutputError: if the file is damaged, or gone.
         """
-        file, note = self._open(self._base)
-        for name, parameter in model.named_parameters():
-            parameter.copy_(file.read(name))
-        return note
+        parameters = dict(model.named_parameters())
+        return self._read(self._base, lambda name, tensor: parameters[name].copy_(tensor))
 
     @property
     def _induction(self) -> Path:
@@ -181,33 +179,47 @@ class RunFolder:
         if not self.writes:
             return
         with atomic_file(path) as scratch:
-            record = {"note": note, "sha256": self._sha256(path.name, tensors, tensors.__getitem__, note)}
+            digest = self._digest(path.name, note)
+            for name, tensor in sorted(tensors.items()):
+                _add(digest, name, tensor)
+            record = {"note": note, "sha256": digest.hexdigest()}
             write_tensors(scratch, tensors, {"record": json.dumps(record)})  # on disk before it gets its name
         sync_path(self.path)
 
     def _load(self, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        file, note = self._open(path)
-        return {name: file.read(name) for name in file.specs}, note
+        tensors: dict[str, Tensor] = {}
+        note = self._read(path, tensors.__setitem__)
+        return tensors, note
 
-    def _open(self, path: Path) -> tuple[TensorFile, dict[str, Any]]:
-        """A file of which every byte was checked, a tensor at a time, and its note. Raises: OutputError."""
+    def _read(self, path: Path, take: Callable[[str, Tensor], Any]) -> dict[str, Any]:
+        """Hands over a file's tensors, one at a time; only then it is known whether they are what was saved.
+
+        Returns: the note.
+        Raises: OutputError: if they are not.
+        """
         try:
             file = TensorFile(path)
             record = json.loads(file.metadata["record"])
-            intact = record["sha256"] == self._sha256(path.name, file.specs, file.read, record["note"])
+            digest = self._digest(path.name, record["note"])
+            for name in sorted(file.specs):
+                tensor = file.read(name)
+                _add(digest, name, tensor)
+                take(name, tensor)
+            intact = record["sha256"] == digest.hexdigest()
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise OutputError(f"{path}: cannot be read: {error}; start again with --restart.") from error
         if not intact:
             raise OutputError(f"{path}: is damaged, or of another run; start again with --restart.")
-        return file, record["note"]
+        note: dict[str, Any] = record["note"]
+        return note
 
-    def _sha256(self, name: str, keys: Iterable[str], read: Callable[[str], Tensor], note: Mapping[str, Any]) -> str:
-        digest = hashlib.sha256(_sha256([self._identity, name, note]).encode())
-        for key in sorted(keys):
-            tensor = read(key)
-            digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+    def _digest(self, name: str, note: Mapping[str, Any]) -> Any:
+        return hashlib.sha256(_sha256([self._identity, name, note]).encode())
+
+
+def _add(digest: Any, name: str, tensor: Tensor) -> None:
+    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _sha256(plain: Any) -> str:
