@@ -55,10 +55,11 @@ def choose_sizes(
     multiple: int,
     allowed_groups: Sequence[int],
 ) -> Sizes:
-    """The same counts in every block: attention keeps about its share, the MLP makes up for what that misses.
+    """The same counts in every block: attention keeps its share or a little more, the MLP makes up for it.
 
-    The nearest allowed count of groups (of two equally near ones the larger) for which a count of channels exists that
-    meets the budget to within half a multiple.
+    The smallest allowed count of groups that is at least the share, or the next larger, or else the next smaller one,
+    for which a count of channels exists that meets the budget to within half a multiple. More rather than fewer: a
+    whole head is dearer than channels of its size (SmolLM2-135M less 25 %: 3 of 3 heads 50.3, 2 of 3 85.7 perplexity).
 
     Args:
         sparsity: of all parameters of the blocks' linears; above 0, below 1.
@@ -73,7 +74,7 @@ def choose_sizes(
         raise ConfigError(f"multiple: {multiple} does not divide the {num_channels} channels of the MLP.")
     target, steps = Fraction(sparsity) * total, num_channels // multiple
     wanted = (1 - Fraction(sparsity)) * num_groups
-    for groups in sorted(allowed_groups, key=lambda count: (abs(count - wanted), -count)):
+    for groups in sorted(allowed_groups, key=lambda count: (count < wanted, abs(count - wanted))):
         rest = target - (num_groups - groups) * group_cost
         gone = floor(rest / (multiple * channel_cost) + Fraction(1, 2))
         if not 0 <= gone < steps:

@@ -3,7 +3,9 @@
 import torch
 from torch.overrides import TorchFunctionMode
 
+from elastic_sparsity.structured_parts import sizes_for
 from elastic_sparsity.tiny import TINY_FAMILIES, tiny_model
+from elastic_sparsity.wiring import wiring_of
 
 IDS = torch.arange(2 * 12).reshape(2, 12) * 7 % 260
 
@@ -71,3 +73,9 @@ def weights(model):
 
 def changed(before, model):
     return {name for name, parameter in model.named_parameters() if not torch.equal(before[name], parameter)}
+
+
+def cut_sizes(model, sparsity=0.4, multiple=8):
+    """Counts of a structured level that take heads away too, where the family's config can say so."""
+    one = 1 if wiring_of(model.config).free_heads else None
+    return sizes_for(model, sparsity, multiple, groups=one)

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 from conftest import tiny_recipe
-from exact import VARIANTS, model_of
+from exact import VARIANTS, cut_sizes, model_of
 from hypothesis import given
 from hypothesis import settings as settings_of
 from hypothesis import strategies as st
@@ -64,6 +64,7 @@ from elastic_sparsity.structured_parts import parts_of, sizes_for
 from elastic_sparsity.structured_search import Searched
 from elastic_sparsity.structured_sizes import Sizes
 from elastic_sparsity.tiny import byte_tokenizer, tiny_model
+from elastic_sparsity.wiring import wiring_of
 
 IDS = torch.randint(4, 260, (2, 16), generator=torch.Generator().manual_seed(0))
 HALF, QUARTER = "structured-0.5", "structured-0.25"
@@ -97,6 +98,11 @@ def save_base(folder, variant, dtype):
     byte_tokenizer().save_pretrained(folder)
 
 
+def fraction_with_heads(model):
+    """Removes heads too, where the family's config can say so; the others cannot lose so much."""
+    return 0.5 if wiring_of(model.config).free_heads else 0.4
+
+
 @pytest.mark.parametrize(
     ("variant", "dtype", "scores"),
     [
@@ -116,15 +122,16 @@ def test_a_level_is_what_prune_makes(variant, dtype, scores, settings, tmp_path)
         **NO_TRAINING,
     )
     optimize(recipe, tmp_path / "c")
-    add_structured(tmp_path / "c", [0.4], scores=scores, **settings)
-    prune(str(tmp_path / "base"), tmp_path / "pruned", sparsity=0.4, scores=scores, **settings)
+    fraction = fraction_with_heads(load_base(str(tmp_path / "base")).model)
+    add_structured(tmp_path / "c", [fraction], scores=scores, **settings)
+    prune(str(tmp_path / "base"), tmp_path / "pruned", sparsity=fraction, scores=scores, **settings)
     wanted = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
-    found = ElasticModel.from_pretrained(tmp_path / "c", "structured-0.4")
+    found = ElasticModel.from_pretrained(tmp_path / "c", f"structured-{fraction}")
     assert found.dtype == wanted.dtype == getattr(torch, dtype)
     assert same_parameters(found, wanted) and torch.equal(logits(found), logits(wanted))
     assert type(found) is type(wanted) and not found.training
 
-    save_sliced(tmp_path / "c", "structured-40%", tmp_path / "plain")
+    save_sliced(tmp_path / "c", f"structured-{fraction:.0%}", tmp_path / "plain")
     plain, info = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", output_loading_info=True)
     assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert same_parameters(plain, wanted) and torch.equal(logits(plain), logits(wanted))
@@ -142,8 +149,9 @@ def test_a_level_equals_the_masked_refitted_model_at_the_units_it_lists(variant,
         model={"id": str(tmp_path / "base")}, ladder={"sparsities": [0.5], "patterns": []}, **NO_TRAINING
     )
     optimize(recipe, tmp_path / "c")
-    add_structured(tmp_path / "c", [0.4], **settings)
     base = load_base(str(tmp_path / "base"))
+    fraction = fraction_with_heads(base.model)
+    add_structured(tmp_path / "c", [fraction], **settings)
     tokens = adding.pruning_tokens(
         adding.pruning_recipe(
             "test", model={"id": "x"}, calibration={"source": settings["calibration"], "samples": 6, "length": 16},
@@ -151,11 +159,11 @@ def test_a_level_equals_the_masked_refitted_model_at_the_units_it_lists(variant,
         ), base, "obs", lambda *step: None,
     )  # fmt: skip
     masked = base.model
-    sizes = sizes_for(masked, 0.4, 8)
+    sizes = sizes_for(masked, fraction, 8)
     kept = prune_structured_(masked, tokens, sizes, at_once=8, autocast=autocast_factory("float32", "cpu"))
-    found = ElasticModel.from_pretrained(tmp_path / "c", "structured-0.4")
+    found = ElasticModel.from_pretrained(tmp_path / "c", f"structured-{fraction}")
     assert torch.allclose(logits(found), logits(masked), atol=2e-5)
-    section = load_file(tmp_path / "c" / "structured-0.4.safetensors")
+    section = load_file(tmp_path / "c" / f"structured-{fraction}.safetensors")
     prefix = next(iter(linears_of(masked))).partition(".0.")[0]
     for index, (block, units) in enumerate(zip(decoder_blocks(masked), kept, strict=True)):
         for part in parts_of(block, masked.config):
@@ -168,7 +176,7 @@ def test_blocks_of_a_searched_level_differ(family, text_file, tmp_path, monkeypa
     """By recipe; then everything that a level of equal counts can do. What is found differs for sure."""
 
     def found(model, *args, **options):
-        even = sizes_for(model, 0.4, 8)
+        even = cut_sizes(model)
         groups = (1, 2) if family == "llama" else even.groups
         sizes = Sizes(
             groups=groups, num_groups=even.num_groups, channels=(8, 40), num_channels=even.num_channels,

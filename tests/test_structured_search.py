@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from exact import VARIANTS, model_of
+from exact import VARIANTS, cut_sizes, model_of
 
 from elastic_sparsity import structured_search
 from elastic_sparsity.arch import decoder_blocks, linears_of, weight_OI
@@ -44,7 +44,7 @@ def test_the_net_keeps_what_pruning_keeps(variant):
     """Scored on the stream of these counts and set to them, it is the pruned model; restored, the dense one."""
     dense = model_of(variant, torch.float32)
     pruned, net_model = copy.deepcopy(dense), copy.deepcopy(dense)
-    sizes = sizes_for(dense, 0.4, 8)
+    sizes = cut_sizes(dense)
     prune_structured_(pruned, IDS[:4], sizes, at_once=8, autocast=AUTOCAST)
     net = scored(net_model, sizes)
     assert net.totals == [sizes.num_groups if name == "attention" else sizes.num_channels for name in net.names]
@@ -65,7 +65,7 @@ def test_the_net_keeps_what_pruning_keeps(variant):
 def test_prices_are_the_gradient_along_the_refit(family):
     """Against the slow way: refit to every count, and take the product of the change with autograd's gradient."""
     model = tiny_model(family)
-    sizes = sizes_for(model, 0.4, 8)
+    sizes = cut_sizes(model)
     net = scored(model, sizes)
     loss = TopKL(model, IDS[-3:], AUTOCAST)
     kept = kept_of(net, sizes)
@@ -94,7 +94,7 @@ def test_prices_are_the_gradient_along_the_refit(family):
 
 def test_what_a_net_refuses():
     model = tiny_model("llama")
-    sizes = sizes_for(model, 0.4, 8)
+    sizes = cut_sizes(model)
     with pytest.raises(ShapeError, match="score first"):
         UnitNet(model).apply_([1] * 4)
     net = scored(model, sizes)
@@ -216,16 +216,14 @@ def test_an_interrupted_search_goes_on_to_the_same_counts(search, tmp_path):
 
     made, path = {"what": search}, tmp_path / "s.json"
     options = {"damping": 0.01, "batch_size": 4, "autocast": AUTOCAST, "search": search}
-    whole = search_sizes(tiny_model("llama", seed=1), IDS, 0.3, 8, **options)
+    whole = search_sizes(tiny_model("llama"), IDS, 0.4, 8, **options)
     if search == "blocks":
         assert len(whole.losses) > 3 and min(whole.losses) < whole.losses[0]
     for _ in whole.losses[1:]:  # after every step
         with pytest.raises(Stop):
-            search_sizes(
-                tiny_model("llama", seed=1), IDS, 0.3, 8, file=SearchFile(path, made), progress=stop, **options
-            )
+            search_sizes(tiny_model("llama"), IDS, 0.4, 8, file=SearchFile(path, made), progress=stop, **options)
         assert not json.loads(path.read_text())["finished"]
-    found = search_sizes(tiny_model("llama", seed=1), IDS, 0.3, 8, file=SearchFile(path, made), **options)
+    found = search_sizes(tiny_model("llama"), IDS, 0.4, 8, file=SearchFile(path, made), **options)
     assert found == whole
 
     class Never:  # what is finished is not done again
@@ -234,9 +232,9 @@ def test_an_interrupted_search_goes_on_to_the_same_counts(search, tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("elastic_sparsity.structured_search.TopKL", Never)
-        assert search_sizes(tiny_model("llama", seed=1), IDS, 0.3, 8, file=SearchFile(path, made), **options) == whole
+        assert search_sizes(tiny_model("llama"), IDS, 0.4, 8, file=SearchFile(path, made), **options) == whole
     with pytest.raises(OutputError, match=r"s\.json: holds an unfinished search of other settings \('what'\)"):
-        search_sizes(tiny_model("llama", seed=1), IDS, 0.3, 8, file=SearchFile(path, {"what": "other"}), **options)
+        search_sizes(tiny_model("llama"), IDS, 0.4, 8, file=SearchFile(path, {"what": "other"}), **options)
     kept = json.loads(path.read_text())
     for change, message in (
         ({"kept": kept["kept"][1:]}, "its counts are not this model's"),
@@ -249,11 +247,11 @@ def test_an_interrupted_search_goes_on_to_the_same_counts(search, tmp_path):
     ):
         path.write_text(json.dumps({**kept, **change}))
         with pytest.raises(OutputError, match=f"holds no search that can go on: .*{message}"):
-            search_sizes(tiny_model("llama", seed=1), IDS, 0.3, 8, file=SearchFile(path, made), **options)
+            search_sizes(tiny_model("llama"), IDS, 0.4, 8, file=SearchFile(path, made), **options)
     for text in ("", "[]", "{", "[" * 5000):
         path.write_text(text)
         with pytest.raises(OutputError, match="holds no search that can go on"):
-            search_sizes(tiny_model("llama", seed=1), IDS, 0.3, 8, file=SearchFile(path, made), **options)
+            search_sizes(tiny_model("llama"), IDS, 0.4, 8, file=SearchFile(path, made), **options)
 
 
 def test_a_prune_without_a_search_touches_no_file_of_one(tmp_path, monkeypatch):

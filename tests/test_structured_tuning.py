@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_recipe
+from exact import cut_sizes
 from test_adding import logits, same_parameters, save_base
 from test_cli import run
 from transformers import AutoModelForCausalLM
@@ -20,7 +21,7 @@ from elastic_sparsity.manifest import CONFIG_NAME
 from elastic_sparsity.precision import autocast_factory
 from elastic_sparsity.pruning import prune
 from elastic_sparsity.structured import prune_structured_
-from elastic_sparsity.structured_parts import in_dtype, sizes_for, sliced_model
+from elastic_sparsity.structured_parts import in_dtype, sliced_model
 from elastic_sparsity.structured_tuning import tune_
 from elastic_sparsity.tiny import TINY_FAMILIES, tiny_model
 
@@ -33,7 +34,7 @@ LEVEL = "structured-0.5"
 def cut(family):
     """Half of a tiny model, by magnitude, and the dense one."""
     teacher, model = (tiny_model(family).requires_grad_(False).eval() for _ in range(2))
-    kept = prune_structured_(model, IDS, sizes_for(model, 0.4, 8), scores="magnitude", autocast=AUTOCAST)
+    kept = prune_structured_(model, IDS, cut_sizes(model), scores="magnitude", autocast=AUTOCAST)
     return sliced_model(model, kept), teacher
 
 
