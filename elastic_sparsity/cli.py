@@ -1,10 +1,7 @@
 """The command line: arguments into one call each; tables, bars and errors for people."""
 
-import logging
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from json import dumps
 from pathlib import Path
@@ -12,15 +9,13 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as RichProgress
 
 from elastic_sparsity.cli_device import register as register_device
 from elastic_sparsity.cli_eval import register as register_eval
 from elastic_sparsity.cli_export import register as register_export
 from elastic_sparsity.cli_induce import register as register_induce
 from elastic_sparsity.cli_plan import register as register_plan
+from elastic_sparsity.cli_progress import progress as progress_shown
 from elastic_sparsity.cli_prune import register as register_prune
 from elastic_sparsity.cli_report import register as register_report
 from elastic_sparsity.cli_search import register as register_search
@@ -51,30 +46,6 @@ def main() -> None:
         sys.exit(2)
 
 
-@contextmanager
-def _progress(quiet: bool) -> Iterator[Any]:
-    """Bars with time left for every stage, and the log above them."""
-    import transformers  # slow import, only for commands that work
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    console = Console(emoji=False, stderr=True, quiet=quiet)
-    handler = RichHandler(console=console, show_path=False, markup=False)
-    logger = logging.getLogger("elastic_sparsity")
-    logger.handlers, logger.propagate = [handler], False
-    logger.setLevel(logging.WARNING if quiet else logging.INFO)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with RichProgress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console, disable=quiet) as bars:
-        tasks: dict[str, Any] = {}
-
-        def report(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done)
-
-        yield report
-
-
 def recipe_path(name: str) -> Path:
     """A recipe file, or a recipe of the package by name ("smoke", "smollm2-135m", ...).
 
@@ -91,10 +62,10 @@ def recipe_path(name: str) -> Path:
 
 
 register_plan(app, recipe_path)
-register_induce(app, _progress)
-register_search(app, _progress)
-register_prune(app, _progress)
-register_structured(app, _progress)
+register_induce(app, progress_shown)
+register_search(app, progress_shown)
+register_prune(app, progress_shown)
+register_structured(app, progress_shown)
 
 
 @app.command()
@@ -136,7 +107,7 @@ def _run(recipe: Recipe, output: Path, quiet: bool, restart: bool) -> None:
     from elastic_sparsity.workers import Workers
 
     workers = Workers()
-    with _progress(quiet or not workers.is_main) as progress:
+    with progress_shown(quiet or not workers.is_main) as progress:
         checkpoint = optimize(recipe, output, progress, restart=restart)
         has_text = recipe.evaluation.source is not None or recipe.calibration.source == "self"
         rows = measure(recipe, checkpoint, progress) if has_text else []
@@ -200,7 +171,7 @@ def slice_command(
         raise ConfigError("--max-bytes: a plain folder stores zeros too, all levels have one size there; use elastic.")
     if device_profile is not None and chosen == "transformers":
         raise ConfigError("--device-profile: a plain folder runs dense, all levels take one time there; use elastic.")
-    with _progress(quiet=True):
+    with progress_shown(quiet=True):
         wanted = level
         if wanted is None:
             choice = choose_level(checkpoint, profile=device_profile, **budgets)
@@ -225,7 +196,7 @@ def upgrade(
     """Add the files that a denser level needs to a device's smaller checkpoint."""
     from elastic_sparsity.transfer import upgrade as upgrade_folder
 
-    with _progress(quiet=True):
+    with progress_shown(quiet=True):
         written = upgrade_folder(folder, source, level)
     say(f"{folder}: holds level {level}; added {', '.join(written) or 'nothing'}.")
 
@@ -244,7 +215,7 @@ def inspect(
     from elastic_sparsity.structured_sizes import counts_text
     from elastic_sparsity.verify import verify as verify_folder
 
-    with _progress(quiet=json) as progress:
+    with progress_shown(quiet=json) as progress:
         found = [asdict(level) for level in levels(checkpoint)]
         types = [asdict(kind) for kind in layer_types(checkpoint)]
         blocks = [asdict(block) for block in block_sparsities(checkpoint)]
@@ -277,7 +248,7 @@ def export_peft_command(
     """Write the adapters as PEFT LoRA folders."""
     from elastic_sparsity.peft_export import export_peft
 
-    with _progress(quiet=True):
+    with progress_shown(quiet=True):
         names = export_peft(checkpoint, output, level)
     say(f"{output}: {', '.join(names)}, and levels.json. After a merge: reapply_masks_.")
 
@@ -291,7 +262,7 @@ def overlay(
     """Write masks and adapters without any weight of the base model."""
     from elastic_sparsity.overlay import write_overlay
 
-    with _progress(quiet=True):
+    with progress_shown(quiet=True):
         write_overlay(checkpoint, output, base)
     say(f"{output}: holds no weight of the base; `restore` it beside the base model.")
 
@@ -305,11 +276,11 @@ def restore(
     """Make the whole checkpoint again from an overlay and its base model, bit for bit."""
     from elastic_sparsity.overlay import restore_overlay
 
-    with _progress(quiet=True):
+    with progress_shown(quiet=True):
         restore_overlay(overlay, output, base)
     say(f"{output}: the whole checkpoint, every file with its recorded sha256.")
 
 
-register_eval(app, _progress)
-register_device(app, _progress)
+register_eval(app, progress_shown)
+register_device(app, progress_shown)
 register_report(app)
