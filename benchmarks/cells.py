@@ -16,8 +16,8 @@ from elastic_sparsity.data import read_text
 from elastic_sparsity.doctor import read_facts
 from elastic_sparsity.errors import DataError, ElasticSparsityError, OutputError
 from elastic_sparsity.files import file_sha256, is_file
-from elastic_sparsity.pipeline import versions
 from elastic_sparsity.precision import default_device, resolve_precision
+from elastic_sparsity.preparing import versions
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"

@@ -35,8 +35,8 @@ from elastic_sparsity.calibration_text import calibration_tokens
 from elastic_sparsity.doctor import read_facts
 from elastic_sparsity.files import write_json
 from elastic_sparsity.models import load_base
-from elastic_sparsity.pipeline import versions
 from elastic_sparsity.precision import DTYPES, resolve_precision
+from elastic_sparsity.preparing import versions
 from elastic_sparsity.run_folder import RunFolder
 
 HERE = Path(__file__).parent

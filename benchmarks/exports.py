@@ -41,7 +41,7 @@ from elastic_sparsity.config import make_recipe
 from elastic_sparsity.errors import ShapeError, UnsupportedModelError
 from elastic_sparsity.exports import weight_bytes, write_format
 from elastic_sparsity.files import write_json
-from elastic_sparsity.pipeline import versions
+from elastic_sparsity.preparing import versions
 from elastic_sparsity.slicing import load_tokenizer
 from elastic_sparsity.tiny import tiny_model
 

@@ -243,7 +243,7 @@ def main() -> None:
         child(*args.child)
         return
     from elastic_sparsity.files import write_json
-    from elastic_sparsity.pipeline import versions
+    from elastic_sparsity.preparing import versions
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

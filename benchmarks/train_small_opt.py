@@ -42,8 +42,8 @@ from elastic_sparsity.data import read_text, tokenize, windows
 from elastic_sparsity.errors import ConfigError, DataError, OutputError
 from elastic_sparsity.evaluate import evaluate
 from elastic_sparsity.files import atomic_folder, check_output_folder, is_file, write_json
-from elastic_sparsity.pipeline import versions
 from elastic_sparsity.precision import autocast_factory
+from elastic_sparsity.preparing import versions
 
 RECORD_NAME = "small_opt.json"  # in the finished folder, and in the scratch folder of an interrupted training
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")  # as OPT numbers them: pad 1, begin and end of text both </s>, 2

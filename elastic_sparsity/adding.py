@@ -15,7 +15,7 @@ from torch import Tensor
 
 from elastic_sparsity.arch import decoder_blocks, linears_of, weight_OI
 from elastic_sparsity.calibration_text import Progress, silent
-from elastic_sparsity.checkpoint import ElasticCheckpoint
+from elastic_sparsity.checkpoint import ElasticCheckpoint, base_dtype
 from elastic_sparsity.checkpoint_writer import add_section
 from elastic_sparsity.config import Recipe
 from elastic_sparsity.data import token_hash
@@ -301,11 +301,9 @@ def _check_new(checkpoint: ElasticCheckpoint, fraction: float) -> None:
 
 def _base_model(checkpoint: ElasticCheckpoint, model: str | None) -> dict[str, str]:
     """Id and dtype, as a recipe's `model`."""
-    record, recipe = checkpoint.config.get("base_model"), checkpoint.config.get("recipe")
+    record = checkpoint.config.get("base_model")
     recorded = record.get("id") if isinstance(record, dict) else None
-    section = recipe.get("model") if isinstance(recipe, dict) else None
-    dtype = section.get("dtype") if isinstance(section, dict) else None
     found = model or recorded
     if not isinstance(found, str):
         raise CheckpointError(f"{checkpoint.folder}: does not record its base model; name it.")
-    return {"id": found, "dtype": dtype if isinstance(dtype, str) else "auto"}
+    return {"id": found, "dtype": base_dtype(checkpoint.config)}

@@ -109,12 +109,9 @@ def _asked(recipe: Recipe, wanted: Allocating) -> dict[str, Any]:
         "method": wanted.method,
         "descent": asdict(wanted.descent) if wanted.method in DESCENDING else None,
         "search": asdict(wanted.search) if wanted.method == "search" else None,
-        "held_out": wanted.held_out,
-        "scores": recipe.scores.method,
-        "damping": recipe.scores.damping,
-        "samples": recipe.block.samples,
-        "seed": recipe.seed,
-    }
+        "held_out": wanted.held_out, "scores": recipe.scores.method, "damping": recipe.scores.damping,
+        "samples": recipe.block.samples, "seed": recipe.seed,
+    }  # fmt: skip
 
 
 def _check_samples(recipe: Recipe, wanted: Allocating) -> None:
@@ -148,17 +145,8 @@ def allocate_on(
         channel_scales: learned scales of the scores, by linear.
     """
     sparsities, scored = recipe.ladder.sparsities, recipe.calibration.samples - wanted.held_out
-    device = base.model.device.type
-    precision = resolve_precision(recipe.precision, device)
-    autocast = autocast_factory(precision, device)
-    made = {
-        **_asked(recipe, wanted),
-        "base_model": base.identity,
-        "dtype": str(dtype).removeprefix("torch."),
-        "calibration_sha256": token_hash(token_ids_ST),
-        "precision": precision,
-        "device": device,
-    }
+    made = _made(base, token_ids_ST, recipe, wanted, dtype)
+    autocast = autocast_factory(made["precision"], made["device"])
     net = Supernet(base.model)
     plan = _new_plan(net, sparsities, json.loads(json.dumps(made)))
     if begun is not None:
@@ -191,6 +179,18 @@ def allocate_on(
         net.restore_()
 
 
+def _made(
+    base: BaseModel, token_ids_ST: Tensor, recipe: Recipe, wanted: Allocating, dtype: torch.dtype
+) -> dict[str, Any]:
+    """All that a plan depends on."""
+    device = base.model.device.type
+    return {
+        **_asked(recipe, wanted), "base_model": base.identity, "dtype": str(dtype).removeprefix("torch."),
+        "calibration_sha256": token_hash(token_ids_ST), "precision": resolve_precision(recipe.precision, device),
+        "device": device,
+    }  # fmt: skip
+
+
 def plan_in_run(
     base: BaseModel,
     token_ids_ST: Tensor,
@@ -205,12 +205,13 @@ def plan_in_run(
 
     Args:
         dtype, channel_scales: as in `allocate_on`.
-    Raises: ConfigError, OutputError: damaged.
+    Raises: ConfigError, OutputError: damaged, or of another run.
     """
     wanted = Allocating(method="descent", held_out=recipe.allocation.held_out)
     _check_samples(recipe, wanted)
     begun = load_plan(file) if file.exists() else None
     if begun is not None and begun.finished:
+        check_made(begun, _made(base, token_ids_ST, recipe, wanted, dtype), recipe.ladder.sparsities, file)
         return begun
     return allocate_on(
         base, token_ids_ST, recipe, wanted, file, begun, progress, dtype=dtype, channel_scales=channel_scales

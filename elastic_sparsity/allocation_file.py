@@ -135,7 +135,7 @@ def check_unfinished(plan: AllocationPlan, fresh: AllocationPlan, path: Path) ->
 
 
 def check_made(plan: AllocationPlan, made: dict[str, Any], sparsities: Sequence[float], path: Path) -> None:
-    """That an unfinished search is of these settings, as far as they are known.
+    """That a search is of these settings, as far as they are known.
 
     Raises: OutputError.
     """
@@ -147,7 +147,7 @@ def check_made(plan: AllocationPlan, made: dict[str, Any], sparsities: Sequence[
     if other:
         what = "an older version, which did not note" if older == other else "other settings:"
         names = ", ".join(sorted(other))
-        raise OutputError(f"{path}: holds an unfinished search of {what} {names}; delete it or name another output.")
+        raise OutputError(f"{path}: holds a search of {what} {names}; delete it or name another output.")
 
 
 def check_model(plan: AllocationPlan, path: Path, identity: Mapping[str, str], dtype: str) -> None:

@@ -5,6 +5,7 @@ linear: sparsity is per output row, so fusing changes nothing. GPT-2 keeps its w
 """
 
 import copy
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -115,6 +116,13 @@ def linears_of(model: nn.Module) -> dict[str, nn.Module]:
         for index, block in enumerate(decoder_blocks(model))
         for path in row.linears
     }
+
+
+def function_config(config: Any) -> dict[str, Any]:
+    """All of a model's config that what it computes may depend on, as plain data: not its name, dtype or version."""
+    plain = json.loads(config.to_json_string(use_diff=False))
+    without = {"dtype", "torch_dtype", "transformers_version", "architectures"}
+    return {key: value for key, value in plain.items() if key not in without and not key.startswith("_")}
 
 
 def not_finite(model: nn.Module) -> list[str]:

@@ -81,7 +81,10 @@ def bench(
         found = facts or read_facts()
         chosen = _chosen_ways(found, ways, device)
         checkpoint = ElasticCheckpoint(fetch_levels(path, levels, **hub))
-        wanted = [checkpoint.find_masked(x, "bench") for x in levels] if levels else list(checkpoint.ladder.levels)
+        if levels:
+            wanted = [checkpoint.find_masked(x, "bench") for x in levels]
+        else:
+            wanted = [x for x in checkpoint.complete_levels() if isinstance(x, Level)]
         run = _Run(
             checkpoint=checkpoint, batches=tuple(sorted(set(batches))), prompt=prompt, new_tokens=new_tokens,
             repeats=repeats, device=device, load=load, progress=progress,

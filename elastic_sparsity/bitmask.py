@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from elastic_sparsity.errors import ShapeError
+from elastic_sparsity.errors import ShapeError, brief
 from elastic_sparsity.packing import positions_of
-from elastic_sparsity.precision import as_integers
+from elastic_sparsity.precision import DTYPES, as_integers
 
 PARTS = ("compressed", "bitmask", "shape", "row_offsets")
 
@@ -49,10 +49,11 @@ def restore(parts: Mapping[str, Tensor]) -> Tensor:
     if missing:
         raise ShapeError(f"no {', '.join(missing)}; a bitmask weight has {', '.join(PARTS)}.")
     compressed, bitmask, offsets = parts["compressed"], parts["bitmask"], parts["row_offsets"]
-    shape = parts["shape"].tolist()
-    if len(shape) != 2 or min(shape) < 1:
-        raise ShapeError(f"shape: found {shape}, expected two positive sizes.")
-    rows, columns = shape
+    if parts["shape"].dtype != torch.int64 or parts["shape"].shape != (2,) or parts["shape"].min() < 1:
+        raise ShapeError(f"shape: found {brief(parts['shape'].tolist())}, expected two positive sizes.")
+    rows, columns = parts["shape"].tolist()
+    if compressed.dtype not in DTYPES.values():
+        raise ShapeError(f"compressed: found {compressed.dtype}, expected {', '.join(DTYPES)}.")
     if bitmask.dtype != torch.uint8 or tuple(bitmask.shape) != (rows, -(-columns // 8)):
         raise ShapeError(
             f"bitmask: found {tuple(bitmask.shape)} {bitmask.dtype}, expected {(rows, -(-columns // 8))} uint8."

@@ -24,7 +24,7 @@ from elastic_sparsity.blocks import BlockRunner
 from elastic_sparsity.calibrate import block_statistics
 from elastic_sparsity.config import Recipe
 from elastic_sparsity.distill import BlockSettings, Share, block_outputs, own_samples, train_block_
-from elastic_sparsity.errors import ConfigError, OutputError
+from elastic_sparsity.errors import OutputError
 from elastic_sparsity.importance import InputStatistics, importance_scores
 from elastic_sparsity.ladder import keep_count
 from elastic_sparsity.masks import drop_levels, mask_at, pattern_mask
@@ -138,8 +138,6 @@ def _runner(job: Job) -> tuple[BlockRunner, ActivationStore, Share]:
     """The runner over this worker's samples, the place for its hidden states, and its share of the training."""
     wanted, workers, model, stream = job.recipe.block, job.workers, job.base.model, job.base.stream
     places = workers.places(wanted.batch_size, "block.batch_size")
-    if wanted.samples < wanted.batch_size and workers.count > 1:
-        raise ConfigError(f"block.samples: {wanted.samples} are fewer than a batch of {wanted.batch_size}.")
     rows = own_samples(wanted.samples, places, wanted.batch_size)
     runner = BlockRunner(
         model.base_model,

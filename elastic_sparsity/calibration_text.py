@@ -1,6 +1,8 @@
 """A recipe's calibration samples: from its text, or sampled from the model itself and kept in the user's cache."""
 
 import copy
+import hashlib
+import json
 import logging
 import os
 from collections.abc import Callable
@@ -11,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from elastic_sparsity.arch import function_config
 from elastic_sparsity.config import Recipe
 from elastic_sparsity.data import (
     check_vocabulary,
@@ -65,10 +68,12 @@ def calibration_tokens(recipe: Recipe, base: BaseModel, progress: Progress = sil
 
 
 def _self_sampled(recipe: Recipe, base: BaseModel, samples: int, seed: int, progress: Progress) -> Tensor:
-    """Sampled once per model, amount, temperature, precision and seed; kept in the user's cache."""
+    """Sampled once per model and config, amount, temperature, precision and seed; kept in the user's cache."""
     wanted, device = recipe.calibration, base.model.device.type
     precision = resolve_precision(recipe.precision, device)
-    key = f"{base.identity['sha256'][:16]}-{samples}x{wanted.length}-t{wanted.temperature:g}-{precision}-s{seed}"
+    config = hashlib.sha256(json.dumps(function_config(base.model.config), sort_keys=True).encode()).hexdigest()
+    key = f"{base.identity['sha256'][:16]}-{config[:8]}-{samples}x{wanted.length}-t{wanted.temperature:g}"
+    key += f"-{precision}-s{seed}"
     path = cache_folder() / f"self-calibration-{SAMPLER}" / f"{key}.safetensors"
     if path.is_file():
         try:

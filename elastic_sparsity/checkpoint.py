@@ -5,6 +5,7 @@ reads a prefix of the shells, the adapters of its groups, and what all levels sh
 may hold only some levels' files (a device's smaller download).
 """
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,18 @@ from elastic_sparsity.shells import (
 )
 from elastic_sparsity.tensor_file import Room, TensorFile, TensorSpec, check_headers
 
+log = logging.getLogger(__name__)
+
+_NONE_HERE = "no level is complete here; copy or download one again."
 SAFETENSORS_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+def base_dtype(config: Mapping[str, Any]) -> str:
+    """The dtype in which a run loaded its base model, as its recipe said it, from an elastic_config.json."""
+    recipe = config.get("recipe")
+    section = recipe.get("model") if isinstance(recipe, dict) else None
+    dtype = section.get("dtype") if isinstance(section, dict) else None
+    return dtype if isinstance(dtype, str) else "auto"
 
 
 class ElasticCheckpoint:
@@ -83,6 +95,20 @@ class ElasticCheckpoint:
         """Whether this folder holds all files of a level; says nothing of what is in them."""
         return all((self.folder / entry.file).is_file() for entry in self.files_of(level))
 
+    def complete_levels(self) -> list[AnyLevel]:
+        """The levels whose files are all here, in the ladder's order; a warning names the others.
+
+        Raises: CheckpointError: if there is none.
+        """
+        levels = self.manifest.levels()
+        here = [level for level in levels if self.is_complete(level)]
+        if not here:
+            raise CheckpointError(f"{self.folder}: {_NONE_HERE}")
+        if len(here) < len(levels):
+            left_out = ", ".join(level.name for level in levels if level not in here)
+            log.warning("%s: not all files of %s are here; only the other levels are used", self.folder, left_out)
+        return here
+
     def find(self, wanted: str | float | AnyLevel) -> AnyLevel:
         """A level by name; "auto" is the densest one whose files are all here (N:M, then structured ones last).
 
@@ -93,7 +119,7 @@ class ElasticCheckpoint:
         for level in by_density(self.ladder, self.structured):
             if self.is_complete(level):
                 return level
-        raise CheckpointError(f"{self.folder}: no level is complete here; copy or download one again.")
+        raise CheckpointError(f"{self.folder}: {_NONE_HERE}")
 
     def find_masked(self, wanted: str | float | AnyLevel, what: str) -> Level:
         """As `find`, for what needs a level's masks. Args: what: the caller, as the error names it.

@@ -13,6 +13,7 @@ from elastic_sparsity.errors import ConfigError
 from elastic_sparsity.files import check_output_file, is_file, write_json
 
 PRECISIONS = ("auto", "float32", "bfloat16")
+DTYPES = (*PRECISIONS, "float16")
 CELL = ("level", "method", "task")  # what a zero-shot row is the result of
 ORIGIN = ("checkpoint_id", "weights_sha256")  # of which weights
 
@@ -27,6 +28,9 @@ def register(app: typer.Typer, progress_bars: Callable[[bool], Any]) -> None:
         ],
         text: Annotated[str | None, typer.Option(help="Text file to measure perplexity on.")] = None,
         level: Annotated[str | None, typer.Option(help="One level of an elastic checkpoint; default: all.")] = None,
+        dtype: Annotated[
+            str, typer.Option(help="Of a plain model's weights: auto (as stored), float32, bfloat16 or float16.")
+        ] = "auto",
         reference: Annotated[str | None, typer.Option(help="Dense model, for KL.")] = None,
         window: Annotated[int, typer.Option(help="Tokens a window.", min=8)] = 2048,
         max_windows: Annotated[int | None, typer.Option(help="Only the first windows.", min=1)] = None,
@@ -46,8 +50,8 @@ def register(app: typer.Typer, progress_bars: Callable[[bool], Any]) -> None:
         quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No bars and no log, only the result.")] = False,
     ) -> None:
         """Perplexity, KL to a reference and zero-shot accuracy, for dense, sliced and elastic models alike."""
-        _check(text, tasks, precision, {"--task-folder": task_folder, "--task-data": task_data})
-        shared = {"level": level, "precision": precision}
+        _check(text, tasks, precision, dtype, {"--task-folder": task_folder, "--task-data": task_data})
+        shared = {"level": level, "dtype": dtype, "precision": precision}
         record = Record(output, path)
         with progress_bars(quiet) as progress:
             found = {}
@@ -61,9 +65,11 @@ def register(app: typer.Typer, progress_bars: Callable[[bool], Any]) -> None:
                 _zero_shot(path, found, record, progress=progress, limit=task_limit, batch_size=task_batch, **shared)
 
 
-def _check(text: str | None, tasks: str | None, precision: str, folders: dict[str, Path | None]) -> None:
+def _check(text: str | None, tasks: str | None, precision: str, dtype: str, folders: dict[str, Path | None]) -> None:
     if precision not in PRECISIONS:
         raise ConfigError(f"--precision: {precision!r} is not auto, float32 or bfloat16.")
+    if dtype not in DTYPES:
+        raise ConfigError(f"--dtype: {dtype!r} is not one of {', '.join(DTYPES)}.")
     if text is None and tasks is None:
         raise ConfigError("eval: nothing to measure; give --text, --tasks or both.")
     for option, folder in folders.items():
@@ -100,8 +106,24 @@ class Record:
         elif "zero_shot" in held:
             raise ConfigError(f"{output}: holds zero-shot results of {held.get('model')!r}; name another --output.")
 
-    def set_perplexity(self, rows: list[dict[str, Any]], protocol: dict[str, Any]) -> None:
-        self._write({**self.data, "protocol": protocol, "rows": [self._stamped(row) for row in rows]})
+    def start_text(self, protocol: dict[str, Any], origin: dict[str, str]) -> None:
+        """Raises: ConfigError: if the file's other perplexities are of another protocol or of other weights."""
+        held = self.data.get("rows") or []
+        if held and self.data.get("protocol") != protocol:
+            raise ConfigError(
+                f"{self.output}: its perplexities have the protocol {self.data.get('protocol')}, these would have "
+                f"{protocol}; name another --output."
+            )
+        if any(row.get(key) != origin.get(key) for row in held for key in ORIGIN):
+            raise ConfigError(
+                f"{self.output}: its perplexities are of other weights that were at this path, or do not tell; name "
+                "another --output."
+            )
+        self.data |= {"protocol": protocol, "rows": held}
+
+    def add_text(self, row: dict[str, Any]) -> None:
+        kept = [x for x in self.data["rows"] if any(x.get(key) != row[key] for key in CELL[:2])]
+        self._write({**self.data, "rows": [*kept, self._stamped(row)]})
 
     def start_tasks(self, limit: int | None, precision: str) -> None:
         """Raises: ConfigError: if the file's other tasks were measured by another protocol."""
@@ -148,6 +170,7 @@ def _held(output: Path) -> dict[str, Any]:
         data = json.loads(output.read_text(encoding="utf-8"))
         tasks = data.get("zero_shot", {"protocol": {}, "rows": []})
         is_ours = isinstance(tasks["protocol"], dict) and all(key in row for row in tasks["rows"] for key in CELL)
+        is_ours = is_ours and all(isinstance(row, dict) for row in data.get("rows", []))
     except (OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError):
         return {}
     return data if is_ours else {}
@@ -157,10 +180,9 @@ def _perplexity(path: str, text: str, record: Record, **options: Any) -> None:
     from elastic_sparsity.measure import evaluate_path
     from elastic_sparsity.report import results_table
 
-    rows, protocol = evaluate_path(path, text, **options)
+    rows, protocol = evaluate_path(path, text, on_start=record.start_text, on_row=record.add_text, **options)
     counts = protocol["windows"]
     Console(emoji=False).print(results_table(rows, f"{protocol['text']}, {counts[0]} windows of {counts[1]} tokens"))
-    record.set_perplexity(rows, protocol)
 
 
 def _zero_shot(path: str, tasks: dict[str, Any], record: Record, limit: int | None, **options: Any) -> None:

@@ -29,8 +29,8 @@ def progress(quiet: bool) -> Iterator[Report]:
     logger = logging.getLogger("elastic_sparsity")
     logger.propagate = False
     logger.setLevel(logging.WARNING if quiet else logging.INFO)
-    console = Console(emoji=False, stderr=True, quiet=quiet)
-    if quiet or console.is_terminal:
+    console = Console(emoji=False, stderr=True)
+    if console.is_terminal:
         logger.handlers = [RichHandler(console=console, show_path=False, markup=False)]
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with RichProgress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console, disable=quiet) as bars:

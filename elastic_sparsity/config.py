@@ -309,7 +309,7 @@ class Recipe(_Section):
     @property
     def allocation_strength(self) -> float:
         """Of the plan, if there is one."""
-        is_trained = self.block.steps > 0 or self.end_to_end.trainable != "off"
+        is_trained = self.block.steps > 0 or (self.end_to_end.trainable != "off" and self.end_to_end.steps > 0)
         given = self.allocation.strength
         return given if given is not None else 0.5 if is_trained else 1.0
 

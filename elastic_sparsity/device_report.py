@@ -25,7 +25,7 @@ def machine_table(facts: Facts) -> Table:
         "torch": f"{facts.torch}, {facts.threads} threads on {facts.cores} cores",
     }
     kernels = [f"{x.name} {'yes' if x.problem is None else f'no ({x.problem})'}" for x in facts.instruction_paths]
-    rows["packed kernels"] = f"{facts.active_path} in use; {', '.join(kernels)}"
+    rows["packed kernels"] = f"{facts.active_path or 'none'} in use; {', '.join(kernels)}"
     for gpu in facts.gpus:
         rows[gpu.name] = f"{gpu.architecture}, {human_bytes(gpu.memory_bytes)}"
     if not facts.gpus:

@@ -56,7 +56,7 @@ class Facts:
         threads: that torch uses.
         free_bytes: memory that can be had without swapping.
         instruction_paths: kernels of the packed runtime, best first.
-        active_path: the one in use; "torch" = no compiled one.
+        active_path: the one in use; "torch" = no compiled one, None = the compiled ones are damaged or outdated.
         kernel_threads: whether they can use torch's threads.
     """
 
@@ -69,7 +69,7 @@ class Facts:
     free_bytes: int
     torch: str
     instruction_paths: tuple[InstructionPath, ...]
-    active_path: str
+    active_path: str | None
     kernel_threads: bool
     gpus: tuple[Gpu, ...]
 
@@ -206,10 +206,13 @@ def _packed_on_cpu(facts: Facts) -> Iterator[Verdict]:
         hint = emulated if dtype == "bfloat16" and bfloat16_on_cpu(facts) is False else ""
         for levels in ("unstructured", "N:M"):
             way = Way(runtime="packed", dtype=dtype)
-            yield Verdict(way=way, device="cpu", levels=levels, works=True, reason=reason + hint)
+            works = facts.active_path is not None
+            yield Verdict(way=way, device="cpu", levels=levels, works=works, reason=reason + hint * works)
 
 
 def _packed_reason(facts: Facts) -> str:
+    if facts.active_path is None:
+        return str(facts.instruction_paths[0].problem)
     refused = [f"{path.name}: {path.problem}" for path in facts.instruction_paths if path.problem is not None]
     why = f" ({'; '.join(refused)})" if refused else ""
     if facts.active_path == TORCH:

@@ -108,12 +108,12 @@ class Snapshots:
     """How the phase is kept, to go on after a crash.
 
     Attributes:
-        start: tensors and note of the last snapshot; None = from the beginning.
+        load: tensors and note of the last snapshot; None = from the beginning. Called once, and nothing of it is kept.
         save: keeps a snapshot.
         seconds: between two.
     """
 
-    start: tuple[dict[str, Tensor], dict[str, Any]] | None
+    load: Callable[[], tuple[dict[str, Tensor], dict[str, Any]] | None]
     save: Callable[[dict[str, Tensor], dict[str, Any]], None]
     seconds: float = 300.0
 
@@ -152,8 +152,9 @@ def train_end_to_end_(
     optimizer, levels = _optimizer(model, settings), {level.name: level for level in ladder.levels}
     history: dict[str, list[float]] = {name: [] for name in levels}
     order, first = [level.name for level in balanced_order(ladder.levels, settings.steps, generator)], 0
-    if snapshots is not None and snapshots.start is not None:
-        first, history = _go_on_(model, optimizer, *snapshots.start)
+    if snapshots is not None and (last := snapshots.load()) is not None:
+        first, history = _go_on_(model, optimizer, *last)
+        del last
 
     def loss_of(name: str, ids_BT: Tensor) -> Tensor:
         return _step_loss(model, head, ids_BT, levels[name], autocast, settings.gradient_checkpointing)
@@ -254,10 +255,11 @@ def _snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, T
 def _go_on_(
     model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], note: dict[str, Any]
 ) -> tuple[int, dict[str, list[float]]]:
-    """Puts a snapshot back. Returns: steps done, losses so far."""
+    """Puts a snapshot back, and empties `tensors` on the way. Returns: steps done, losses so far."""
     for name, parameter in _trained(model).items():
-        parameter.copy_(tensors[name])
-        state = {key.rpartition("|")[2]: value for key, value in tensors.items() if key.startswith(f"{name}|")}
+        parameter.copy_(tensors.pop(name))
+        keys = [key for key in tensors if key.startswith(f"{name}|")]
+        state = {key.rpartition("|")[2]: tensors.pop(key) for key in keys}
         if state:  # Adam's step counter stays on the CPU unless it is fused on a GPU
             optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
     return note["step"], note["history"]

@@ -103,6 +103,11 @@ def check_supported(config: Any) -> str:
     }
     if kind not in ("qwen2", "gpt2", "gpt_neox"):
         expected["attention_bias"] = (getattr(config, "attention_bias", False), False)
+    if kind == "gpt2":  # other scales of attention, for which GGUF has no key
+        expected |= {
+            "scale_attn_weights": (config.scale_attn_weights, True),
+            "scale_attn_by_inverse_layer_idx": (config.scale_attn_by_inverse_layer_idx, False),
+        }
     window = getattr(config, "sliding_window", None)
     if window and getattr(config, "use_sliding_window", True):
         longest = config.max_position_embeddings

@@ -63,6 +63,8 @@ def check_output_folder(folder: Path) -> None:
             raise OutputError(f"{folder}: is a link, which cannot be replaced; name the folder itself.")
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise OutputError(f"{folder}: already holds something; choose another output folder or move it away.")
+        if folder.exists() and folder.samefile(Path.cwd()):
+            raise OutputError(f"{folder}: is the working directory, which cannot be replaced; name a new folder in it.")
         if folder.is_mount():
             raise OutputError(f"{folder}: is a mount point, which cannot be replaced; name a new folder inside it.")
         _try_out(folder)
@@ -102,15 +104,23 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     try:
         scratch.mkdir(parents=True)
         yield scratch
+        _sync_all(scratch)
         if folder.exists():
             folder.rmdir()
         scratch.replace(folder)
+        sync_path(folder.parent)
     except Exception as error:
         if not isinstance(error, OSError | SafetensorError) and "(os error" not in str(error):
             raise  # tokenizers raises no type of its own for a full disk
         raise OutputError(f"{folder}: cannot be written: {error}; nothing was left behind.") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _sync_all(folder: Path) -> None:
+    """Waits until the disk has all of a folder: what it was made from may be removed once it has its name."""
+    for path in (*folder.rglob("*"), folder):
+        sync_path(path)
 
 
 @contextmanager

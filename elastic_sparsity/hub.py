@@ -14,6 +14,30 @@ HUB_OPTIONS = frozenset({"revision", "cache_dir", "token", "endpoint", "local_fi
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
+class _Secret:
+    """A token that is not pickled with the model that holds it: there it becomes None, the machine's own login."""
+
+    def __init__(self, value: str) -> None:
+        self.value = value
+
+    def __deepcopy__(self, memo: object) -> "_Secret":
+        return self
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
+
+
+def without_secrets(hub: dict[str, Any]) -> dict[str, Any]:
+    """Hub options that may be kept with a model, which users pickle."""
+    token = hub.get("token")
+    return {**hub, "token": _Secret(token)} if isinstance(token, str) else hub
+
+
+def with_secrets(hub: dict[str, Any]) -> dict[str, Any]:
+    """The options again that `without_secrets` was given."""
+    return {key: value.value if isinstance(value, _Secret) else value for key, value in hub.items()}
+
+
 def is_hub_id(path: str | Path) -> bool:
     """Whether `path` is meant as "owner/name" on a hub: it looks so, and no folder has this name."""
     return not is_folder(path) and bool(_HUB_ID.fullmatch(str(path))) and not str(path).startswith((".", "~"))

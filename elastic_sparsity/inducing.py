@@ -179,6 +179,7 @@ def induce(recipe: Recipe, output: str | Path, progress: Progress = silent) -> I
     check_output_folder(output)
     base = load_base(recipe.model.id, recipe.model.dtype)
     check_equal_blocks(base.model.config, "induce")
+    check_base_model(recipe, base)
     token_ids_ST, _ = calibration_tokens(recipe, base, progress)
     token_ids_ST, model = token_ids_ST.to(base.model.device), base.model
     precision, dtype, blocks = resolve_precision(recipe.precision, model.device.type), model.dtype, []

@@ -93,19 +93,25 @@ def evaluate_path(
     text: str,
     *,
     level: str | None = None,
+    dtype: str = "auto",
     reference: str | None = None,
     window: int = 2048,
     max_windows: int | None = None,
     precision: str = "auto",
     progress: Progress = silent,
+    on_start: Callable[[dict[str, Any], dict[str, str]], None] = lambda protocol, origin: None,
+    on_row: Callable[[dict[str, Any]], None] = lambda row: None,
     **hub: Any,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Rows and protocol for any causal LM, or for one or all levels of an elastic checkpoint.
+    """Rows and protocol for any causal LM, or for one or all levels of an elastic checkpoint that are in the folder.
 
     Every row names what was measured: "checkpoint_id", or "weights_sha256" of a plain model.
 
     Args:
         path: folder, hub id or .gguf file; of an elastic hub id only the files of the measured levels are downloaded.
+        dtype: of a plain model's weights: "auto" = as stored; as `model.dtype` of a recipe, whose base model it is.
+        on_start: gets the protocol and what is measured, before anything is.
+        on_row: gets every row as soon as it is there.
         **hub: as in `checkpoint_folder`, for an elastic hub id.
     Raises: ConfigError, DataError, CheckpointError, LevelError.
     """
@@ -115,8 +121,12 @@ def evaluate_path(
     if teacher is not None and resolved == "float32":
         teacher = teacher.float()
     rows: list[dict[str, Any]] = []
-    tokenizer, origin, jobs = _jobs(path, level, hub)
+    tokenizer, origin, jobs = _jobs(path, level, dtype, hub)
     ids = windows(tokenize(tokenizer, read_text(text)), window, max_windows)
+    protocol = {"text": Path(text).name, "sha256": token_hash(ids), "windows": list(ids.shape), "precision": resolved}
+    if reference is not None:
+        protocol["reference"] = Path(reference).name
+    on_start(protocol, origin)
     for name, method, size, load in jobs:
         model = load().to(device)
         check_length("--window", window, model)
@@ -131,8 +141,8 @@ def evaluate_path(
             on_window=lambda done, total, name=name: progress(f"evaluating {name}", done, total),  # type: ignore[misc]
         )
         rows.append(_row(name, method, found[method], size) | origin)
-    protocol = {"text": Path(text).name, "sha256": token_hash(ids), "windows": list(ids.shape), "precision": resolved}
-    return rows, protocol if reference is None else protocol | {"reference": Path(reference).name}
+        on_row(rows[-1])
+    return rows, protocol
 
 
 def zero_shot_path(
@@ -142,6 +152,7 @@ def zero_shot_path(
     limit: int | None = None,
     batch_size: int = 8,
     level: str | None = None,
+    dtype: str = "auto",
     precision: str = "auto",
     seed: int = 0,
     progress: Progress = silent,
@@ -152,12 +163,13 @@ def zero_shot_path(
 
     Args:
         tasks: of `load_tasks`.
+        dtype: as in `evaluate_path`.
         limit, batch_size, seed: as in `zero_shot`.
         on_row: gets every row as soon as it is there.
     Raises: as `evaluate_path` and `zero_shot`.
     """
     check_amounts(limit, batch_size)
-    tokenizer, origin, jobs = _jobs(path, level, hub)
+    tokenizer, origin, jobs = _jobs(path, level, dtype, hub)
     device = default_device()
     resolved = resolve_precision(precision, device)
     rows: list[dict[str, Any]] = []
@@ -189,21 +201,25 @@ def zero_shot_protocol(limit: int | None, precision: str = "auto", seed: int = 0
 
 
 def _jobs(
-    path: str, level: str | None, hub: dict[str, Any]
+    path: str, level: str | None, dtype: str, hub: dict[str, Any]
 ) -> tuple[Any, dict[str, str], list[tuple[str, str, int, Callable[[], Any]]]]:
     """The tokenizer, what is measured, and (level, method, bytes, loader) of every model to measure at `path`."""
     folder = elastic_folder(path, **hub)
     if folder is None:
         if level is not None:
             raise ConfigError(f"{path}: --level needs an elastic checkpoint; this is none.")
-        base = load_base(path)
+        base = load_base(path, dtype)
         size = base.model.get_memory_footprint()
         origin = {"weights_sha256": base.identity["sha256"]}
         return base.tokenizer, origin, [("dense", "as it is", size, partial(getattr, base, "model"))]
+    if dtype != "auto":
+        raise ConfigError(f"{path}: --dtype is for plain models; levels have the dtype of their checkpoint.")
     checkpoint = ElasticCheckpoint(folder)
     levels = checkpoint.manifest.levels() if level is None else [checkpoint.manifest.find(level)]
     if is_hub_id(path):  # the files of the same commit
         fetch_levels(path, [x.name for x in levels], **{**hub, "revision": folder.name})
+    elif level is None:
+        levels = checkpoint.complete_levels()
     checkpoint.check_extras()  # the tokenizer among them
     return (
         load_tokenizer(folder),

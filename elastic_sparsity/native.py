@@ -69,9 +69,9 @@ class InstructionPath:
 
 def instruction_paths() -> tuple[InstructionPath, ...]:
     """Every path the package knows, best first, "torch" (no compiled code) last."""
-    library = _library()
+    library = None if library_problem() else _library()
     if library is None:
-        missing = f"the compiled library is not there ({_why_missing()})"
+        missing = library_problem() or f"the compiled library is not there ({_why_missing()})"
         found = [InstructionPath(name, missing) for name in KNOWN_PATHS]
     else:
         usable = _usable(library)
@@ -82,8 +82,15 @@ def instruction_paths() -> tuple[InstructionPath, ...]:
     return (*found, InstructionPath(TORCH, None))
 
 
-def active_path() -> str:
-    """The path in use: the best one here, or the one that ELASTIC_SPARSITY_KERNELS names; "torch": nothing compiled."""
+def active_path() -> str | None:
+    """The path in use: the best one here, or the one that ELASTIC_SPARSITY_KERNELS names; "torch": nothing compiled.
+
+    None if what is compiled is of no use and "torch" was not asked for: then the packed runtime refuses.
+
+    Raises: ConfigError: ELASTIC_SPARSITY_KERNELS names a path that cannot run here.
+    """
+    if library_problem() is not None and os.environ.get(VARIABLE, "auto") != TORCH:
+        return None
     found = kernels()
     return TORCH if found is None else found.name
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from elastic_sparsity.checkpoint import ElasticCheckpoint
+from elastic_sparsity.checkpoint import ElasticCheckpoint, base_dtype
 from elastic_sparsity.checkpoint_writer import file_metadata
 from elastic_sparsity.errors import CheckpointError, ShapeError
 from elastic_sparsity.files import atomic_folder, check_output_folder, file_sha256, write_json
@@ -47,7 +47,7 @@ def write_overlay(path: str | Path, output: str | Path, base: str | None = None)
         raise CheckpointError(f"{path}: does not record its base model; name it.")
     for level in checkpoint.ladder.levels:
         checkpoint.open_level(level)  # checks every file
-    model = load_base(base_id)
+    model = load_base(base_id, base_dtype(checkpoint.config))
     sections = _sections_with_values(checkpoint)
     stored = {file: _load(checkpoint.folder / file) for file in sections}
     expected = _from_base(model.model, checkpoint, _by_section(stored, sections))
@@ -88,7 +88,7 @@ def restore_overlay(path: str | Path, output: str | Path, base: str | None = Non
     check_output_folder(Path(output))
     folder, overlay = Path(path), _read_overlay(Path(path))
     recorded, missing = overlay["base_model"], overlay["from_base"]
-    model = load_base(base or recorded["id"])
+    model = load_base(base or recorded["id"], base_dtype(overlay["config"]))
     if model.identity["sha256"] != recorded["sha256"]:
         raise CheckpointError(
             f"{base or recorded['id']}: holds other weights (sha256 {model.identity['sha256'][:12]}...) than the base "
@@ -175,7 +175,7 @@ def _read_overlay(folder: Path) -> dict[str, Any]:
         version = overlay["format"], overlay["format_version"]
         texts = [overlay["base_model"][key] for key in ("id", "sha256")]
         texts += [name for names in overlay["from_base"].values() for name in names]
-        fits = all(isinstance(text, str) for text in texts)
+        fits = all(isinstance(text, str) for text in texts) and isinstance(overlay["config"], dict)
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: no overlay here ({OVERLAY_NAME} is missing).") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -74,7 +74,8 @@ def load_packed(folder: str | Path) -> Any:
 
     Raises: CheckpointError: no such folder, or it is damaged.
     """
-    from accelerate import init_empty_weights  # slow import, only here
+    from accelerate import init_empty_weights  # slow imports, only here
+    from transformers import GenerationConfig
 
     folder = Path(folder)
     path = next((folder / name for name in (BITMASK_FILE, PACKED_FILE) if is_file(folder / name)), None)
@@ -87,13 +88,15 @@ def load_packed(folder: str | Path) -> Any:
     dtype = next((tensor.dtype for tensor in stored.values() if tensor.is_floating_point()), torch.float32)
     try:
         config = _read_config(folder)
+        has_generation = is_file(folder / "generation_config.json")
+        generation = GenerationConfig.from_pretrained(folder) if has_generation else None
         with init_empty_weights():
             model = causal_lm(config, dtype)
     except UnsupportedModelError as error:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
     except Exception as error:  # transformers raises many types for one cause
         raise CheckpointError(
-            f"{folder}: config.json does not make a model: {type(error).__name__}: {error}."
+            f"{folder}: config.json or generation_config.json does not make a model: {type(error).__name__}: {error}."
         ) from error
     model.tie_weights()
     transposed = {name for name, module in model.named_modules() if is_transposed(module)}
@@ -108,6 +111,8 @@ def load_packed(folder: str | Path) -> Any:
         )
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
+    if generation is not None:
+        model.generation_config = generation
     return model.eval()
 
 

@@ -1,9 +1,8 @@
 """The main flow: one run turns a base model into one elastic checkpoint. Reads top to bottom."""
 
-import importlib.metadata
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,40 +12,34 @@ import torch
 from torch import Tensor
 
 from elastic_sparsity.adapters import elastic_linears
-from elastic_sparsity.adding import add_levels, check_structured
+from elastic_sparsity.adding import add_levels
 from elastic_sparsity.allocating import plan_in_run
-from elastic_sparsity.allocation import by_linear, progressions, weakened
-from elastic_sparsity.allocation_file import AllocationPlan, allocation_of, check_model, load_plan
-from elastic_sparsity.allocator import return_freed_tensors_, usual_allocator_after
+from elastic_sparsity.allocation_file import allocation_of
+from elastic_sparsity.allocator import usual_allocator_after
 from elastic_sparsity.arch import (
-    check_finite_weights,
     head_function,
     is_transposed,
+    not_finite,
 )
 from elastic_sparsity.attention import training_attention
 from elastic_sparsity.block_phase import Job, peak_bytes, restore_block_, run_block_phase_
 from elastic_sparsity.block_state import Lazy, linear_state, record_of, saved_record
-from elastic_sparsity.calibration_text import Progress, calibration_tokens, evaluation_windows, silent
+from elastic_sparsity.calibration_text import Progress, silent
 from elastic_sparsity.checkpoint import ElasticCheckpoint
 from elastic_sparsity.checkpoint_writer import write_checkpoint
 from elastic_sparsity.config import Recipe
-from elastic_sparsity.data import token_hash
 from elastic_sparsity.distill import Share
 from elastic_sparsity.end_to_end import EndToEndSettings, Snapshots, train_end_to_end_
-from elastic_sparsity.errors import ConfigError, OutputError
+from elastic_sparsity.errors import NumericsError, OutputError
 from elastic_sparsity.files import check_output_folder, is_file, write_json
 from elastic_sparsity.fused_layers import fused_layers
-from elastic_sparsity.inducing import change_weights_, check_base_model, check_stages, learn, summary
+from elastic_sparsity.inducing import change_weights_, learn, summary
 from elastic_sparsity.manifest import CONFIG_NAME, RUN_NAME
-from elastic_sparsity.model_shapes import read_shapes
-from elastic_sparsity.models import BaseModel, load_base, stream_base
-from elastic_sparsity.plan_sizes import Choices
-from elastic_sparsity.planning import choose, free_here, structured_misfits
-from elastic_sparsity.precision import default_device, resolve_precision
-from elastic_sparsity.run_folder import RunFolder, is_unfinished, run_folder
+from elastic_sparsity.preparing import check_own, of_strength, prepare
+from elastic_sparsity.run_folder import is_unfinished, run_folder
 from elastic_sparsity.sharding import shard_block_, whole_tensors
 from elastic_sparsity.shells import LinearRecord
-from elastic_sparsity.supernet import linear_depths, linear_sizes
+from elastic_sparsity.supernet import linear_sizes
 from elastic_sparsity.workers import Workers
 
 log = logging.getLogger(__name__)
@@ -73,6 +66,8 @@ def optimize(
     with run_folder(output, restart=restart, writes=workers.is_main) as folder, usual_allocator_after():
         job, stored_dtype, identity = prepare(recipe, folder, workers, progress if workers.is_main else silent)
         is_trained, token_ids = is_file(output / CONFIG_NAME), job.token_ids_ST
+        if is_trained:
+            check_own(output, identity)
         if not is_trained:
             train_and_save(job, output, identity, stored_dtype)
         del job  # the trained model, before the base model is loaded again
@@ -97,82 +92,6 @@ def train_and_save(job: Job, output: Path, identity: dict[str, Any], stored_dtyp
         save_run(job, output, {**identity, "training": training}, stored_dtype, mixer_weights)
 
 
-def prepare(
-    recipe: Recipe, folder: RunFolder, workers: Workers, progress: Progress
-) -> tuple[Job, torch.dtype, dict[str, Any]]:
-    """Model, text and choices of a run. Returns: the job, the base model's stored dtype, and what the run is."""
-    with workers.main_first():  # the others find downloads, conversions and sampled text in the cache
-        check_stages(recipe)
-        if recipe.allocation.search and workers.count > 1:
-            raise ConfigError(
-                f"allocation.search: runs in one process, found {workers.count}; make the plan first with "
-                "`elastic-sparsity search`, and name it as allocation.plan."
-            )
-        plan = None if recipe.allocation.plan is None else load_plan(Path(recipe.allocation.plan))
-        planned = settle(recipe, workers.count)
-        base = open_base(recipe, planned.weights)
-        check_base_model(recipe, base)
-        allocation = _allocation(recipe, base, plan)
-        check_structured(recipe, base.model)
-        if recipe.evaluation.source is not None:
-            evaluation_windows(recipe, base, None)  # a text that cannot be used should not cost a run
-        token_ids, _ = calibration_tokens(recipe, base, progress)
-    model, stored_dtype = base.model, base.model.dtype
-    precision = resolve_precision(recipe.precision, model.device.type)
-    if precision == "float32":
-        model.float()
-        if base.stream is not None:
-            base.stream.dtype = torch.float32
-    identity = {
-        "base_model": base.identity,
-        "recipe": recipe.model_dump(mode="json", exclude={"memory"}),
-        "data": {"calibration_sha256": token_hash(token_ids), "calibration_tokens": token_ids.numel()},
-        "versions": versions(),
-    }
-    with workers.main_first():
-        began = {**identity, "precision": precision, "device": model.device.type, "allocation": allocation}
-        choices = folder.claim(began, {"trainable": planned.trainable})
-    job = Job(
-        recipe=recipe,
-        base=base,
-        token_ids_ST=token_ids.to(model.device),
-        trainable=choices["trainable"],
-        precision=precision,
-        activations=planned.activations,
-        workers=workers,
-        folder=folder,
-        generator=torch.Generator().manual_seed(recipe.seed),
-        progress=progress,
-        allocation=allocation,
-    )
-    if base.stream is not None and job.trainable != "off" and not job.sharded:
-        raise ConfigError(
-            "memory.weights: 'stream' with an end-to-end phase needs several processes that share the model, found "
-            f"{workers.count}; start it with accelerate launch or torchrun, or set end_to_end.trainable = 'off'."
-        )
-    return job, stored_dtype, {**identity, "resolved": {"precision": precision, "trainable": job.trainable}}
-
-
-def _allocation(recipe: Recipe, base: BaseModel, plan: AllocationPlan | None) -> dict[str, tuple[int, ...]]:
-    """Weights kept a row by linear and level, by the recipe's plan or slope; empty = uniform."""
-    model, sparsities = base.model, recipe.ladder.sparsities
-    sizes = linear_sizes(model)
-    if plan is not None:
-        path = Path(str(recipe.allocation.plan))
-        found = allocation_of(plan, path, sizes, sparsities)
-        check_model(plan, path, base.identity, str(model.dtype).removeprefix("torch."))
-        return _of_strength(recipe, model, found)
-    if not any(recipe.slopes()):
-        return {}
-    return by_linear(sizes, progressions(sizes, linear_depths(model), sparsities, recipe.slopes()))
-
-
-def _of_strength(recipe: Recipe, model: Any, plan: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    sizes, sparsities = linear_sizes(model), recipe.ladder.sparsities
-    levels = [[plan[size.name][level] for size in sizes] for level in range(len(sparsities))]
-    return by_linear(sizes, weakened(levels, sizes, sparsities, recipe.allocation_strength))
-
-
 def run_allocation(job: Job, stored_dtype: torch.dtype) -> Job:
     """Searches how much each linear keeps, if the recipe asks for it. Returns: the job with what was found."""
     recipe = job.recipe
@@ -183,7 +102,7 @@ def run_allocation(job: Job, stored_dtype: torch.dtype) -> Job:
         dtype=stored_dtype, channel_scales=job.channel_scales,
     )  # fmt: skip
     found = allocation_of(plan, job.folder.allocation, linear_sizes(job.base.model), recipe.ladder.sparsities)
-    return replace(job, allocation=_of_strength(recipe, job.base.model, found))
+    return replace(job, allocation=of_strength(recipe, job.base.model, found))
 
 
 def run_folds_(job: Job) -> dict[str, Any]:
@@ -218,30 +137,6 @@ def run_induction(job: Job) -> tuple[Job, dict[str, Any]]:
     return replace(job, channel_scales=scales), note
 
 
-def settle(recipe: Recipe, num_workers: int) -> Choices:
-    """What "auto" becomes, by the plan's figures and the memory that is free."""
-    shapes = read_shapes(recipe.model.id, recipe.model.dtype)
-    limits = free_here()
-    choices = choose(recipe, shapes, limits, default_device() == "cuda", num_workers)
-    if choices.trainable == "off" and recipe.end_to_end.trainable == "auto" and recipe.end_to_end.steps:
-        log.warning("end-to-end phase is off: its training does not fit into memory; `elastic-sparsity plan` says more")
-    for peak in structured_misfits(recipe, shapes, choices, limits):
-        log.warning(
-            "structured levels, made last, may not fit: %s memory, stage %s, needs %.1f GB of %.1f GB; "
-            "`elastic-sparsity plan` says what helps (structured.steps = 0 leaves out their tuning)",
-            peak.place, peak.stage, peak.bytes / 1e9, limits[peak.place] / 1e9,
-        )  # fmt: skip
-    return choices
-
-
-def open_base(recipe: Recipe, weights: str) -> BaseModel:
-    """The base model, whole in memory ("resident") or block by block ("stream")."""
-    if weights == "stream":
-        return_freed_tensors_()
-        return stream_base(recipe.model.id, recipe.model.dtype, torch.device(default_device()))
-    return load_base(recipe.model.id, recipe.model.dtype)
-
-
 def run_end_to_end_(job: Job) -> dict[str, float]:
     """Trains all levels' logits towards the dense model's. Returns the final KL by level, empty if it is off."""
     if job.trainable == "off":
@@ -263,7 +158,7 @@ def run_end_to_end_(job: Job) -> dict[str, float]:
     )
     snapshots = None  # of a model in parts nothing is kept before it is trained
     if not job.sharded:
-        snapshots = Snapshots(start=job.folder.load_snapshot(), save=job.folder.save_snapshot)
+        snapshots = Snapshots(load=job.folder.load_snapshot, save=job.folder.save_snapshot)
     found = train_end_to_end_(
         model,
         head,
@@ -329,7 +224,11 @@ def save_run(job: Job, output: Path, record: dict[str, Any], stored_dtype: torch
         outside = {n: p.detach() for n, p in model.named_parameters() if not n.startswith(f"{job.prefix}.")}
         shared = {**outside, **{name: file.read(name) for name in file.specs}}
     elif stream is None:
-        check_finite_weights(model)
+        if broken := not_finite(model):
+            raise NumericsError(
+                f"training: left NaN or infinity in {len(broken)} parameters, first {broken[0]}; lower "
+                "end_to_end.adapter_lr or end_to_end.base_lr, or set precision = 'float32'."
+            )
         records = {name: record_of(linear) for name, linear in elastic_linears(model)}
         parts = {f"{name}.{part}" for name in records for part in ("weight", "lora_A", "lora_B")}
         shared = {n: p.detach() for n, p in model.named_parameters() if n not in parts}
@@ -368,8 +267,3 @@ def record_run(output: Path, seconds: float, workers: Workers) -> None:
         write_json(output / RUN_NAME, {**run, "workers": workers.count, "traffic_bytes": workers.traffic})
     except OutputError as error:
         log.warning("%s", error)
-
-
-def versions(packages: Sequence[str] = ("elastic-sparsity", "torch", "transformers", "safetensors")) -> dict[str, str]:
-    """Installed versions, for the checkpoint's record."""
-    return {name: importlib.metadata.version(name) for name in packages}

@@ -45,11 +45,23 @@ def check_placement(device: Any, device_map: Any, offload_folder: Any) -> None:
         if place == "disk":
             raise ConfigError('device_map: "disk" needs a mapping of modules and an `offload_folder`.')
         try:
-            kind = torch.device(place).type
+            wanted_device = torch.device(place)
         except (RuntimeError, TypeError, ValueError):
             raise ConfigError(f"device: {brief(place)} is no device; maps are {', '.join(AUTOMATIC)}.") from None
-        if kind == "meta" or (kind == "cuda" and not torch.cuda.is_available()):
+        if not _is_here(wanted_device):
             raise ConfigError(f"device: {brief(place)} is not on this machine.")
+
+
+def _is_here(device: torch.device) -> bool:
+    if device.type == "meta":
+        return False
+    if device.type == "cuda":  # without making a context on it
+        return torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError):  # of other backends, each its own
+        return False
+    return True
 
 
 def check_runtime(runtime: str, device: Any, device_map: Any, dtype: torch.dtype | str | None) -> None:

@@ -201,7 +201,7 @@ def read_facts(checkpoint: ElasticCheckpoint, name: str, results: Sequence[str |
         run=_run(read_json(checkpoint.folder / RUN_NAME)),
         results=read_results(
             results,
-            [level.name for level in checkpoint.ladder.levels],
+            [level.name for level in manifest.levels()],
             manifest.checkpoint_id,
             value_at(config, "base_model", "sha256"),
         ),

@@ -17,8 +17,8 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,14 @@ class RunFolder:
     def __init__(self, path: Path, writes: bool = True) -> None:
         self.path, self.writes = path, writes
         self._identity = ""  # sha256 of what the run is; part of every file's
+
+    def decided(self) -> dict[str, Any]:
+        """The choices of the run's first process; empty if there is none, or `claim` will refuse what is there."""
+        try:
+            found = json.loads((self.path / "run.json").read_text(encoding="utf-8"))["decided"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return {}
+        return dict(found) if isinstance(found, dict) else {}
 
     def claim(self, what: Mapping[str, Any], decided: Mapping[str, Any]) -> dict[str, Any]:
         """Says what the run is, or checks that it is the one that began here.
@@ -261,7 +269,7 @@ def run_folder(output: Path, *, restart: bool = False, writes: bool = True) -> I
         done = True
     finally:
         if done or not made.is_worth_keeping:
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
         else:
             log.warning("%s keeps what is finished: run the same command again to go on from there", folder)
         lock.release()
@@ -308,7 +316,14 @@ def _folder_of(output: Path) -> Path:
         raise OutputError(f"{str(output)!r}: is no name of a folder; name a new folder.") from error
 
 
-def _empty(folder: Path) -> None:
+def _remove(folder: Path) -> None:
+    """Takes the folder away, what says that it is an unfinished run last: killed on the way, it is still one."""
+    with suppress(OSError):
+        _empty(folder, but=("lock", "run.json"))
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _empty(folder: Path, but: Sequence[str] = ("lock",)) -> None:
     for path in folder.iterdir():
-        if path.name != "lock":
+        if path.name not in but:
             path.unlink()

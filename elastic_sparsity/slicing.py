@@ -20,7 +20,7 @@ from elastic_sparsity.choosing import choose_level
 from elastic_sparsity.decoding import FLOATS, Decoder, check_finite
 from elastic_sparsity.errors import CheckpointError, ConfigError, LevelError
 from elastic_sparsity.files import atomic_folder, check_output_folder, strange_file
-from elastic_sparsity.hub import checkpoint_folder, is_hub_id
+from elastic_sparsity.hub import checkpoint_folder, is_hub_id, with_secrets, without_secrets
 from elastic_sparsity.ladder import AnyLevel, StructuredLevel
 from elastic_sparsity.native import kernels
 from elastic_sparsity.packed import PackedLinear, pack_linears_
@@ -54,7 +54,8 @@ class ElasticState:
     """Where a live model came from and which level it is at.
 
     Attributes:
-        hub: arguments of `checkpoint_folder` that fetch another level of the same commit; None for a folder.
+        hub: arguments of `checkpoint_folder` that fetch another level of the same commit, `without_secrets`; None for
+            a folder.
     """
 
     checkpoint: ElasticCheckpoint
@@ -139,7 +140,7 @@ class ElasticModel:
             runtime=runtime,
         )
         if is_hub_id(path):  # another level of the same commit can be fetched later
-            getattr(model, STATE).hub = {**hub, "path": path, "revision": checkpoint.folder.name}
+            getattr(model, STATE).hub = without_secrets({**hub, "path": path, "revision": checkpoint.folder.name})
         return model
 
 
@@ -302,7 +303,7 @@ def set_level(model: nn.Module, level: str | float) -> None:
     packed = _live_packed(model, state.checkpoint)
     weights = {} if packed else _live_weights(model, state.checkpoint)
     if state.hub is not None and not state.checkpoint.is_complete(wanted):
-        checkpoint_folder(level=wanted.name, **state.hub)
+        checkpoint_folder(level=wanted.name, **with_secrets(state.hub))
     files = state.checkpoint.open_level(wanted)
     if packed:
         dtype = next(iter(packed.values())).packed.values.dtype

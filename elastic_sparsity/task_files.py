@@ -179,10 +179,10 @@ def _check_document(path: Path, number: int, document: Any, first: Any) -> None:
         expected = _kind(first.get(field))
         if kind != expected or kind is None:
             found = brief(document[field]) if field in document else "missing"
-            raise DataError(
-                f"{path}: line {number}: {field!r} is {found}; expected {expected or 'a text, a number or texts'}"
-                f"{' as in the first line' if expected else ''}."
-            )
+            wanted = f"{expected} as in the first line" if expected else "a text, a number or texts"
+            if field not in first:
+                wanted = "the fields of the first line, which has none of this name"
+            raise DataError(f"{path}: line {number}: {field!r} is {found}; expected {wanted}.")
 
 
 def _kind(value: Any) -> str | None:

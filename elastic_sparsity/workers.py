@@ -68,7 +68,8 @@ class Workers:
             return
         from accelerate.utils import reduce
 
-        flat = torch.cat([part.detach().flatten() for part in parts]).to(self.device)  # NCCL knows no host memory
+        # NCCL knows no host memory, and some parameters (the mixer's) are there while others are on the GPU.
+        flat = torch.cat([part.detach().flatten().to(self.device) for part in parts])
         self.traffic += flat.numel() * flat.dtype.itemsize
         summed: Tensor = reduce(flat, "sum")  # type: ignore[assignment]
         for part, values in zip(parts, summed.split([part.numel() for part in parts]), strict=True):

@@ -16,6 +16,7 @@ from hypothesis import settings as settings_of
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_checkpoint import opened_files  # noqa: F401
+from test_cli import run
 from test_corrupt import EDITS, edited, fields, forge, tensors
 from test_exports import run_onnx
 from test_hub import FIRST, REPOSITORY, hub  # noqa: F401
@@ -381,6 +382,18 @@ def test_what_needs_masks_refuses_by_name(whole, tmp_path):
     with pytest.raises(LevelError, match=r"level 0.9 is not in this checkpoint; it has: .*2:4, structured-0.25"):
         ElasticModel.from_pretrained(whole, 0.9)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_report_takes_what_eval_wrote(whole, text_file, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path / "c")
+    output = tmp_path / "e.json"
+    options = ("--window", "16", "--max-windows", "1", "-q", "--output", output)
+    assert run(capsys, "eval", tmp_path / "c", "--text", text_file, *options)[0] == 0
+    code, _, stderr = run(capsys, "report", tmp_path / "c", "--results", output)
+    assert code == 0, stderr
+    rows = [row["level"] for row in json.loads(output.read_text())["rows"]]
+    assert rows == ["0.5", "0.6", "0.7", "2:4", QUARTER, HALF]
+    assert f"{json.loads(output.read_text())['rows'][-1]['perplexity']:.2f}" in (tmp_path / "c/report.html").read_text()
 
 
 def test_eval_and_placement(whole, text_file):

@@ -136,7 +136,7 @@ def test_an_interrupted_search_goes_on_to_the_same_plan(plan_path, tmp_path, mon
         optimize(tiny_recipe(allocation={"plan": str(path)}), tmp_path / "never")
     with monkeypatch.context() as patched:  # known before a model is loaded
         patched.setattr("elastic_sparsity.allocating.load_base", None)
-        with pytest.raises(OutputError, match="holds an unfinished search of other settings: search"):
+        with pytest.raises(OutputError, match="holds a search of other settings: search"):
             allocate(RECIPE, wanted(search=SearchSettings(generations=5, windows=(1, 2), survivors=(2,))), path)
     allocate(RECIPE, wanted(), path, stop)
     assert path.read_bytes() == plan_path.read_bytes()
@@ -249,6 +249,24 @@ def test_a_run_searches_its_own_plan(dtype, tmp_path):
     optimize(tiny_recipe(**rerun, block={"steps": 0}), tmp_path / "rerun")
     assert all(check.passed for check in verify(tmp_path / "out"))
     assert not (tmp_path / "out.run").exists()
+
+
+def test_a_finished_plan_of_another_run_is_not_used(tmp_path, monkeypatch):
+    """One that lies in a run's folder by accident."""
+    recipe = tiny_recipe(calibration={"samples": 24}, allocation={"search": True, "held_out": 16})
+    allocate(recipe, Allocating(), tmp_path / "plan.json")
+    (tmp_path / "out.run").mkdir()
+    (tmp_path / "plan.json").rename(tmp_path / "out.run" / "allocation.json")
+    other = tiny_recipe(calibration={"samples": 24}, allocation={"search": True, "held_out": 16}, seed=4)
+    with pytest.raises(OutputError, match=r"allocation\.json: holds a search of other settings: .*seed"):
+        optimize(other, tmp_path / "out")
+
+
+def test_half_of_a_plan_is_for_runs_that_train():
+    assert tiny_recipe().allocation_strength == 0.5
+    for end_to_end in ({"trainable": "off"}, {"trainable": "auto", "steps": 0}):
+        assert tiny_recipe(block={"steps": 0}, end_to_end=end_to_end).allocation_strength == 1.0
+        assert tiny_recipe(block={"steps": 1}, end_to_end=end_to_end).allocation_strength == 0.5
 
 
 def test_a_run_killed_in_its_search_goes_on_to_the_same_bytes(tmp_path):

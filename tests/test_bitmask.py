@@ -45,6 +45,9 @@ def test_every_bit_comes_back(rows, columns, seed, dtype):
         ("compressed", lambda x: x[1:], r"compressed: \(19,\) values for 20 bits"),
         ("row_offsets", lambda x: x + 1, "row_offsets that do not fit them; the file is damaged"),
         ("shape", lambda x: x[:1], r"shape: found \[4\], expected two positive sizes"),
+        ("shape", lambda x: x[0], "shape: found 4, expected two positive sizes"),
+        ("shape", lambda x: x.double(), r"shape: found \[4.0, 10.0\], expected two positive sizes"),
+        ("compressed", lambda x: x.to(torch.uint8), "compressed: found torch.uint8, expected float32, bfloat16"),
     ],
 )
 def test_damage_is_named(part, change, message):

@@ -85,6 +85,12 @@ def test_quiet_is_quiet(capsys):
     assert capsys.readouterr() == ("", "")
 
 
+def test_quiet_does_not_hide_a_warning(capsys):
+    with progress(quiet=True):
+        logging.getLogger("elastic_sparsity.x").warning("a phase is off")
+    assert "WARNING a phase is off" in capsys.readouterr().err
+
+
 SCRIPT = """
 from elastic_sparsity.cli_progress import progress
 with progress(quiet=False) as report:

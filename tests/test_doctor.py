@@ -7,7 +7,8 @@ import pytest
 import torch
 from machines import gpu, kernels, machine
 
-from elastic_sparsity import native
+from elastic_sparsity import doctor, native
+from elastic_sparsity.device_report import machine_table
 from elastic_sparsity.doctor import (
     FEATURES,
     as_json,
@@ -126,6 +127,25 @@ def test_a_system_that_tells_nothing_is_unknown(monkeypatch, tmp_path):
     assert facts.features is None and bfloat16_on_cpu(facts) is None
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"arm_bf16": True, "neon": True, "sve": False})
     assert read_facts().features == {"neon", "bf16"}
+
+
+def test_an_outdated_library_is_told_not_raised(monkeypatch):
+    """A pull without a new build: `doctor` must say so, and torch's code stays in reach."""
+    monkeypatch.setattr(native, "_VERSION", 99)
+    for name in ("_library", "library_problem"):
+        monkeypatch.setattr(native, name, getattr(native, name).__wrapped__)
+    if native.library_file() is None:
+        pytest.skip("no compiled library here")
+    monkeypatch.delenv(native.VARIABLE, raising=False)
+    facts = doctor.read_facts()
+    assert facts.active_path is None and all("version 99" in x.problem for x in facts.instruction_paths[:-1])
+    packed = [row for row in doctor.verdicts(facts) if row.way.runtime == "packed"]
+    assert packed and not any(row.works for row in packed) and all("reinstall" in row.reason for row in packed)
+    assert "none in use" in str(list(machine_table(facts).columns[1].cells))
+    monkeypatch.setenv(native.VARIABLE, native.TORCH)
+    facts = doctor.read_facts()
+    assert facts.active_path == "torch"
+    assert all(row.works for row in doctor.verdicts(facts) if row.way.runtime == "packed")
 
 
 def test_this_machine(monkeypatch):

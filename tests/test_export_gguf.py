@@ -134,6 +134,8 @@ def test_gguf_refuses_what_llama_cpp_would_compute_otherwise(tmp_path):
     refuse("hidden_act 'gelu' of this llama is not supported, expected silu", "llama", hidden_act="gelu")
     refuse("attention_bias True of this qwen3", "qwen3", attention_bias=True)
     refuse("mlp_bias True of this llama", "llama", mlp_bias=True)
+    refuse("scale_attn_weights False of this gpt2", "gpt2", scale_attn_weights=False)
+    refuse("scale_attn_by_inverse_layer_idx True of this gpt2", "gpt2", scale_attn_by_inverse_layer_idx=True)
     refuse("no merges", "llama", byte_tokenizer())
     spaces = merging_tokenizer()
     spaces.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()

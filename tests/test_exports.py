@@ -76,6 +76,7 @@ def test_bitmask_gives_every_bit_back(tiny_checkpoint, tmp_path, level):
         assert torch.equal(as_integers(found.state_dict()[name]), as_integers(tensor)), name
     ids, mask = some_ids((2, 9))
     assert torch.equal(found(ids, attention_mask=mask).logits, expected(ids, attention_mask=mask).logits)
+    assert found.generation_config.to_dict() == expected.generation_config.to_dict()
     stored = load_file(tmp_path / "b" / BITMASK_FILE)
     name = "model.layers.0.mlp.up_proj"
     assert {key for key in stored if key.startswith(name)} == {

@@ -3,7 +3,9 @@
 The hub is a small server in this process that speaks the two requests of `hf_hub_download`.
 """
 
+import copy
 import hashlib
+import pickle
 import re
 import shutil
 import socket
@@ -29,7 +31,7 @@ from elastic_sparsity import (
 )
 from elastic_sparsity.bench import bench
 from elastic_sparsity.errors import CheckpointError, ConfigError, ElasticSparsityError, LevelError
-from elastic_sparsity.hub import elastic_folder
+from elastic_sparsity.hub import elastic_folder, with_secrets
 from elastic_sparsity.manifest import CONFIG_NAME, read_manifest
 from elastic_sparsity.measure import evaluate_path
 
@@ -270,6 +272,16 @@ def test_a_live_model_switches_by_downloading_what_is_missing(hub):
     assert hub.sent() == {"shell-level-0.6.safetensors", "shell-level-0.5.safetensors"}
     set_level(model, "70%")
     assert hub.sent() == set()
+
+
+def test_a_token_is_used_but_not_pickled(hub):
+    model = ElasticModel.from_pretrained(REPOSITORY, "70%", token="hf_secret", **hub.options)
+    pickled = pickle.dumps(model)
+    assert b"hf_secret" not in pickled and b"hf_secret" not in repr(model.elastic_state).encode()
+    for other in (pickle.loads(pickled), copy.deepcopy(model)):
+        set_level(other, "50%")
+    assert with_secrets(copy.deepcopy(model).elastic_state.hub)["token"] == "hf_secret"
+    assert with_secrets(pickle.loads(pickled).elastic_state.hub)["token"] is None
 
 
 def test_an_upgrade_downloads_only_what_is_missing(hub, tmp_path, tiny_checkpoint):

@@ -395,6 +395,8 @@ def test_changed_weights_keep_their_dtype_and_buffers_theirs(tmp_path):
 def test_a_run_does_not_change_weights_under_learned_scales(induced, tmp_path):
     with pytest.raises(ConfigError, match="holds scales that were learned for its weights as they are"):
         optimize(recipe(model={"id": str(induced[0])}, induction=FOLDED), tmp_path / "x")
+    with pytest.raises(ConfigError, match="holds scales that were learned for its weights as they are"):
+        induce(recipe(model={"id": str(induced[0])}, induction=FOLDED), tmp_path / "x")
 
 
 def test_a_run_and_induce_refuse_what_they_cannot_do_by_name(tmp_path):

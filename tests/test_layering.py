@@ -95,11 +95,12 @@ ALLOWED = {
     "export_gguf": {"torch", "gguf", "arch", "errors", "gguf_vocab", "wiring"},
     "export_onnx": {"torch", "onnx", "openvino", "errors"},
     "packed_files": {
-        "torch", "safetensors", "accelerate", "arch", "bitmask", "errors", "files", "semi_structured", "sized",
+        "torch", "safetensors", "transformers", "accelerate", "arch", "bitmask", "errors", "files", "semi_structured",
+        "sized",
     },
     # layer 3: stages
     "calibrate": {"torch", "activations", "arch", "blocks", "importance"},
-    "calibration_text": {"torch", "safetensors", "config", "data", "errors", "files", "models", "precision"},
+    "calibration_text": {"torch", "safetensors", "arch", "config", "data", "errors", "files", "models", "precision"},
     "distill": {"torch", "activations", "adapters", "blocks", "errors", "ladder", "mixer"},
     "end_to_end": {"torch", "adapters", "arch", "distill", "errors", "fused", "ladder"},
     "induction": {
@@ -208,12 +209,16 @@ ALLOWED = {
         "torch", "adding", "allocation_file", "config", "errors", "memory_plan", "model_shapes", "plan_sizes",
         "precision", "probe", "supernet", "work_plan",
     },
+    "preparing": {
+        "torch", "adding", "allocation", "allocation_file", "allocator", "arch", "block_phase", "calibration_text",
+        "config", "data", "errors", "inducing", "manifest", "model_shapes", "models", "plan_sizes", "planning",
+        "precision", "run_folder", "supernet", "workers",
+    },
     "pipeline": {
-        "torch", "adapters", "adding", "allocating", "allocation", "allocation_file", "allocator", "arch", "attention",
-        "block_phase", "block_state", "calibration_text", "checkpoint", "model_shapes", "plan_sizes", "planning",
-        "checkpoint_writer", "config", "data", "distill", "end_to_end", "errors", "files", "fused_layers", "inducing",
-        "manifest", "models", "precision", "run_folder", "sharding", "shells", "supernet",
-        "workers",
+        "torch", "adapters", "adding", "allocating", "allocation_file", "allocator", "arch", "attention",
+        "block_phase", "block_state", "calibration_text", "checkpoint", "checkpoint_writer", "config", "distill",
+        "end_to_end", "errors", "files", "fused_layers", "inducing", "manifest", "preparing", "run_folder", "sharding",
+        "shells", "supernet", "workers",
     },
     "measure": {
         "baselines", "calibration_text", "checkpoint", "config", "data", "errors", "evaluate", "hub", "ladder",

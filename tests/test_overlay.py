@@ -1,5 +1,7 @@
 """Overlay: no weight of the base in it, the same files after restoring, a clear no where the base was trained."""
 
+import json
+
 import pytest
 from conftest import tiny_recipe
 from safetensors.torch import load_file
@@ -9,8 +11,9 @@ from test_transfer import contents
 from elastic_sparsity import copy_level, optimize, restore_overlay, upgrade, verify, write_overlay
 from elastic_sparsity.checkpoint import ElasticCheckpoint
 from elastic_sparsity.errors import CheckpointError
+from elastic_sparsity.manifest import OVERLAY_NAME
 from elastic_sparsity.models import load_base
-from elastic_sparsity.tiny import byte_tokenizer
+from elastic_sparsity.tiny import byte_tokenizer, tiny_model
 
 UNTRAINED_BASE = {"block": {"steps": 1, "base_lr": 0.0}, "end_to_end": {"trainable": "adapters", "steps": 2}}
 
@@ -82,6 +85,31 @@ def test_an_upgraded_copy_has_an_overlay_too(untrained, tmp_path):
     write_overlay(tmp_path / "device", tmp_path / "overlay")
     restore_overlay(tmp_path / "overlay", tmp_path / "again")
     assert all(check.passed for check in verify(tmp_path / "again"))
+
+
+def test_a_base_loaded_in_another_dtype_than_stored(tmp_path):
+    tiny_model("llama").half().save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    recipe = tiny_recipe(
+        model={"id": str(tmp_path / "base"), "dtype": "bfloat16"}, checkpoint={"dtype": "bfloat16"}, **UNTRAINED_BASE
+    )
+    optimize(recipe, tmp_path / "whole")
+    (tmp_path / "base").rename(tmp_path / "moved")
+    write_overlay(tmp_path / "whole", tmp_path / "overlay", base=str(tmp_path / "moved"))
+    assert str(tmp_path / "moved") not in (tmp_path / "overlay" / OVERLAY_NAME).read_text(), "a private path"
+    restore_overlay(tmp_path / "overlay", tmp_path / "again", base=str(tmp_path / "moved"))
+    assert all(check.passed for check in verify(tmp_path / "again"))
+
+
+@pytest.mark.parametrize("config", ["missing", None, "text"])
+def test_an_overlay_without_a_config_is_damaged(config, tmp_path, untrained):
+    write_overlay(untrained, tmp_path / "overlay")
+    path = tmp_path / "overlay" / OVERLAY_NAME
+    data = json.loads(path.read_text())
+    del data["config"]
+    path.write_text(json.dumps(data if config == "missing" else {**data, "config": config}))
+    with pytest.raises(CheckpointError, match=OVERLAY_NAME):
+        restore_overlay(tmp_path / "overlay", tmp_path / "again")
 
 
 def test_the_public_id_of_the_base_is_kept(untrained, tmp_path):

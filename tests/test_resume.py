@@ -1,5 +1,6 @@
 """Interrupted runs go on and end with the bytes of an uninterrupted one; two runs do not share an output."""
 
+import json
 import os
 import shutil
 import signal
@@ -14,9 +15,11 @@ import pytest
 import torch
 from conftest import tiny_recipe
 
-from elastic_sparsity import optimize
-from elastic_sparsity.errors import ConfigError, OutputError
+import elastic_sparsity.run_folder as run_folder_module
+from elastic_sparsity import optimize, pipeline, preparing
+from elastic_sparsity.errors import ConfigError, NumericsError, OutputError
 from elastic_sparsity.run_folder import run_folder
+from elastic_sparsity.tiny import byte_tokenizer, tiny_model
 
 NUM_KILLS = int(os.environ.get("ELASTIC_SPARSITY_KILLS", "6"))
 SMOKE = ["-m", "elastic_sparsity", "train", "smoke", "--quiet"]
@@ -178,6 +181,82 @@ def test_other_text_does_not_go_on(tmp_path, monkeypatch):
     text.write_text("The dog jumps over zeros. " * 30)
     with pytest.raises(ConfigError, match="data.calibration_sha256"):
         optimize(tiny_recipe(**source), tmp_path / "c")
+
+
+def test_another_config_of_the_same_weights_does_not_go_on(tmp_path, monkeypatch):
+    """A mended rope_theta is another function: half of the blocks would be tuned towards the old one."""
+    base = tmp_path / "base"
+    tiny_model("llama").save_pretrained(base)
+    byte_tokenizer().save_pretrained(base)
+    sections = {"model": {"id": str(base)}}
+    unfinished(tmp_path / "c", monkeypatch, **sections)
+    config = json.loads((base / "config.json").read_text())
+    assert config["rope_parameters"]["rope_theta"] == 10000
+    config["rope_parameters"]["rope_theta"] = 20000
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"config\.rope_parameters\.rope_theta \(10000\.?0? then, 20000 now\)"):
+        optimize(tiny_recipe(**sections), tmp_path / "c")
+    config |= {"rope_parameters": {**config["rope_parameters"], "rope_theta": 10000}, "transformers_version": "9"}
+    (base / "config.json").write_text(json.dumps(config))
+    optimize(tiny_recipe(**sections), tmp_path / "c")
+
+
+def test_a_checkpoint_that_is_not_the_runs_own_is_left_alone(tmp_path, monkeypatch, tiny_checkpoint):
+    unfinished(tmp_path / "c", monkeypatch, seed=3)
+    shutil.copytree(tiny_checkpoint, tmp_path / "c")
+    before = contents(tmp_path / "c")
+    with pytest.raises(OutputError, match=r"c: holds a checkpoint of another recipe.* than the unfinished run "):
+        optimize(tiny_recipe(seed=3), tmp_path / "c")
+    assert contents(tmp_path / "c") == before and (tmp_path / "c.run" / "block-0001.safetensors").exists()
+    shutil.rmtree(tmp_path / "c")
+    optimize(tiny_recipe(seed=3), tmp_path / "c")
+
+
+def test_a_run_that_goes_on_keeps_what_it_had_decided(tmp_path, monkeypatch):
+    """With less memory free than at its beginning the plan alone would leave the end-to-end phase out, or refuse."""
+    auto = {"end_to_end": {"trainable": "auto"}}
+    unfinished(tmp_path / "c", monkeypatch, **auto)
+    seen, real = [], preparing.choose
+
+    def spy(recipe, *args):
+        seen.append(recipe.end_to_end.trainable)
+        return real(recipe, *args)
+
+    monkeypatch.setattr(preparing, "choose", spy)
+    optimize(tiny_recipe(**auto), tmp_path / "c")
+    optimize(tiny_recipe(**auto), tmp_path / "new")
+    assert seen == ["base", "auto"]
+
+
+def test_killed_while_its_folder_is_removed_it_is_still_a_run(tmp_path, monkeypatch):
+    real = run_folder_module.shutil.rmtree
+    monkeypatch.setattr(run_folder_module.shutil, "rmtree", lambda *_, **__: None)
+    optimize(tiny_recipe(), tmp_path / "c")
+    assert sorted(path.name for path in (tmp_path / "c.run").iterdir()) == ["lock", "run.json"]
+    monkeypatch.setattr(run_folder_module.shutil, "rmtree", real)
+    before = contents(tmp_path / "c")
+    optimize(tiny_recipe(), tmp_path / "c")
+    assert contents(tmp_path / "c") == before and not (tmp_path / "c.run").exists()
+
+
+def test_training_that_ends_in_nan_is_named_as_such(tmp_path, monkeypatch):
+    def broken(job):
+        next(iter(job.base.model.parameters())).data.view(-1)[0] = float("nan")
+        return {}
+
+    monkeypatch.setattr(pipeline, "run_end_to_end_", broken)
+    with pytest.raises(NumericsError, match=r"training: left NaN or infinity in 1 parameters, .*lower end_to_end"):
+        optimize(tiny_recipe(), tmp_path / "c")
+
+
+def test_weights_that_no_stage_takes_are_refused_first(tmp_path):
+    model = tiny_model("llama").double()
+    model.config.dtype = torch.float64
+    model.save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    with pytest.raises(ConfigError, match=r"model\.dtype: the weights are torch\.float64.*set 'float32'"):
+        optimize(tiny_recipe(model={"id": str(tmp_path / "base")}), tmp_path / "c")
+    optimize(tiny_recipe(model={"id": str(tmp_path / "base"), "dtype": "float32"}), tmp_path / "c")
 
 
 def test_restart_begins_anew(tmp_path, monkeypatch):

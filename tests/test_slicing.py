@@ -165,6 +165,8 @@ def test_an_infinite_weight_is_named(tmp_path):
         ({"device": "cpu", "device_map": "auto"}, "give either"),
         ({"device": "cuda:7"}, "is not on this machine"),
         ({"device": "meta"}, "is not on this machine"),
+        ({"device": "mps"}, "is not on this machine"),
+        ({"device": "xpu"}, "is not on this machine"),
         ({"device_map": "autoo"}, "is no device; maps are auto"),
         ({"device_map": "disk"}, "needs a mapping"),
         ({"device_map": {"": "disk"}}, "needs a mapping of modules and an `offload_folder`"),

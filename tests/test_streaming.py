@@ -10,7 +10,7 @@ from elastic_sparsity import optimize
 from elastic_sparsity.arch import decoder_blocks
 from elastic_sparsity.errors import ConfigError, NumericsError, UnsupportedModelError
 from elastic_sparsity.models import load_base, stream_base
-from elastic_sparsity.pipeline import settle
+from elastic_sparsity.preparing import settle
 from elastic_sparsity.tensor_file import TensorFile
 from elastic_sparsity.tiny import TINY_FAMILIES, byte_tokenizer, tiny_model
 

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import tiny_recipe
 from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic_sparsity.distill import Share, draw_samples, own_samples
 from elastic_sparsity.errors import ConfigError
+from elastic_sparsity.preparing import check_shares
 from elastic_sparsity.tensor_file import TensorFile
 from elastic_sparsity.tiny import byte_tokenizer, tiny_model
 from elastic_sparsity.workers import Workers
@@ -120,6 +122,22 @@ def test_a_batch_that_cannot_be_shared(tmp_path):
     assert done.returncode
     assert "block.batch_size: 3 samples cannot be shared by 2 processes" in done.stderr
     assert not (tmp_path / "c").exists()
+
+
+def test_shares_are_checked_before_any_work():
+    two = Workers()
+    two.count = 2
+    fine = {"block": {"batch_size": 2, "samples": 4}, "end_to_end": {"batch_size": 2, "trainable": "base"}}
+    check_shares(tiny_recipe(**fine), two, "base")
+    for sections, message in (
+        ({"end_to_end": {"batch_size": 1}}, "end_to_end.batch_size: 1 samples cannot be shared by 2"),
+        ({"block": {"batch_size": 4, "samples": 2}}, "block.samples: 2 are fewer than a batch of 4"),
+        ({"block": {"batch_size": 3}}, "block.batch_size: 3 samples"),
+        ({"induction": {"batch_size": 3, "steps": 1, "held_out": 1}}, "induction.batch_size: 3 samples"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            check_shares(tiny_recipe(**{**fine, **sections}), two, "base")
+    check_shares(tiny_recipe(**fine, induction={"batch_size": 3, "steps": 1, "held_out": 1, "reading": "gains"}), two, "off")
 
 
 def test_a_worker_of_its_own():

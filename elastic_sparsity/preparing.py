@@ -1,0 +1,172 @@
+"""What a run is, before any stage: its model, text and choices, and whether it is the one that was interrupted here."""
+
+import importlib.metadata
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from elastic_sparsity.adding import check_structured
+from elastic_sparsity.allocation import by_linear, progressions, weakened
+from elastic_sparsity.allocation_file import AllocationPlan, allocation_of, check_model, load_plan
+from elastic_sparsity.allocator import return_freed_tensors_
+from elastic_sparsity.arch import function_config
+from elastic_sparsity.block_phase import Job
+from elastic_sparsity.calibration_text import Progress, calibration_tokens, evaluation_windows
+from elastic_sparsity.config import Recipe
+from elastic_sparsity.data import token_hash
+from elastic_sparsity.errors import ConfigError, OutputError
+from elastic_sparsity.inducing import check_base_model, check_stages
+from elastic_sparsity.manifest import read_manifest
+from elastic_sparsity.model_shapes import read_shapes
+from elastic_sparsity.models import BaseModel, load_base, stream_base
+from elastic_sparsity.plan_sizes import Choices
+from elastic_sparsity.planning import choose, free_here, structured_misfits
+from elastic_sparsity.precision import DTYPES, default_device, resolve_precision
+from elastic_sparsity.run_folder import RunFolder
+from elastic_sparsity.supernet import linear_depths, linear_sizes
+from elastic_sparsity.workers import Workers
+
+log = logging.getLogger(__name__)
+
+
+def prepare(
+    recipe: Recipe, folder: RunFolder, workers: Workers, progress: Progress
+) -> tuple[Job, torch.dtype, dict[str, Any]]:
+    """Model, text and choices of a run. Returns: the job, the base model's stored dtype, and what the run is."""
+    with workers.main_first():  # the others find downloads, conversions and sampled text in the cache
+        check_stages(recipe)
+        if recipe.allocation.search and workers.count > 1:
+            raise ConfigError(
+                f"allocation.search: runs in one process, found {workers.count}; make the plan first with "
+                "`elastic-sparsity search`, and name it as allocation.plan."
+            )
+        plan = None if recipe.allocation.plan is None else load_plan(Path(recipe.allocation.plan))
+        planned = settle(recipe, workers.count, folder.decided())
+        check_shares(recipe, workers, planned.trainable)
+        base = open_base(recipe, planned.weights)
+        check_base_model(recipe, base)
+        allocation = _allocation(recipe, base, plan)
+        check_structured(recipe, base.model)
+        if recipe.evaluation.source is not None:
+            evaluation_windows(recipe, base, None)  # a text that cannot be used should not cost a run
+        token_ids, _ = calibration_tokens(recipe, base, progress)
+    model, stored_dtype = base.model, base.model.dtype
+    if stored_dtype not in DTYPES.values():
+        raise ConfigError(f"model.dtype: the weights are {stored_dtype}, which no stage takes; set 'float32'.")
+    precision = resolve_precision(recipe.precision, model.device.type)
+    if precision == "float32":
+        model.float()
+        if base.stream is not None:
+            base.stream.dtype = torch.float32
+    identity = {
+        "base_model": base.identity,
+        "recipe": recipe.model_dump(mode="json", exclude={"memory"}),
+        "data": {"calibration_sha256": token_hash(token_ids), "calibration_tokens": token_ids.numel()},
+        "versions": versions(),
+    }
+    with workers.main_first():
+        began = {**identity, "precision": precision, "device": model.device.type, "allocation": allocation}
+        began["config"] = function_config(model.config)
+        choices = folder.claim(began, {"trainable": planned.trainable})
+    job = Job(
+        recipe=recipe,
+        base=base,
+        token_ids_ST=token_ids.to(model.device),
+        trainable=choices["trainable"],
+        precision=precision,
+        activations=planned.activations,
+        workers=workers,
+        folder=folder,
+        generator=torch.Generator().manual_seed(recipe.seed),
+        progress=progress,
+        allocation=allocation,
+    )
+    if base.stream is not None and job.trainable != "off" and not job.sharded:
+        raise ConfigError(
+            "memory.weights: 'stream' with an end-to-end phase needs several processes that share the model, found "
+            f"{workers.count}; start it with accelerate launch or torchrun, or set end_to_end.trainable = 'off'."
+        )
+    return job, stored_dtype, {**identity, "resolved": {"precision": precision, "trainable": job.trainable}}
+
+
+def settle(recipe: Recipe, num_workers: int, decided: Mapping[str, Any]) -> Choices:
+    """What "auto" becomes, by the plan's figures and the memory that is free.
+
+    Args:
+        decided: what an interrupted run had decided, which a run that goes on cannot change.
+    """
+    if "trainable" in decided:
+        end_to_end = recipe.end_to_end.model_copy(update={"trainable": decided["trainable"]})
+        recipe = recipe.model_copy(update={"end_to_end": end_to_end})
+    shapes = read_shapes(recipe.model.id, recipe.model.dtype)
+    limits = free_here()
+    choices = choose(recipe, shapes, limits, default_device() == "cuda", num_workers)
+    if choices.trainable == "off" and recipe.end_to_end.trainable == "auto" and recipe.end_to_end.steps:
+        why = "weights are streamed" if recipe.memory.weights == "stream" else "its training does not fit into memory"
+        log.warning("end-to-end phase is off: %s; `elastic-sparsity plan` says more", why)
+    for peak in structured_misfits(recipe, shapes, choices, limits):
+        log.warning(
+            "structured levels, made last, may not fit: %s memory, stage %s, needs %.1f GB of %.1f GB; "
+            "`elastic-sparsity plan` says what helps (structured.steps = 0 leaves out their tuning)",
+            peak.place, peak.stage, peak.bytes / 1e9, limits[peak.place] / 1e9,
+        )  # fmt: skip
+    return choices
+
+
+def check_shares(recipe: Recipe, workers: Workers, trainable: str) -> None:
+    """Raises: ConfigError: before any work, if a stage's batches cannot be shared out to the processes."""
+    workers.places(recipe.block.batch_size, "block.batch_size")
+    if recipe.block.samples < recipe.block.batch_size and workers.count > 1:
+        raise ConfigError(f"block.samples: {recipe.block.samples} are fewer than a batch of {recipe.block.batch_size}.")
+    if trainable != "off":
+        workers.places(recipe.end_to_end.batch_size, "end_to_end.batch_size")
+    if recipe.induction.steps and recipe.induction.reading == "scores":
+        workers.places(recipe.induction.batch_size, "induction.batch_size")
+
+
+def open_base(recipe: Recipe, weights: str) -> BaseModel:
+    """The base model, whole in memory ("resident") or block by block ("stream")."""
+    if weights == "stream":
+        return_freed_tensors_()
+        return stream_base(recipe.model.id, recipe.model.dtype, torch.device(default_device()))
+    return load_base(recipe.model.id, recipe.model.dtype)
+
+
+def _allocation(recipe: Recipe, base: BaseModel, plan: AllocationPlan | None) -> dict[str, tuple[int, ...]]:
+    """Weights kept a row by linear and level, by the recipe's plan or slope; empty = uniform."""
+    model, sparsities = base.model, recipe.ladder.sparsities
+    sizes = linear_sizes(model)
+    if plan is not None:
+        path = Path(str(recipe.allocation.plan))
+        found = allocation_of(plan, path, sizes, sparsities)
+        check_model(plan, path, base.identity, str(model.dtype).removeprefix("torch."))
+        return of_strength(recipe, model, found)
+    if not any(recipe.slopes()):
+        return {}
+    return by_linear(sizes, progressions(sizes, linear_depths(model), sparsities, recipe.slopes()))
+
+
+def of_strength(recipe: Recipe, model: Any, plan: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    sizes, sparsities = linear_sizes(model), recipe.ladder.sparsities
+    levels = [[plan[size.name][level] for size in sizes] for level in range(len(sparsities))]
+    return by_linear(sizes, weakened(levels, sizes, sparsities, recipe.allocation_strength))
+
+
+def check_own(output: Path, identity: Mapping[str, Any]) -> None:
+    """Raises: OutputError: unless the checkpoint at `output` is the one that this run made before it was killed."""
+    found, wanted = read_manifest(output)[1], json.loads(json.dumps(identity))
+    other = [key for key in ("base_model", "recipe", "data") if found.get(key) != wanted[key]]
+    if other:
+        raise OutputError(
+            f"{output}: holds a checkpoint of another {' and '.join(other)} than the unfinished run {output}.run, "
+            "which needs this place; move the checkpoint away, or name another output."
+        )
+
+
+def versions(packages: Sequence[str] = ("elastic-sparsity", "torch", "transformers", "safetensors")) -> dict[str, str]:
+    """Installed versions, for the checkpoint's record."""
+    return {name: importlib.metadata.version(name) for name in packages}
