@@ -48,6 +48,8 @@ def prepare(
         planned = settle(recipe, workers.count, folder.decided())
         check_shares(recipe, workers, planned.trainable)
         base = open_base(recipe, planned.weights)
+        if base.model.dtype not in DTYPES.values():
+            raise ConfigError(f"model.dtype: the weights are {base.model.dtype}, which no stage takes; set 'float32'.")
         check_base_model(recipe, base)
         allocation = _allocation(recipe, base, plan)
         check_structured(recipe, base.model)
@@ -55,8 +57,6 @@ def prepare(
             evaluation_windows(recipe, base, None)  # a text that cannot be used should not cost a run
         token_ids, _ = calibration_tokens(recipe, base, progress)
     model, stored_dtype = base.model, base.model.dtype
-    if stored_dtype not in DTYPES.values():
-        raise ConfigError(f"model.dtype: the weights are {stored_dtype}, which no stage takes; set 'float32'.")
     precision = resolve_precision(recipe.precision, model.device.type)
     if precision == "float32":
         model.float()
@@ -99,7 +99,7 @@ def settle(recipe: Recipe, num_workers: int, decided: Mapping[str, Any]) -> Choi
     Args:
         decided: what an interrupted run had decided, which a run that goes on cannot change.
     """
-    if "trainable" in decided:
+    if decided.get("trainable") in ("base", "adapters", "off"):
         end_to_end = recipe.end_to_end.model_copy(update={"trainable": decided["trainable"]})
         recipe = recipe.model_copy(update={"end_to_end": end_to_end})
     shapes = read_shapes(recipe.model.id, recipe.model.dtype)

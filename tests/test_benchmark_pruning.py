@@ -80,7 +80,7 @@ def test_structured_measures_quality_and_speed(results, texts):
     cells = found["cells"]
     assert cells["0.4/obs, searched"]["parameters"] <= cells["0.4/obs, equal searched"]["parameters"]
     assert cells["0.4/obs"]["parameters"] == cells["0.4/magnitude"]["parameters"] < cells["dense"]["parameters"]
-    assert len(cells["0.4/obs, searched"]["losses"]) >= 1 and cells["0.4/obs"]["channels"] == [40, 40]
+    assert len(cells["0.4/obs, searched"]["losses"]) >= 1 and cells["0.4/obs"]["channels"] == [24, 24]
     assert found["speed"]["0.4"]["prefill_times_dense"] > 0 and "obs, searched" in text
     assert not list(results.glob("*-search.json"))
     assert (results / "structured.png").read_bytes().startswith(b"\x89PNG")

@@ -2,11 +2,12 @@
 
 import os
 import stat
+from pathlib import Path
 
 import pytest
 
 from elastic_sparsity.errors import OutputError
-from elastic_sparsity.files import check_output_file, write_json
+from elastic_sparsity.files import atomic_folder, check_output_file, check_output_folder, write_json
 
 
 @pytest.mark.parametrize("write", [check_output_file, lambda path: write_json(path, {})])
@@ -28,3 +29,16 @@ def test_a_file_is_replaced(tmp_path):
     write_json(tmp_path / "a", {"b": 1})
     assert (tmp_path / "a").read_text() == '{\n  "b": 1\n}\n'
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("name", [".", "../here"])
+def test_the_working_directory_is_no_output(name, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(
+        OutputError, match="is the working directory, which cannot be replaced"
+    ):
+        check_output_folder(Path(name))
+    with atomic_folder(Path("new")) as scratch:
+        (scratch / "a").write_text("b")
+    assert (tmp_path / "here" / "new" / "a").read_text() == "b"

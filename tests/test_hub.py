@@ -275,7 +275,7 @@ def test_a_live_model_switches_by_downloading_what_is_missing(hub):
 
 
 def test_a_token_is_used_but_not_pickled(hub):
-    model = ElasticModel.from_pretrained(REPOSITORY, "70%", token="hf_secret", **hub.options)
+    model = ElasticModel.from_pretrained(REPOSITORY, "70%", **{**hub.options, "token": "hf_secret"})
     pickled = pickle.dumps(model)
     assert b"hf_secret" not in pickled and b"hf_secret" not in repr(model.elastic_state).encode()
     for other in (pickle.loads(pickled), copy.deepcopy(model)):

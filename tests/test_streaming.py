@@ -155,12 +155,12 @@ def test_sharing_a_model_needs_several_workers(tmp_path):
 
 def test_auto_streams_only_what_can_be_streamed(tmp_path, monkeypatch):
     """A large model is read block by block unless something needs all of it."""
-    monkeypatch.setattr("elastic_sparsity.pipeline.free_here", lambda: {"host": 1})
+    monkeypatch.setattr("elastic_sparsity.preparing.free_here", lambda: {"host": 1})
     model = saved(tmp_path / "m", "llama")
     text = recipe_for(model, tmp_path / "t.txt")
     from_itself = tiny_recipe(model={"id": model}, end_to_end=NO_END)
     trained_whole = recipe_for(model, tmp_path / "t.txt", end_to_end={"trainable": "base"})
-    assert [settle(recipe, 1).weights for recipe in (text, from_itself, trained_whole)] == [
+    assert [settle(recipe, 1, {}).weights for recipe in (text, from_itself, trained_whole)] == [
         "stream", "resident", "resident",
     ]  # fmt: skip
 

@@ -14,6 +14,7 @@ from elastic_sparsity import (
     optimize,
     pipeline,
     plan,
+    preparing,
     verify,
     write_report,
 )
@@ -172,7 +173,7 @@ IMPOSSIBLE = [
 
 @pytest.mark.parametrize(("structured", "model", "message"), IMPOSSIBLE)
 def test_sizes_that_cannot_be_met_cost_no_work(structured, model, message, recipe_of, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "calibration_tokens", None)  # not even the text
+    monkeypatch.setattr(preparing, "calibration_tokens", None)  # not even the text
     with pytest.raises(ConfigError, match=message):
         optimize(recipe_of(structured=structured, model={"id": model}), tmp_path / "c")
     assert not list(tmp_path.iterdir())

@@ -137,7 +137,9 @@ def test_shares_are_checked_before_any_work():
     ):
         with pytest.raises(ConfigError, match=message):
             check_shares(tiny_recipe(**{**fine, **sections}), two, "base")
-    check_shares(tiny_recipe(**fine, induction={"batch_size": 3, "steps": 1, "held_out": 1, "reading": "gains"}), two, "off")
+    check_shares(
+        tiny_recipe(**fine, induction={"batch_size": 3, "steps": 1, "held_out": 1, "reading": "gains"}), two, "off"
+    )
 
 
 def test_a_worker_of_its_own():
