@@ -35,9 +35,7 @@ def test_a_file_is_replaced(tmp_path):
 def test_the_working_directory_is_no_output(name, tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    with pytest.raises(
-        OutputError, match="is the working directory, which cannot be replaced"
-    ):
+    with pytest.raises(OutputError, match="is the working directory, which cannot be replaced"):
         check_output_folder(Path(name))
     with atomic_folder(Path("new")) as scratch:
         (scratch / "a").write_text("b")
