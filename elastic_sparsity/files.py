@@ -108,7 +108,8 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         if folder.exists():
             folder.rmdir()
         scratch.replace(folder)
-        sync_path(folder.parent)
+        with suppress(OSError):  # it is there; some file systems cannot sync a folder's names
+            sync_path(folder.parent)
     except Exception as error:
         if not isinstance(error, OSError | SafetensorError) and "(os error" not in str(error):
             raise  # tokenizers raises no type of its own for a full disk
