@@ -84,7 +84,7 @@ def bench(
         if levels:
             wanted = [checkpoint.find_masked(x, "bench") for x in levels]
         else:
-            wanted = [x for x in checkpoint.complete_levels() if isinstance(x, Level)]
+            wanted = checkpoint.complete_among(checkpoint.ladder.levels)
         run = _Run(
             checkpoint=checkpoint, batches=tuple(sorted(set(batches))), prompt=prompt, new_tokens=new_tokens,
             repeats=repeats, device=device, load=load, progress=progress,

@@ -8,7 +8,7 @@ may hold only some levels' files (a device's smaller download).
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -32,6 +32,7 @@ from elastic_sparsity.tensor_file import Room, TensorFile, TensorSpec, check_hea
 
 log = logging.getLogger(__name__)
 
+L = TypeVar("L", bound=AnyLevel)
 _NONE_HERE = "no level is complete here; copy or download one again."
 SAFETENSORS_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
@@ -95,12 +96,11 @@ class ElasticCheckpoint:
         """Whether this folder holds all files of a level; says nothing of what is in them."""
         return all((self.folder / entry.file).is_file() for entry in self.files_of(level))
 
-    def complete_levels(self) -> list[AnyLevel]:
-        """The levels whose files are all here, in the ladder's order; a warning names the others.
+    def complete_among(self, levels: Sequence[L]) -> list[L]:
+        """Those of some levels whose files are all here, in their order; a warning names the others.
 
         Raises: CheckpointError: if there is none.
         """
-        levels = self.manifest.levels()
         here = [level for level in levels if self.is_complete(level)]
         if not here:
             raise CheckpointError(f"{self.folder}: {_NONE_HERE}")

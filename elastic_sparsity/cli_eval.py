@@ -109,11 +109,8 @@ class Record:
     def start_text(self, protocol: dict[str, Any], origin: dict[str, str]) -> None:
         """Raises: ConfigError: if the file's other perplexities are of another protocol or of other weights."""
         held = self.data.get("rows") or []
-        if held and self.data.get("protocol") != protocol:
-            raise ConfigError(
-                f"{self.output}: its perplexities have the protocol {self.data.get('protocol')}, these would have "
-                f"{protocol}; name another --output."
-            )
+        if held:
+            self._check_protocol("perplexities", self.data.get("protocol"), protocol)
         if any(row.get(key) != origin.get(key) for row in held for key in ORIGIN):
             raise ConfigError(
                 f"{self.output}: its perplexities are of other weights that were at this path, or do not tell; name "
@@ -131,11 +128,7 @@ class Record:
 
         protocol = zero_shot_protocol(limit, precision)
         held = self.data.setdefault("zero_shot", {"protocol": protocol, "rows": []})
-        if held["protocol"] != protocol:
-            raise ConfigError(
-                f"{self.output}: its zero-shot rows have the protocol {held['protocol']}, these would have {protocol}; "
-                "name another --output."
-            )
+        self._check_protocol("zero-shot rows", held["protocol"], protocol)
 
     def add_task(self, row: dict[str, Any]) -> None:
         """Raises: ConfigError: if the file's other tasks are of other weights that were at this path."""
@@ -146,6 +139,12 @@ class Record:
                 f"{self.output}: its zero-shot rows are of other weights, or do not tell; name another --output."
             )
         self._write({**self.data, "zero_shot": {**held, "rows": [*kept, self._stamped(row)]}})
+
+    def _check_protocol(self, what: str, held: Any, wanted: dict[str, Any]) -> None:
+        if held != wanted:
+            raise ConfigError(
+                f"{self.output}: its {what} have the protocol {held}, these would have {wanted}; name another --output."
+            )
 
     def _stamped(self, row: dict[str, Any]) -> dict[str, Any]:
         return row | {"date": date.today().isoformat(), "device": self.device}

@@ -219,7 +219,7 @@ def _jobs(
     if is_hub_id(path):  # the files of the same commit
         fetch_levels(path, [x.name for x in levels], **{**hub, "revision": folder.name})
     elif level is None:
-        levels = checkpoint.complete_levels()
+        levels = checkpoint.complete_among(levels)
     checkpoint.check_extras()  # the tokenizer among them
     return (
         load_tokenizer(folder),

@@ -19,7 +19,7 @@ from elastic_sparsity.bitmask import PARTS, compress, restore
 from elastic_sparsity.errors import CheckpointError, ShapeError, UnsupportedModelError
 from elastic_sparsity.files import is_file
 from elastic_sparsity.semi_structured import fits_kernel, pack_2of4, unpack_2of4
-from elastic_sparsity.sized import causal_lm
+from elastic_sparsity.sized import causal_lm, generation_config
 
 BITMASK_FILE = "bitmask.safetensors"
 PACKED_FILE = "packed-2of4.safetensors"
@@ -74,8 +74,7 @@ def load_packed(folder: str | Path) -> Any:
 
     Raises: CheckpointError: no such folder, or it is damaged.
     """
-    from accelerate import init_empty_weights  # slow imports, only here
-    from transformers import GenerationConfig
+    from accelerate import init_empty_weights  # slow import, only here
 
     folder = Path(folder)
     path = next((folder / name for name in (BITMASK_FILE, PACKED_FILE) if is_file(folder / name)), None)
@@ -88,8 +87,7 @@ def load_packed(folder: str | Path) -> Any:
     dtype = next((tensor.dtype for tensor in stored.values() if tensor.is_floating_point()), torch.float32)
     try:
         config = _read_config(folder)
-        has_generation = is_file(folder / "generation_config.json")
-        generation = GenerationConfig.from_pretrained(folder) if has_generation else None
+        generation = generation_config(folder)
         with init_empty_weights():
             model = causal_lm(config, dtype)
     except UnsupportedModelError as error:

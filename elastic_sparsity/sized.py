@@ -21,6 +21,13 @@ from elastic_sparsity.wiring import SIZES_FIELD, Wiring, num_groups, wiring_of
 GROUPS, CHANNELS = "key_value_heads", "channels"
 
 
+def generation_config(folder: Path) -> Any:
+    """What a model's folder says of generating (stop tokens, sampling); None if it says nothing."""
+    from transformers import GenerationConfig  # slow import, only here
+
+    return GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").is_file() else None
+
+
 def with_sizes(config: Any, groups: Sequence[int], channels: Sequence[int]) -> Any:
     """Notes in a config what every block keeps; nothing, if that is what the config says of all of them.
 

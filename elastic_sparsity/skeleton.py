@@ -11,7 +11,7 @@ from elastic_sparsity.arch import architecture_of, config_object, is_transposed
 from elastic_sparsity.checkpoint import ElasticCheckpoint, OpenLevel
 from elastic_sparsity.errors import CheckpointError, ElasticSparsityError, UnsupportedModelError
 from elastic_sparsity.ladder import StructuredLevel
-from elastic_sparsity.sized import causal_lm
+from elastic_sparsity.sized import causal_lm, generation_config
 from elastic_sparsity.structured_section import check_section, level_config
 
 
@@ -35,16 +35,14 @@ def skeleton(checkpoint: ElasticCheckpoint, files: OpenLevel, dtype: torch.dtype
 
     Raises: CheckpointError.
     """
-    from accelerate import init_empty_weights  # slow imports, only here
-    from transformers import GenerationConfig
+    from accelerate import init_empty_weights  # slow import, only here
 
     folder = checkpoint.folder
     try:
         whole = config = model_config(checkpoint)
         if isinstance(files.level, StructuredLevel):
             config = level_config(whole, checkpoint, files.level)
-        has_generation = (folder / "generation_config.json").is_file()
-        generation = GenerationConfig.from_pretrained(folder) if has_generation else None
+        generation = generation_config(folder)
         with torch.device("meta"):  # takes no memory, whatever sizes config.json claims
             _check_fit(causal_lm(config, dtype), whole, checkpoint, files)
         with init_empty_weights():  # computes the buffers, e.g. rotary frequencies

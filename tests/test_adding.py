@@ -396,6 +396,14 @@ def test_a_report_takes_what_eval_wrote(whole, text_file, tmp_path, capsys):
     assert f"{json.loads(output.read_text())['rows'][-1]['perplexity']:.2f}" in (tmp_path / "c/report.html").read_text()
 
 
+def test_a_folder_of_a_structured_level_alone_has_nothing_to_bench(whole, text_file, tmp_path):
+    copy_level(whole, HALF, tmp_path / "device")
+    with pytest.raises(CheckpointError, match="no level is complete here"):
+        bench(tmp_path / "device", prompt=4, new_tokens=2, repeats=1)
+    rows, _ = evaluate_path(str(tmp_path / "device"), str(text_file), window=16, max_windows=2)
+    assert [row["level"] for row in rows] == [HALF]
+
+
 def test_eval_and_placement(whole, text_file):
     rows, _ = evaluate_path(str(whole), str(text_file), window=16, max_windows=2)
     assert [row["level"] for row in rows] == ["0.5", "0.6", "0.7", "2:4", QUARTER, HALF]

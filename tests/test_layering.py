@@ -95,8 +95,7 @@ ALLOWED = {
     "export_gguf": {"torch", "gguf", "arch", "errors", "gguf_vocab", "wiring"},
     "export_onnx": {"torch", "onnx", "openvino", "errors"},
     "packed_files": {
-        "torch", "safetensors", "transformers", "accelerate", "arch", "bitmask", "errors", "files", "semi_structured",
-        "sized",
+        "torch", "safetensors", "accelerate", "arch", "bitmask", "errors", "files", "semi_structured", "sized",
     },
     # layer 3: stages
     "calibrate": {"torch", "activations", "arch", "blocks", "importance"},

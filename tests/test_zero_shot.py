@@ -410,6 +410,7 @@ def test_mistakes_on_the_command_line(capsys, three):
 
 
 def test_the_benchmark_goes_on_where_it_was_stopped(capsys, monkeypatch, tiny_checkpoint, three, tmp_path):
+    monkeypatch.syspath_prepend(TASKS.parent)  # as a script has it
     spec = importlib.util.spec_from_file_location("zero_shot_benchmark", TASKS.parent / "zero_shot.py")
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)
