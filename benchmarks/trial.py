@@ -4,11 +4,12 @@
     python benchmarks/trial.py ... --trial "one sample a step" --set end_to_end.batch_size=1 end_to_end.steps=128
     python benchmarks/trial.py ... --trial "folded first" --set model.id='"folded"' --seeds 0 1
 
-A trial is `smollm2-135m` with few samples and steps (options), and what `--set section.field=value` changes on top;
-values are JSON, or text where they are none. For each seed it says perplexity on every n-th window of the evaluation
-text (not the full protocol), KL to dense over the last quarter of the run on its own text, and what the run took. For
-comparing, not for quoting: two block phases that should be alike ended 1 to 2 % apart. Trials go into one JSON, a name
-each, and are not run again; interrupted, the run of a trial goes on if --work names a folder.
+A trial is `smollm2-135m` with few samples and steps (options), two samples a step, without folds and search, and what
+`--set section.field=value` changes on top; values are JSON, or text where they are none. For each seed it says
+perplexity on every n-th window of the evaluation text (not the full protocol), KL to dense over the last quarter of the
+run on its own text, and what the run took. For comparing, not for quoting: two block phases that should be alike ended
+1 to 2 % apart. Trials go into one JSON, a name each, and are not run again; interrupted, the run of a trial goes on if
+--work names a folder.
 """
 
 import argparse
@@ -79,7 +80,9 @@ def recipe_of(args: argparse.Namespace, seed: int) -> Recipe:
     small = {
         "calibration": {"source": args.calibration, "samples": args.samples, "length": args.length},
         "block": {"samples": args.block_samples, "steps": args.block_steps},
-        "end_to_end": {"steps": args.steps, "trainable": "base"},
+        "end_to_end": {"steps": args.steps, "batch_size": 2, "trainable": "base"},
+        "induction": {"folds": []},
+        "allocation": {"search": False},
     }
     recipe, changes = changed(read_recipe(path), small, seed), changes_of(args.set)
     for section in changes:
