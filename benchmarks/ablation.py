@@ -16,6 +16,7 @@ from pathlib import Path
 from cells import check_texts, differences, exit_on_error, read_result, stamp, text_hashes
 from rich.console import Console
 from rich.table import Table
+from schedules import UNPREPARED
 
 from elastic_sparsity import optimize, read_recipe
 from elastic_sparsity.files import write_json
@@ -23,7 +24,6 @@ from elastic_sparsity.measure import evaluate_path
 
 HERE = Path(__file__).parent
 OFF = {"end_to_end": {"trainable": "off"}}
-UNPREPARED = {"induction": {"folds": []}, "allocation": {"search": False}}  # they would cost more than a row trains
 # name -> changes to the reference; the first row of each part is the reference
 BLOCK_PHASE = {
     "reference: own streams, shared inheritance, 2:4 free": {},

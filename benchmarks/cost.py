@@ -12,11 +12,11 @@ marked >=. EPTS runs in part by --epts-blocks and --epts-steps. Token-passes are
 at the decoder blocks, and the script fails where the plan is wrong. Every run goes into results/NAME.json when it ends:
 after an interruption the same command goes on with the next one, unless machine, threads, text or recipe are others.
 
-Schedules: elastic: the recipe. independent: a run a level, with the tokens that the elastic run spends on it;
-"same steps": each of them as long as the elastic run, counted from the same timings. Which of the two gives elastic's
-quality is for `quality.py` to say: its methods independent and, on request, independent-same. epts: 1,280 steps a block
-of 2,048 tokens, seven groups, no end-to-end phase, as its official code does it, but by this package's faster code and
-in samples as long as the recipe's (theirs: one of 2,048 tokens a step).
+Schedules, all of them without folds and search: elastic: the recipe. independent: a run a level, with the tokens that
+the elastic run spends on it; "same steps": each of them as long as the elastic run, counted from the same timings.
+Which of the two gives elastic's quality is for `quality.py` to say: its methods independent and, on request,
+independent-same. epts: 1,280 steps a block of 2,048 tokens, seven groups, no end-to-end phase, as its official code
+does it, but by this package's faster code and in samples as long as the recipe's (theirs: one of 2,048 tokens a step).
 """
 
 import argparse
@@ -208,7 +208,11 @@ def main() -> None:
     check_texts(args.calibration)
     path = Path(args.recipe) if is_file(args.recipe) else schedules.RECIPES / f"{args.recipe}.toml"
     source = str(Path(args.calibration).resolve()) if is_file(args.calibration) else args.calibration
-    changes: dict[str, dict[str, Any]] = {"calibration": {"source": source}, "memory": {"weights": "resident"}}
+    changes: dict[str, dict[str, Any]] = {
+        "calibration": {"source": source},
+        "memory": {"weights": "resident"},
+        **schedules.UNPREPARED,
+    }
     if args.model:
         changes["model"] = {"id": args.model}
     recipe = read_recipe(path, changes)

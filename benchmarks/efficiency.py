@@ -27,6 +27,7 @@ from cells import check_texts, commit, exit_on_error
 from efficiency_count import Counts, Shapes, block_phase_counts, check_counts, end_to_end
 from rich.console import Console
 from rich.table import Table
+from schedules import UNPREPARED
 
 from elastic_sparsity import adapters, attention, block_phase, pipeline, read_recipe
 from elastic_sparsity import end_to_end as phase_two
@@ -222,8 +223,7 @@ def main() -> None:
     changes = {
         "calibration": {"source": args.calibration},
         "end_to_end": {"trainable": "base"},
-        "induction": {"folds": [], "steps": 0},  # what comes before the training has no closed form here
-        "allocation": {"search": False},
+        **UNPREPARED,  # it has no closed form here
     }
     path = HERE.parent / "recipes" / f"{args.recipe}.toml"
     all_steps = read_recipe(path, changes).end_to_end.steps

@@ -28,6 +28,8 @@ from elastic_sparsity.plan_sizes import Choices, Sizes
 from elastic_sparsity.work_plan import Work, work_of
 
 RECIPES = Path(__file__).parents[1] / "recipes"
+UNPREPARED: dict[str, dict[str, Any]] = {"induction": {"folds": []}, "allocation": {"search": False}}
+"""Leaves folds and search out: they would be most of a short run, and a search's length is not known before."""
 FULL_LR = 3e-4
 """Of full-weight block tuning, unless told otherwise: what `smollm2-135m` trains base values with."""
 

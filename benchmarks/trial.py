@@ -23,7 +23,7 @@ from typing import Any
 from cells import add_place, begin, check_texts, exit_on_error, log, question_of, stamp
 from rich.console import Console
 from rich.table import Table
-from schedules import RECIPES, changed
+from schedules import RECIPES, UNPREPARED, changed
 from spent import spent
 
 from elastic_sparsity import ElasticCheckpoint, ElasticModel, optimize, read_recipe
@@ -81,8 +81,7 @@ def recipe_of(args: argparse.Namespace, seed: int) -> Recipe:
         "calibration": {"source": args.calibration, "samples": args.samples, "length": args.length},
         "block": {"samples": args.block_samples, "steps": args.block_steps},
         "end_to_end": {"steps": args.steps, "batch_size": 2, "trainable": "base"},
-        "induction": {"folds": []},
-        "allocation": {"search": False},
+        **UNPREPARED,
     }
     recipe, changes = changed(read_recipe(path), small, seed), changes_of(args.set)
     for section in changes:
