@@ -44,6 +44,11 @@ class DescentSettings:
             )
 
 
+# Of a search within a run, which goes half its plan's way: by the steps that this leaves out the KL fell by 0 to 3 %, for
+# more than a third of the search's time (benchmarks/LOG.md, 2026-11-29).
+IN_RUN = DescentSettings(least_gain=0.01, patience=2)
+
+
 @dataclass(frozen=True, slots=True)
 class Descended:
     """Where a descent stands.

@@ -110,12 +110,14 @@ class Snapshots:
     Attributes:
         load: tensors and note of the last snapshot; None = from the beginning. Called once, and nothing of it is kept.
         save: keeps a snapshot.
-        seconds: between two.
+        seconds: between two, at least.
+        share: of the phase's time that they may take; one that takes long is followed by a longer time without.
     """
 
     load: Callable[[], tuple[dict[str, Tensor], dict[str, Any]] | None]
     save: Callable[[dict[str, Tensor], dict[str, Any]], None]
     seconds: float = 300.0
+    share: float = 0.02
 
 
 def balanced_order(levels: Sequence[Level], steps: int, generator: torch.Generator) -> list[Level]:
@@ -159,7 +161,7 @@ def train_end_to_end_(
     def loss_of(name: str, ids_BT: Tensor) -> Tensor:
         return _step_loss(model, head, ids_BT, levels[name], autocast, settings.gradient_checkpointing)
 
-    saved = time.monotonic()
+    saved, wait = time.monotonic(), snapshots.seconds if snapshots is not None else math.inf
     for done, name, value in steps_(
         optimizer, order, loss_of, token_ids_ST, settings, share, first=first,
         phase="end-to-end phase", rates="end_to_end.adapter_lr or end_to_end.base_lr",
@@ -169,9 +171,10 @@ def train_end_to_end_(
         if done % max(1, settings.steps // 10) == 0:
             recent = " ".join(f"{name}={_mean(values[-16:]):.4g}" for name, values in history.items() if values)
             log.info("end to end %d/%d  KL to dense %s", done, settings.steps, recent)
-        if snapshots is not None and time.monotonic() - saved >= snapshots.seconds:
+        if snapshots is not None and (begun := time.monotonic()) - saved >= wait:
             snapshots.save(_snapshot(model, optimizer), {"step": done, "history": history})
             saved = time.monotonic()
+            wait = max(snapshots.seconds, (saved - begun) / snapshots.share)
     set_level_(model, None)
     return {name: last_quarter(values) for name, values in history.items() if values}
 

@@ -12,7 +12,7 @@ import torch
 from elastic_sparsity.adding import check_structured
 from elastic_sparsity.allocation import by_linear, progressions, weakened
 from elastic_sparsity.allocation_file import AllocationPlan, allocation_of, check_model, load_plan
-from elastic_sparsity.allocator import return_freed_tensors_
+from elastic_sparsity.allocator import keep_freed_tensors_, return_freed_tensors_
 from elastic_sparsity.arch import function_config
 from elastic_sparsity.block_phase import Job
 from elastic_sparsity.calibration_text import Progress, calibration_tokens, evaluation_windows
@@ -133,6 +133,7 @@ def open_base(recipe: Recipe, weights: str) -> BaseModel:
     if weights == "stream":
         return_freed_tensors_()
         return stream_base(recipe.model.id, recipe.model.dtype, torch.device(default_device()))
+    keep_freed_tensors_()
     return load_base(recipe.model.id, recipe.model.dtype)
 
 
