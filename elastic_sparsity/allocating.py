@@ -39,7 +39,7 @@ from elastic_sparsity.attention import training_attention
 from elastic_sparsity.calibration_text import Progress, calibration_tokens, silent
 from elastic_sparsity.config import Recipe
 from elastic_sparsity.data import token_hash
-from elastic_sparsity.descent import IN_RUN, Descended, DescentSettings, Prices, descend, moved_by
+from elastic_sparsity.descent import Descended, DescentSettings, Prices, descend, moved_by, settings_for
 from elastic_sparsity.errors import ConfigError, OutputError
 from elastic_sparsity.files import check_output_file
 from elastic_sparsity.fused_layers import fused_layers
@@ -207,7 +207,7 @@ def plan_in_run(
         dtype, channel_scales: as in `allocate_on`.
     Raises: ConfigError, OutputError: damaged, or of another run.
     """
-    wanted = Allocating(method="descent", held_out=recipe.allocation.held_out, descent=IN_RUN)
+    wanted = Allocating(held_out=recipe.allocation.held_out, descent=settings_for(recipe.allocation_strength))
     _check_samples(recipe, wanted)
     begun = load_plan(file) if file.exists() else None
     if begun is not None and begun.finished:

@@ -44,9 +44,13 @@ class DescentSettings:
             )
 
 
-# Of a search within a run, which goes half its plan's way: by the steps that this leaves out the KL fell by 0 to 3 %, for
-# more than a third of the search's time (benchmarks/LOG.md, 2026-11-29).
-IN_RUN = DescentSettings(least_gain=0.01, patience=2)
+def settings_for(strength: float) -> DescentSettings:
+    """For a run that goes `strength` of its plan's way: a plan that is used in part is searched less far.
+
+    What the shorter search leaves out lowered the KL by 0 to 3 % in more than a third of the time
+    (benchmarks/LOG.md, 2026-11-29).
+    """
+    return DescentSettings() if strength >= 1 else DescentSettings(least_gain=0.01, patience=2)
 
 
 @dataclass(frozen=True, slots=True)

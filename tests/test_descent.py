@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastic_sparsity.allocation import Size, Trade, fitted, total, trade, uniform
-from elastic_sparsity.descent import Descended, DescentSettings, descend, moved_by
+from elastic_sparsity.descent import Descended, DescentSettings, descend, moved_by, settings_for
 from elastic_sparsity.errors import ConfigError, NumericsError
 
 SIZES = [Size(name=str(i), rows=16, width=64) for i in range(4)]
@@ -154,6 +154,12 @@ def test_ends_when_steps_gain_little_and_keeps_what_they_gained():
     assert all(gain > 0.02 for gain in gains[:-1])
     assert gains[-1] <= 0.02
     assert short.loss == toy(short.kept)
+
+
+def test_a_plan_that_is_used_in_part_is_searched_less():
+    whole, half = settings_for(1.0), settings_for(0.5)
+    assert whole == DescentSettings()
+    assert half.least_gain > whole.least_gain and half.patience < whole.patience and half.steps == whole.steps
 
 
 def test_what_is_refused():

@@ -12,9 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from elastic_sparsity import end_to_end
 from elastic_sparsity.adapters import ElasticLinear, set_level_
 from elastic_sparsity.distill import Share
-from elastic_sparsity.end_to_end import HEAD_ROWS, EndToEndSettings, balanced_order, head_kl, train_end_to_end_
+from elastic_sparsity.end_to_end import (
+    HEAD_ROWS,
+    EndToEndSettings,
+    Snapshots,
+    balanced_order,
+    head_kl,
+    train_end_to_end_,
+)
 from elastic_sparsity.errors import NumericsError
 from elastic_sparsity.ladder import Ladder, keep_count
 from elastic_sparsity.masks import drop_levels
@@ -140,7 +148,7 @@ class Toy(nn.Module):
         self.base_model = Body(train_base)
 
 
-def run(model: Toy, **changes) -> tuple[dict[str, float], list[tuple[int, int]]]:
+def run(model: Toy, snapshots: Snapshots | None = None, **changes) -> tuple[dict[str, float], list[tuple[int, int]]]:
     ids = torch.randint(0, 11, (3, 9), generator=torch.Generator().manual_seed(4))
     numbers = {name: getattr(SETTINGS, name) for name in EndToEndSettings.__slots__} | changes
     done = []
@@ -156,8 +164,29 @@ def run(model: Toy, **changes) -> tuple[dict[str, float], list[tuple[int, int]]]
         nullcontext,
         lambda *progress: done.append(progress),
         Share(places=range(settings.batch_size), num_samples=ids.shape[0]),
+        snapshots,
     )
     return losses, done
+
+
+@pytest.mark.parametrize(("cost", "expected"), [(0.0, [3, 6, 9, 12]), (0.25, [3, 8])])
+def test_snapshots_take_their_share_of_the_time_and_no_more(cost, expected, monkeypatch):
+    """By a clock that a step moves by a second, and a snapshot by its cost: one in three seconds, or a twentieth."""
+    now, taken = [0.0], []
+
+    def save(tensors, note):
+        taken.append(note["step"])
+        now[0] += cost
+
+    def step_loss(*args):
+        now[0] += 1.0
+        return real(*args)
+
+    real = end_to_end._step_loss
+    monkeypatch.setattr(end_to_end, "_step_loss", step_loss)
+    monkeypatch.setattr(end_to_end, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    run(Toy(), Snapshots(load=lambda: None, save=save, seconds=3.0, share=0.05), steps=12)
+    assert taken == expected
 
 
 def kl_of_levels(model: Toy) -> list[float]:

@@ -1,6 +1,7 @@
 """Bad unfinished runs: `<output>.run` damaged, begun with other settings, or nobody's run. As in test_hostile.py."""
 
 import json
+import math
 import os
 import shutil
 from random import Random
@@ -74,7 +75,7 @@ def at_the_end(context):
     import elastic_sparsity.pipeline as pipeline
 
     real = pipeline.Snapshots
-    context.setattr(pipeline, "Snapshots", lambda **fields: real(**fields, seconds=0))
+    context.setattr(pipeline, "Snapshots", lambda **fields: real(**fields, seconds=0, share=math.inf))
     context.setattr(pipeline, "save_run", crash)
 
 

@@ -1,6 +1,7 @@
 """Interrupted runs go on and end with the bytes of an uninterrupted one; two runs do not share an output."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -140,7 +141,7 @@ def test_a_snapshot_of_the_end_to_end_phase(tmp_path, monkeypatch):
     import elastic_sparsity.pipeline as pipeline
 
     real_loss, real_snapshots, seen = end_to_end._step_loss, pipeline.Snapshots, []
-    monkeypatch.setattr(pipeline, "Snapshots", lambda **fields: real_snapshots(**fields, seconds=0))
+    monkeypatch.setattr(pipeline, "Snapshots", lambda **fields: real_snapshots(**fields, seconds=0, share=math.inf))
 
     def fails(*args, **kwargs):
         seen.append(1)
