@@ -26,7 +26,7 @@ def keep_freed_tensors_() -> bool:
     """From here on in this process: the heap keeps its freed end for the next tensors.
 
     By default glibc gives it back above 64 MiB, so a training step clears the pages of its gradients anew (measured:
-    4 % of a step). The peak stays what it is.
+    4 % of a step; the run's peak is 4.57 GB with it and without).
 
     Returns: as `return_freed_tensors_`.
     """

@@ -161,7 +161,7 @@ def train_end_to_end_(
     def loss_of(name: str, ids_BT: Tensor) -> Tensor:
         return _step_loss(model, head, ids_BT, levels[name], autocast, settings.gradient_checkpointing)
 
-    saved, wait = time.monotonic(), snapshots.seconds if snapshots is not None else math.inf
+    saved, cost = time.monotonic(), 0.0
     for done, name, value in steps_(
         optimizer, order, loss_of, token_ids_ST, settings, share, first=first,
         phase="end-to-end phase", rates="end_to_end.adapter_lr or end_to_end.base_lr",
@@ -171,10 +171,11 @@ def train_end_to_end_(
         if done % max(1, settings.steps // 10) == 0:
             recent = " ".join(f"{name}={_mean(values[-16:]):.4g}" for name, values in history.items() if values)
             log.info("end to end %d/%d  KL to dense %s", done, settings.steps, recent)
-        if snapshots is not None and (begun := time.monotonic()) - saved >= wait:
+        begun = time.monotonic()
+        if snapshots is not None and begun - saved >= max(snapshots.seconds, cost / snapshots.share):
             snapshots.save(_snapshot(model, optimizer), {"step": done, "history": history})
             saved = time.monotonic()
-            wait = max(snapshots.seconds, (saved - begun) / snapshots.share)
+            cost = saved - begun
     set_level_(model, None)
     return {name: last_quarter(values) for name, values in history.items() if values}
 
