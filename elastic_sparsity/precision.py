@@ -38,15 +38,19 @@ def autocast_factory(precision: str, device_type: str) -> Callable[[], Any]:
 
 @contextmanager
 def weights_in(linears: Iterable[nn.Module], precision: str) -> Iterator[None]:
-    """Inside, the linears' weights are in `precision`: autocast alone would cast a frozen weight at every call."""
-    kept = [(linear, linear.weight.data) for linear in linears]
+    """Inside, the linears' weights are in `precision`: autocast alone would cast a frozen weight at every call.
+
+    They are other parameters meanwhile, so that an embedding which shares one keeps its own.
+    """
+    kept = [(linear, linear.weight) for linear in linears]
     for linear, weight in kept:
-        linear.weight.data = weight.to(DTYPES[precision])  # type: ignore[union-attr, assignment]
+        cast = weight.detach().to(DTYPES[precision])  # type: ignore[union-attr, operator]
+        linear.weight = nn.Parameter(cast, requires_grad=False)
     try:
         yield
     finally:
         for linear, weight in kept:
-            linear.weight.data = weight  # type: ignore[union-attr, assignment]
+            linear.weight = weight
 
 
 def as_integers(tensor: Tensor) -> Tensor:

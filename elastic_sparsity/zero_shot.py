@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from elastic_sparsity.errors import ConfigError, DataError, ElasticSparsityError, NumericsError, brief
+from elastic_sparsity.precision import weights_in
 from elastic_sparsity.report import mean_score
 from elastic_sparsity.task_files import load_tasks, quiet_harness, seeded
 
@@ -114,7 +116,9 @@ def score_task(
     from lm_eval.models.huggingface import HFLM
 
     check_amounts(limit, batch_size)
+    mixed = precision == "bfloat16"
     try:
+        linears = [module for module in model.modules() if isinstance(module, nn.Linear)] if mixed else []
         with quiet_harness(), seeded(seed):
             harness_model = HFLM(
                 pretrained=model,
@@ -122,14 +126,16 @@ def score_task(
                 backend="causal",
                 batch_size=batch_size,
                 softmax_dtype="float32",
-                mixed_precision_dtype="bfloat16" if precision == "bfloat16" else None,
+                mixed_precision_dtype="bfloat16" if mixed else None,
             )
             harness_model.set_cache_hook(_Answers(name, task, on_progress))
             if task.get_config("num_fewshot") is None:
                 task.set_config("num_fewshot", 0)
             task.set_fewshot_seed(seed)
             first = None if limit is None else min(limit, len(task.eval_docs))
-            found = evaluate(harness_model, {"tasks": {name: task}}, limit=first, bootstrap_iters=0, log_samples=True)
+            with weights_in(linears, "bfloat16"):  # after the harness has tied the model's weights
+                found = evaluate(harness_model, {"tasks": {name: task}}, limit=first, bootstrap_iters=0,
+                                 log_samples=True)  # fmt: skip
     except ElasticSparsityError:
         raise
     except (ArithmeticError, AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:

@@ -193,7 +193,7 @@ ALLOWED = {
     },
     "evaluate": {"torch", "arch", "errors"},
     "task_files": {"torch", "numpy", "transformers", "datasets", "lm_eval", "errors", "files"},
-    "zero_shot": {"numpy", "lm_eval", "errors", "report", "task_files"},
+    "zero_shot": {"torch", "numpy", "lm_eval", "errors", "precision", "report", "task_files"},
     "plan_sizes": {"allocation", "config", "ladder", "model_shapes", "shells"},
     "structured_plan": {"descent", "model_shapes", "plan_sizes", "structured_sizes", "wiring"},
     "fold_plan": {"fold_choice", "plan_sizes"},

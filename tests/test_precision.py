@@ -19,3 +19,11 @@ def test_weights_are_cast_inside_and_the_same_memory_after(fails):
                 raise KeyError
     assert linear.weight.data_ptr() == before[0]
     assert torch.equal(linear.weight.detach(), before[1])
+
+
+def test_what_shares_the_weight_keeps_its_own():
+    embedding, head = nn.Embedding(3, 4), nn.Linear(4, 3, bias=False)
+    head.weight = embedding.weight
+    with weights_in([head], "bfloat16"):
+        assert head.weight.dtype == torch.bfloat16 and embedding.weight.dtype == torch.float32
+    assert head.weight is embedding.weight

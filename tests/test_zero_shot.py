@@ -6,6 +6,7 @@ import os
 import random
 import re
 import sys
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -150,6 +151,20 @@ def test_lambada_equals_a_loop(tokenizer, tmp_path):
     assert (score.metric, score.value) == ("acc", sum(greedy for _, greedy in found) / 16) and 0 < score.value < 1
     mean = torch.tensor([total for total, _ in found], dtype=torch.float64).mean()
     assert score.metrics["perplexity"] == pytest.approx(float(torch.exp(-mean)), rel=1e-5)
+
+
+def test_bfloat16_products_are_those_of_autocast_without_casting_at_every_call(model, tokenizer, tmp_path, monkeypatch):
+    draw, seen = random.Random(2), []
+    rows = [{"context": phrase(draw, 2, 8), "continuation": "stone"} for _ in range(8)]
+    write(tmp_path, "lambada_openai", rows)
+    measure = partial(zero_shot, model, tokenizer, ["lambada_openai"], folder=TASKS, data=tmp_path, batch_size=3)
+    head, shared = model.get_output_embeddings(), model.get_output_embeddings().weight
+    hook = head.register_forward_pre_hook(lambda head, inputs: seen.append(head.weight.dtype))
+    found = measure(precision="bfloat16")
+    assert set(seen) == {torch.bfloat16} and head.weight is shared
+    hook.remove()
+    monkeypatch.setattr("elastic_sparsity.zero_shot.weights_in", lambda linears, precision: nullcontext())
+    assert measure(precision="bfloat16") == found != measure(precision="float32")
 
 
 @pytest.fixture
