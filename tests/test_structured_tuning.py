@@ -13,7 +13,17 @@ from test_adding import logits, same_parameters, save_base
 from test_cli import run
 from transformers import AutoModelForCausalLM
 
-from elastic_sparsity import ElasticCheckpoint, ElasticModel, add_structured, levels, optimize, plan, pruning, verify
+from elastic_sparsity import (
+    ElasticCheckpoint,
+    ElasticModel,
+    add_structured,
+    levels,
+    optimize,
+    plan,
+    pruning,
+    structured_tuning,
+    verify,
+)
 from elastic_sparsity.arch import decoder_blocks, linears_of
 from elastic_sparsity.end_to_end import EndToEndSettings
 from elastic_sparsity.errors import ConfigError, NumericsError
@@ -155,11 +165,19 @@ def test_a_tuned_level_is_what_a_tuned_prune_makes(scores, tiny_checkpoint, sett
     assert ElasticCheckpoint(tmp_path / "c").config["structured"]["structured-0.25"]["tuning"] is None
 
 
-def test_a_loss_that_is_not_finite_leaves_the_checkpoint_as_it_was(tiny_checkpoint, settings, tmp_path):
+def test_a_loss_that_is_not_finite_leaves_the_checkpoint_as_it_was(tiny_checkpoint, settings, tmp_path, monkeypatch):
+    """It is made so here: whether weights of 1e6 give one depends on how the CPU multiplies (AMX: none in 64 steps)."""
+    calls, real = [], structured_tuning.head_kl
+
+    def bursts(*args):
+        calls.append(args)
+        return real(*args) * (math.inf if len(calls) == 4 else 1.0)
+
+    monkeypatch.setattr(structured_tuning, "head_kl", bursts)
     shutil.copytree(tiny_checkpoint, tmp_path / "c")
     before = (tmp_path / "c" / CONFIG_NAME).read_bytes()
-    with pytest.raises(NumericsError, match=r"tuning: loss of level structured 50 % is (nan|inf) at step \d; lower"):
-        add_structured(tmp_path / "c", [0.5], steps=9, lr=1e6, **settings)
+    with pytest.raises(NumericsError, match=r"tuning: loss of level structured 50 % is inf at step 3; lower"):
+        add_structured(tmp_path / "c", [0.5], steps=9, **settings)
     assert (tmp_path / "c" / CONFIG_NAME).read_bytes() == before
     assert sorted(x.name for x in (tmp_path / "c").iterdir()) == sorted(x.name for x in tiny_checkpoint.iterdir())
 
