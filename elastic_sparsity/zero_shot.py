@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from elastic_sparsity.errors import ConfigError, DataError, ElasticSparsityError, NumericsError, brief
@@ -118,7 +119,7 @@ def score_task(
     check_amounts(limit, batch_size)
     mixed = precision == "bfloat16"
     try:
-        linears = [module for module in model.modules() if isinstance(module, nn.Linear)] if mixed else []
+        linears = _linears_to_cast(model) if mixed else []
         with quiet_harness(), seeded(seed):
             harness_model = HFLM(
                 pretrained=model,
@@ -145,6 +146,11 @@ def score_task(
             "or too long for the model, and whether the tokenizer is the model's."
         ) from error
     return _score(name, found["results"][name], found["samples"][name])
+
+
+def _linears_to_cast(model: nn.Module) -> list[nn.Module]:
+    """Linears of float32 weights: those of a quantised model are linears too, of packed integers."""
+    return [x for x in model.modules() if isinstance(x, nn.Linear) and x.weight.dtype == torch.float32]
 
 
 class _Answers:

@@ -18,7 +18,7 @@ from elastic_sparsity.errors import ConfigError, DataError, NumericsError
 from elastic_sparsity.report import mean_score, task_lines, task_means, tasks_table
 from elastic_sparsity.task_files import load_tasks, read_documents
 from elastic_sparsity.tiny import byte_tokenizer, tiny_model
-from elastic_sparsity.zero_shot import score_task, zero_shot
+from elastic_sparsity.zero_shot import _linears_to_cast, score_task, zero_shot
 
 TASKS = Path(__file__).parents[1] / "benchmarks" / "tasks"
 DATA = Path(__file__).parents[2] / "shared" / "data" / "zero_shot"
@@ -165,6 +165,12 @@ def test_bfloat16_products_are_those_of_autocast_without_casting_at_every_call(m
     hook.remove()
     monkeypatch.setattr("elastic_sparsity.zero_shot.weights_in", lambda linears, precision: nullcontext())
     assert measure(precision="bfloat16") == found != measure(precision="float32")
+
+
+def test_weights_of_packed_integers_are_not_cast():
+    plain, quantised = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
+    quantised.weight = torch.nn.Parameter(torch.ones(3, 4, dtype=torch.uint8), requires_grad=False)
+    assert _linears_to_cast(torch.nn.Sequential(plain, quantised, torch.nn.Embedding(3, 4))) == [plain]
 
 
 @pytest.fixture
