@@ -209,14 +209,14 @@ def main() -> None:
     path = Path(args.recipe) if is_file(args.recipe) else schedules.RECIPES / f"{args.recipe}.toml"
     source = str(Path(args.calibration).resolve()) if is_file(args.calibration) else args.calibration
     changes: dict[str, dict[str, Any]] = {
-        "calibration": {"source": source},
+        "calibration": {"source": source, "self_share": 0.0},  # else the first run alone would write it
         "memory": {"weights": "resident"},
         **schedules.UNPREPARED,
     }
     if args.model:
         changes["model"] = {"id": args.model}
     recipe = read_recipe(path, changes)
-    if recipe.calibration.source == "self":
+    if recipe.calibration.self_samples:
         raise ConfigError(
             "--calibration: text of the model's own would be sampled by the first run alone; name a file."
         )

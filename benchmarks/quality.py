@@ -44,6 +44,7 @@ from zero_shot import add_task_arguments, asked_tasks, scores
 from elastic_sparsity import read_recipe
 from elastic_sparsity.calibration_text import calibration_tokens, evaluation_windows
 from elastic_sparsity.config import Recipe
+from elastic_sparsity.data import token_hash
 from elastic_sparsity.errors import ConfigError, NumericsError
 from elastic_sparsity.evaluate import KeptHidden, evaluate
 from elastic_sparsity.files import is_file, write_json
@@ -172,10 +173,12 @@ def main() -> None:
         base.model.float()
     windows_ST, protocol = evaluation_windows(recipe, base, None)
     windows_ST = windows_ST[:: args.every]
-    calibration_tokens(recipe, base)  # a text that cannot be used should not cost a run
+    ids_ST, _ = calibration_tokens(recipe, base)  # a text that cannot be used should not cost a run
     file = args.results / f"{args.name}.json"
     asked = {f"recipe.{name}": value for name, value in question(recipe.model_dump(mode="json")).items()}
     asked |= question_of(args, LEFT_OUT) | {"evaluation_sha256": protocol["sha256"], "precision": precision}
+    if recipe.calibration.self_samples:  # then the text's hash does not say it
+        asked["calibration_sha256"] = token_hash(ids_ST)
     result = begin(args, file, asked, {"windows": list(windows_ST.shape), "cells": {}})
     if tasks:
         used = zero_shot_protocol(args.limit, args.precision)

@@ -9,7 +9,7 @@ from cells import log, stamp
 
 from elastic_sparsity import ElasticCheckpoint, optimize
 from elastic_sparsity.calibration_text import calibration_tokens
-from elastic_sparsity.config import Recipe
+from elastic_sparsity.config import Recipe, make_recipe
 from elastic_sparsity.data import token_hash
 from elastic_sparsity.errors import ConfigError
 from elastic_sparsity.files import write_json
@@ -62,7 +62,7 @@ def trained(recipe: Recipe, folder: Path, base: BaseModel) -> tuple[ElasticCheck
         finally:
             sittings.note(at_once=True)
     checkpoint = ElasticCheckpoint(folder)
-    wanted, found = question(recipe.model_dump(mode="json")), question(checkpoint.config["recipe"])
+    wanted, found = question(recipe.model_dump(mode="json")), question(made_with(checkpoint))
     differing = [name for name in wanted if wanted[name] != found.get(name)]
     if differing:
         raise ConfigError(
@@ -76,6 +76,11 @@ def trained(recipe: Recipe, folder: Path, base: BaseModel) -> tuple[ElasticCheck
             "name another --work folder, or move it away."
         )
     return checkpoint, sittings.all
+
+
+def made_with(checkpoint: ElasticCheckpoint) -> dict[str, Any]:
+    """The recipe that made it, with what recipes say since then at its default."""
+    return make_recipe(checkpoint.config["recipe"], f"{checkpoint.folder}: recipe").model_dump(mode="json")
 
 
 def question(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A recipe's calibration samples: from its text, or sampled from the model itself and kept in the user's cache."""
+"""A recipe's calibration samples: from its text, from the model itself (kept in the user's cache), or from both."""
 
 import copy
 import hashlib
@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -31,7 +32,7 @@ from elastic_sparsity.precision import DTYPES, resolve_precision
 
 log = logging.getLogger(__name__)
 
-SAMPLER = 2  # another number whenever the same seed gives other text, so that what was kept is not taken for it
+SAMPLER = 3  # another number whenever the same seed gives other text, so that what was kept is not taken for it
 HELD_OUT_SEED = 1_000_003  # added to the recipe's seed: text that calibration never sees, whatever its amount
 
 Progress = Callable[[str, int, int], None]
@@ -46,25 +47,39 @@ def calibration_tokens(recipe: Recipe, base: BaseModel, progress: Progress = sil
     """(S, T) calibration samples, and for "self" the held-out samples that evaluation uses when it has no text."""
     wanted = recipe.calibration
     check_length("calibration.length", wanted.length, base.model)
-    if wanted.source == "self" and base.stream is not None:
+    if wanted.self_samples and base.stream is not None:
+        field = 'source: "self"' if wanted.source == "self" else "self_share: the model's own text"
         raise ConfigError(
-            'calibration.source: "self" writes its text with the whole model, but its weights are read block by block; '
-            "name a text, or set memory.weights = 'resident'."
+            f"calibration.{field} is written with the whole model, but its weights are read block by block; name a "
+            "text and no share, or set memory.weights = 'resident'."
         )
     if wanted.source == "self":
         held_out = recipe.evaluation.max_windows or 32
         ids = _self_sampled(recipe, base, wanted.samples, recipe.seed, progress)
         return ids, _self_sampled(recipe, base, held_out, recipe.seed + HELD_OUT_SEED, progress)
+    given = wanted.samples - wanted.self_samples
     text = read_text(
         wanted.source,
         name=wanted.name,
         split=wanted.split,
         text_column=wanted.text_column,
-        max_chars=None if is_file(wanted.source) else 40 * wanted.samples * wanted.length,
+        max_chars=None if is_file(wanted.source) else 40 * given * wanted.length,
     )
     ids = tokenize(base.tokenizer, text)
     check_vocabulary(ids, base.model.config.vocab_size)
-    return sample_windows(ids, wanted.samples, wanted.length, recipe.seed), None
+    ids_ST = sample_windows(ids, given, wanted.length, recipe.seed)
+    if wanted.self_samples:
+        ids_ST = interleave(ids_ST, _self_sampled(recipe, base, wanted.self_samples, recipe.seed, progress))
+    return ids_ST, None
+
+
+def interleave(first_ST: Tensor, second_ST: Tensor) -> Tensor:
+    """(S1 + S2, T) both, each in its order, spread evenly: any first or last few have the proportion within a sample.
+
+    Whoever takes a part of the samples takes the first ones (blocks) or the last ones (held out).
+    """
+    at = torch.cat([(torch.arange(len(ids)) + 0.5) / len(ids) for ids in (first_ST, second_ST)])
+    return torch.cat([first_ST, second_ST])[at.argsort(stable=True)]
 
 
 def _self_sampled(recipe: Recipe, base: BaseModel, samples: int, seed: int, progress: Progress) -> Tensor:

@@ -4,7 +4,6 @@ Every field has a default except the model, the calibration source and the ladde
 the checkpoint.
 """
 
-import difflib
 import tomllib
 from itertools import pairwise
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from elastic_sparsity.errors import ConfigError, brief
+from elastic_sparsity.config_errors import explain
+from elastic_sparsity.errors import ConfigError
 from elastic_sparsity.ladder import Ladder
 
 MAX_RECIPE_BYTES = 1_000_000
@@ -49,8 +49,15 @@ class CalibrationSection(_Section):
     samples: Positive = 128
     length: Length = 2048
     """Tokens a sample; never taken from max_position_embeddings."""
+    self_share: Annotated[float, Field(ge=0.0, lt=1.0, strict=True)] = 0.0
+    """Part of the samples that the model writes itself, spread evenly among those of a text; "self" is all of them."""
     temperature: Above = 1.0
-    """Sampling temperature of "self"."""
+    """Sampling temperature of what the model writes itself."""
+
+    @property
+    def self_samples(self) -> int:
+        """How many samples the model writes itself."""
+        return self.samples if self.source == "self" else round(self.self_share * self.samples)
 
 
 class EvaluationSection(_Section):
@@ -273,6 +280,12 @@ class Recipe(_Section):
             raise ConfigError(
                 f"induction.held_out: {self.induction.held_out} of {self.calibration.samples} samples leave none."
             )
+        text, own = self.calibration, self.calibration.self_samples
+        if text.self_share and text.source != "self" and not 0 < own < text.samples:
+            raise ConfigError(
+                f"calibration.self_share: {text.self_share:g} of {text.samples} samples are {own}; at least one must "
+                "be the model's own and one of the text."
+            )
         if self.block.samples > self.calibration.samples:
             raise ConfigError(
                 f"block.samples: {self.block.samples} is more than calibration.samples ({self.calibration.samples})."
@@ -299,7 +312,9 @@ class Recipe(_Section):
     @property
     def needs_whole_model(self) -> str:
         """What asks for a stage that runs the model as a whole, before the blocks or behind them; empty = nothing."""
-        asked = {"induction": self.induction.is_asked, "allocation.search": self.allocation.search}
+        own_text = 'calibration.source "self"' if self.calibration.source == "self" else "calibration.self_share"
+        asked = {own_text: self.calibration.self_samples > 0}
+        asked |= {"induction": self.induction.is_asked, "allocation.search": self.allocation.search}
         asked["structured.fractions"] = bool(self.structured.fractions)
         return next((field for field, is_asked in asked.items() if is_asked), "")
 
@@ -334,28 +349,6 @@ class Recipe(_Section):
         return self.mixer.weights or (1.0,) * self.build_ladder().num_groups
 
 
-def _section_keys(location: tuple[Any, ...]) -> list[str]:
-    section: type[BaseModel] = Recipe
-    for part in location:
-        section = section.model_fields[str(part)].annotation  # type: ignore[assignment]
-    return list(section.model_fields)
-
-
-def _explain(problem: dict[str, Any]) -> str:
-    location = tuple(problem["loc"])
-    field = ".".join(str(part) for part in location if not str(part).startswith(("tuple[", "constrained-", "int")))
-    if problem["type"] == "extra_forbidden":
-        known = _section_keys(location[:-1])
-        near = difflib.get_close_matches(str(location[-1]), known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}."
-        return f"{field}: unknown key; {hint}"
-    if problem["type"] == "value_error":
-        return str(problem["ctx"]["error"])
-    if problem["type"] == "missing":
-        return f"{field}: missing; every recipe must say it."
-    return f"{field}: {problem['msg']}, found {brief(problem['input'])}."
-
-
 def number_or_text(text: str) -> float | str:
     """A number of a command line; what is none goes on as text to the recipe's own check, which names it."""
     try:
@@ -372,7 +365,7 @@ def make_recipe(data: dict[str, Any], where: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        problems = [_explain(dict(problem)) for problem in error.errors(include_url=False)]
+        problems = [explain(dict(problem), Recipe) for problem in error.errors(include_url=False)]
         raise ConfigError(f"{where}: " + "\n  ".join(dict.fromkeys(problems))) from None
 
 

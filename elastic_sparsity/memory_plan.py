@@ -26,6 +26,7 @@ from elastic_sparsity.plan_sizes import (
     backward_term,
     checkpoint_bytes,
     head_term,
+    sampling_term,
     teacher_term,
 )
 from elastic_sparsity.structured_plan import structured_terms
@@ -153,6 +154,8 @@ def _reading(z: Sizes) -> Iterator[Term]:
         name="largest tensor while it is checked", bytes=s.largest * (2 * s.stored + 3), place="host",
         stages=("load",), why=f"{s.largest:,} numbers x (itself and its absolute value, {s.stored} each, 3 masks)",
     )  # fmt: skip
+    if z.recipe.calibration.self_samples:
+        yield sampling_term(z)
     tokens = CHARACTERS * z.recipe.calibration.samples * z.recipe.calibration.length // 4
     yield Term(
         name="calibration text", bytes=tokens * 100, place="host", stages=("load",),

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from elastic_sparsity.allocation import TOP
 from elastic_sparsity.config import Recipe
+from elastic_sparsity.data import rows_together
 from elastic_sparsity.ladder import keep_count
 from elastic_sparsity.model_shapes import ModelShapes
 from elastic_sparsity.shells import LinearSpec
@@ -193,6 +194,21 @@ def head_term(z: Sizes, tokens: int, stages: tuple[str, ...], weight: int) -> Te
         name="head and logits", bytes=head + 128 * s.vocabulary * (3 * 4 + 4 * p) + 6 * tokens * s.width * 4,
         place="device", stages=stages, why="128 tokens' logits of both models in float32, final hidden states"
         + (f", the head cast to {p} bytes" if head else ""),
+    )  # fmt: skip
+
+
+def sampling_term(z: Sizes) -> Term:
+    """Text that the model writes itself, its sequences side by side."""
+    s, p = z.shapes, z.product
+    numbers = s.rest + s.depth * (s.block_linears + s.block_other)
+    sequence = 2 * s.depth * s.kv_heads * s.head_dim * z.recipe.calibration.length * p
+    rows = min(rows_together(numbers * p, sequence), z.recipe.calibration.self_samples)
+    copied = 0 if s.stored == p else numbers * p
+    return Term(
+        name="sampling calibration text", bytes=copied + rows * (sequence + s.vocabulary * 16), place="device",
+        stages=("load",),
+        why=f"{rows} sequences x (keys and values {sequence:,} + V {s.vocabulary:,} x 16 of logits and their softmax)"
+        f"{', a cast copy of the weights' if copied else ''}",
     )  # fmt: skip
 
 

@@ -133,8 +133,8 @@ def choose(recipe: Recipe, shapes: ModelShapes, limits: dict[str, int], gpu: boo
     trainables = ("base", "adapters", "off") if wanted == "auto" else (wanted,)
     weights = ("resident", "stream") if recipe.memory.weights == "auto" else (recipe.memory.weights,)
     streams = not recipe.model.id.endswith(".gguf") and not recipe.model.id.startswith("random:")
-    if recipe.memory.weights == "auto" and (not streams or recipe.calibration.source == "self"):
-        weights = ("resident",)  # no files to read in blocks, or a model that writes its own text
+    if recipe.memory.weights == "auto" and not streams:
+        weights = ("resident",)  # no files to read in blocks
     if recipe.needs_whole_model:
         weights = ("resident",)
     where = recipe.memory.activations

@@ -275,8 +275,15 @@ def _calibration(config: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     """Where the text came from (of a path only the name: who made it needs no reader), how much, and its hash."""
     source = as_text(value_at(config, "recipe", "calibration", "source"))
     if source is not None:
-        self_sampled = source == "self"
-        yield "text", "sampled from the base model itself" if self_sampled else re.split(r"[\\/]", source)[-1] or source
+        name = "sampled from the base model itself" if source == "self" else re.split(r"[\\/]", source)[-1] or source
+        own, all_samples = (
+            as_number(value_at(config, "recipe", "calibration", key)) for key in ("self_share", "samples")
+        )
+        mixed = source != "self" and own and all_samples and own < 1 and all_samples < 2**31
+        words = (
+            f"; {round(own * all_samples):,} of {all_samples:,.0f} samples written by the base model" if mixed else ""
+        )
+        yield "text", name + words
     tokens = as_number(value_at(config, "data", "calibration_tokens"))
     if tokens is not None and math.isfinite(tokens):
         yield "tokens", f"{tokens:,.0f}"

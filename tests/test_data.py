@@ -1,12 +1,16 @@
 """Text in, token windows out: the perplexity protocol, all file types, and what bad text gets."""
 
 import json
+from unittest import mock
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from elastic_sparsity import data
 from elastic_sparsity.data import draw, read_text, sample_from_model, sample_windows, token_hash, tokenize, windows
-from elastic_sparsity.errors import DataError
+from elastic_sparsity.errors import DataError, NumericsError
 from elastic_sparsity.tiny import byte_tokenizer, tiny_model
 
 
@@ -104,6 +108,28 @@ def test_the_ends_of_the_unit_interval_draw_a_token_that_has_a_share(value, monk
     logits = torch.tensor([[float("-inf"), 0.0, 1.0, float("-inf")]])
     monkeypatch.setattr(torch, "rand", lambda shape, dtype, generator: torch.full(shape, value, dtype=dtype))
     assert int(draw(logits, torch.Generator())) == (1 if value == 0.0 else 2)
+
+
+@given(st.integers(1, 9), st.integers(1, 40), st.integers(0, 2**32 - 1), st.floats(0, 1))
+def test_draws_are_those_of_one_running_sum(block, size, seed, part_left_out):
+    """The oracle: the first token whose running sum is above the random number, without blocks."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = 2 * torch.randn(50, size, generator=generator)
+    logits[torch.rand(50, size, generator=generator) < part_left_out] = float("-inf")
+    logits[:, int(torch.randint(size, (), generator=generator))] = 1.0  # one at least has a share
+    with mock.patch.object(data, "DRAW_BLOCK", block):
+        found = draw(logits, torch.Generator().manual_seed(seed))[:, 0]
+    sums = logits.softmax(-1).double().cumsum(-1)
+    at = torch.rand(50, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * sums[:, -1:]
+    assert torch.equal(found, (sums <= at).sum(-1))
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-45])
+def test_a_temperature_of_nothing_is_a_named_error(temperature):
+    """In float32 the logits are infinite or not a number then."""
+    model = tiny_model("llama")
+    with pytest.raises(NumericsError, match="not finite"):
+        sample_from_model(model, 2, 12, temperature=temperature, seed=0, on_batch=lambda *_: None)
 
 
 def test_token_hash_tells_apart():

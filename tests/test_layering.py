@@ -12,7 +12,8 @@ ALLOWED = {
     # layer 0: plain data
     "errors": set(),
     "ladder": {"errors"},
-    "config": {"errors", "ladder"},
+    "config_errors": {"errors"},
+    "config": {"config_errors", "errors", "ladder"},
     # layer 1: tensors or plain numbers only
     "precision": {"torch"},
     "importance": {"torch", "errors"},
@@ -194,7 +195,7 @@ ALLOWED = {
     "evaluate": {"torch", "arch", "errors"},
     "task_files": {"torch", "numpy", "transformers", "datasets", "lm_eval", "errors", "files"},
     "zero_shot": {"torch", "numpy", "lm_eval", "errors", "precision", "report", "task_files"},
-    "plan_sizes": {"allocation", "config", "ladder", "model_shapes", "shells"},
+    "plan_sizes": {"allocation", "config", "data", "ladder", "model_shapes", "shells"},
     "structured_plan": {"descent", "model_shapes", "plan_sizes", "structured_sizes", "wiring"},
     "fold_plan": {"fold_choice", "plan_sizes"},
     "memory_plan": {"config", "files", "fold_plan", "masks", "model_shapes", "plan_sizes", "structured_plan"},

@@ -68,6 +68,19 @@ def test_terms_add_up_to_the_peaks(shapes):
     assert {each.place for each in found.peaks} == {"device", "host", "disk"}
 
 
+def test_text_that_the_model_writes_takes_memory(shapes):
+    """By hand: 80 blocks x 8 heads x 128 x 2,048 tokens x 2 (keys, values) x 2 bytes a sequence; logits V x 16."""
+    choices = Choices(weights="resident", activations="host", trainable="off", precision="bfloat16", gpu=True)
+    found = {}
+    for own in (0, 5, 1000):
+        text = {"samples": 2000, "length": 2048, "self_share": own / 2000}
+        recipe = large(calibration=text, memory={"weights": "auto"}, end_to_end={"trainable": "off"})
+        terms = memory_terms(shapes, recipe, choices)
+        found[own] = sum(term.bytes for term in terms if term.name == "sampling calibration text")
+    row = 2 * 80 * 8 * 128 * 2048 * 2 + 128_256 * 16
+    assert found == {0: 0, 5: 5 * row, 1000: 128 * row}
+
+
 def test_llama_70b_fits_24_gb(shapes):
     found = plan(large(), config_file=CONFIG, limits=LIMITS)
     assert not found.misfits and found.timing is None

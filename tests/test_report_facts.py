@@ -42,6 +42,21 @@ def test_all_that_a_run_recorded(folder):
     assert [level for level, _ in facts.end_to_end_kl] == ["0.5", "0.6", "0.7", "2:4"]
 
 
+@pytest.mark.parametrize(
+    ("source", "share", "text"),
+    [
+        ("/home/me/news.txt", 0.25, "news.txt; 500 of 2,000 samples written by the base model"),
+        ("news.txt", 0.0, "news.txt"),
+        ("news.txt", None, "news.txt"),  # a checkpoint made before there was a share
+        ("news.txt", "a lot", "news.txt"),
+        ("self", 0.25, "sampled from the base model itself"),
+    ],
+)
+def test_the_text_of_calibration_says_what_the_model_wrote(folder, source, share, text):
+    recipe = {"calibration": {"source": source, "self_share": share, "samples": 2000}}
+    assert dict(facts_of(with_record(folder, recipe=recipe)).calibration)["text"] == text
+
+
 def test_bytes_and_zeros_by_hand(folder):
     """Width 32 and 64, two blocks; 60 % of 32 keeps 13, of 64 keeps 26."""
     facts, checkpoint = facts_of(folder), ElasticCheckpoint(folder)

@@ -159,15 +159,17 @@ def test_auto_streams_only_what_can_be_streamed(tmp_path, monkeypatch):
     model = saved(tmp_path / "m", "llama")
     text = recipe_for(model, tmp_path / "t.txt")
     from_itself = tiny_recipe(model={"id": model}, end_to_end=NO_END)
+    both = {"source": str(tmp_path / "t.txt"), "samples": 5, "length": 16, "self_share": 0.4}
+    mixed = tiny_recipe(model={"id": model}, calibration=both, end_to_end=NO_END)
     trained_whole = recipe_for(model, tmp_path / "t.txt", end_to_end={"trainable": "base"})
-    assert [settle(recipe, 1, {}).weights for recipe in (text, from_itself, trained_whole)] == [
-        "stream", "resident", "resident",
+    assert [settle(recipe, 1, {}).weights for recipe in (text, from_itself, mixed, trained_whole)] == [
+        "stream", "resident", "resident", "resident",
     ]  # fmt: skip
 
 
 def test_self_sampled_text_needs_the_whole_model(tmp_path):
     model = saved(tmp_path / "m", "llama")
-    with pytest.raises(ConfigError, match="self"):
+    with pytest.raises(ConfigError, match='source "self": needs the whole model'):
         optimize(tiny_recipe(model={"id": model}, memory={"weights": "stream"}, end_to_end=NO_END), tmp_path / "c")
     assert not (tmp_path / "c").exists()
     assert not list(tmp_path.glob("c.run"))

@@ -1,0 +1,104 @@
+"""Calibration samples: of a text, of the model's own, or of both."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_recipe
+from hypothesis import given
+from hypothesis import strategies as st
+
+from elastic_sparsity import calibration_text, data
+from elastic_sparsity.calibration_text import calibration_tokens, interleave
+from elastic_sparsity.data import rows_together, sample_from_model, sample_windows, tokenize
+from elastic_sparsity.errors import ConfigError
+from elastic_sparsity.models import load_base
+from elastic_sparsity.tiny import tiny_model
+
+
+@pytest.fixture
+def base(tmp_path, monkeypatch):
+    monkeypatch.setattr(calibration_text, "cache_folder", lambda: tmp_path / "cache")
+    return load_base("random:llama", "float32")
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """8 samples of 16 tokens from a text that has that many."""
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(str(i) for i in range(400)))
+    return lambda **fields: tiny_recipe(calibration={"source": str(text), "samples": 8, "length": 16, **fields})
+
+
+@given(st.integers(0, 40), st.integers(0, 40))
+def test_interleaved_samples_keep_their_order_and_are_spread_evenly(first, second):
+    """Any run of the first samples holds the two within one of their proportion, which nothing can better by much."""
+    found = interleave(torch.arange(first)[:, None], 1000 + torch.arange(second)[:, None])[:, 0]
+    is_second = found >= 1000
+    assert torch.equal(found[~is_second], torch.arange(first))
+    assert torch.equal(found[is_second], 1000 + torch.arange(second))
+    seen = is_second.cumsum(0)
+    wanted = torch.arange(1, first + second + 1) * second / max(first + second, 1)
+    assert ((seen - wanted).abs() <= 1.0).all()
+
+
+def test_a_share_is_the_models_own_text_among_the_given_one(base, recipe):
+    mixed, held_out = calibration_tokens(recipe(samples=12, self_share=1 / 3), base)
+    given_ST, _ = calibration_tokens(recipe(samples=8), base)
+    own_ST, _ = calibration_tokens(recipe(source="self", samples=4), base)
+    assert mixed.shape == (12, 16) and held_out is None
+    assert torch.equal(mixed, interleave(given_ST, own_ST))
+    assert torch.equal(mixed[1::3], own_ST), "every third"
+
+
+def test_without_a_share_all_samples_are_of_the_text(base, recipe):
+    found, _ = calibration_tokens(recipe(), base)
+    ids = tokenize(base.tokenizer, Path(recipe().calibration.source).read_text())
+    assert torch.equal(found, sample_windows(ids, 8, 16, seed=recipe().seed))
+
+
+def test_of_self_the_model_writes_everything_whatever_the_share(base, recipe):
+    whole, _ = calibration_tokens(recipe(source="self"), base)
+    assert torch.equal(whole, calibration_tokens(recipe(source="self", self_share=0.25), base)[0])
+
+
+@pytest.mark.parametrize(("fields", "named"), [({"source": "self"}, "source"), ({"self_share": 0.5}, "self_share")])
+def test_a_model_read_block_by_block_writes_nothing(base, recipe, fields, named):
+    base = dataclasses.replace(base, stream=object())
+    with pytest.raises(ConfigError, match=f"calibration.{named}: .*block by block"):
+        calibration_tokens(recipe(**fields), base)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, float("nan"), True, "half"])
+def test_a_share_outside_its_range_is_named(recipe, share):
+    with pytest.raises(ConfigError, match="calibration.self_share"):
+        recipe(self_share=share)
+
+
+@pytest.mark.parametrize(("share", "own"), [(0.05, 0), (0.95, 8)])
+def test_a_share_of_no_sample_or_of_all_is_refused(recipe, share, own):
+    with pytest.raises(ConfigError, match=f"calibration.self_share: {share} of 8 samples are {own}; at least one"):
+        recipe(self_share=share)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "gpt_neox", "qwen3"])
+def test_sequences_are_sampled_together_as_their_keys_and_values_fit(family, monkeypatch):
+    """The cache's own tensors say how many bytes a sequence takes."""
+    model = tiny_model(family).eval()
+    cache = model(torch.zeros(1, 24, dtype=torch.int64), use_cache=True).past_key_values
+    sequence = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert data._cache_bytes(model, 24) == sequence
+    seen = []
+    monkeypatch.setattr(data, "SELF_BATCH", 2)
+    found = sample_from_model(model, 5, 12, temperature=1.0, seed=0, on_batch=lambda *at: seen.append(at))
+    assert found.shape == (5, 12) and seen == [(2, 5), (4, 5), (5, 5)]
+
+
+@pytest.mark.parametrize(
+    ("weights", "sequence", "together"),
+    [(10, 2**30, 2), (8 * 2**30, 2**30, 8), (10, 3 * 2**30, 1), (10, 1, data.SELF_BATCH)],
+    ids=["2 GiB", "as many bytes as the weights", "one at least", "no more than pays"],
+)
+def test_how_many_sequences_are_sampled_together(weights, sequence, together):
+    assert rows_together(weights, sequence) == together
