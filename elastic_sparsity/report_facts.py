@@ -276,14 +276,11 @@ def _calibration(config: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     source = as_text(value_at(config, "recipe", "calibration", "source"))
     if source is not None:
         name = "sampled from the base model itself" if source == "self" else re.split(r"[\\/]", source)[-1] or source
-        own, all_samples = (
-            as_number(value_at(config, "recipe", "calibration", key)) for key in ("self_share", "samples")
-        )
-        mixed = source != "self" and own and all_samples and own < 1 and all_samples < 2**31
-        words = (
-            f"; {round(own * all_samples):,} of {all_samples:,.0f} samples written by the base model" if mixed else ""
-        )
-        yield "text", name + words
+        share = as_number(value_at(config, "recipe", "calibration", "self_share")) or 0.0
+        samples = as_number(value_at(config, "recipe", "calibration", "samples")) or 0.0
+        if source != "self" and 0 < share < 1 and 0 < samples < 2**31:
+            name += f"; {round(share * samples):,} of {samples:,.0f} samples written by the base model"
+        yield "text", name
     tokens = as_number(value_at(config, "data", "calibration_tokens"))
     if tokens is not None and math.isfinite(tokens):
         yield "tokens", f"{tokens:,.0f}"

@@ -49,6 +49,8 @@ def test_all_that_a_run_recorded(folder):
         ("news.txt", 0.0, "news.txt"),
         ("news.txt", None, "news.txt"),  # a checkpoint made before there was a share
         ("news.txt", "a lot", "news.txt"),
+        ("news.txt", -math.inf, "news.txt"),
+        ("news.txt", math.nan, "news.txt"),
         ("self", 0.25, "sampled from the base model itself"),
     ],
 )
