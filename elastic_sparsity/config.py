@@ -313,9 +313,8 @@ class Recipe(_Section):
     def needs_whole_model(self) -> str:
         """What asks for a stage that runs the model as a whole, before the blocks or behind them; empty = nothing."""
         own_text = 'calibration.source "self"' if self.calibration.source == "self" else "calibration.self_share"
-        asked = {own_text: self.calibration.self_samples > 0}
-        asked |= {"induction": self.induction.is_asked, "allocation.search": self.allocation.search}
-        asked["structured.fractions"] = bool(self.structured.fractions)
+        asked = {"induction": self.induction.is_asked, "allocation.search": self.allocation.search}
+        asked |= {"structured.fractions": bool(self.structured.fractions), own_text: self.calibration.self_samples > 0}
         return next((field for field, is_asked in asked.items() if is_asked), "")
 
     def build_ladder(self) -> Ladder:
