@@ -22,6 +22,7 @@ from typing import Any
 from elastic_sparsity import read_recipe
 from elastic_sparsity.config import Recipe, make_recipe
 from elastic_sparsity.errors import ConfigError
+from elastic_sparsity.fold_choice import ORDERS
 from elastic_sparsity.ladder import Level
 from elastic_sparsity.model_shapes import ModelShapes
 from elastic_sparsity.plan_sizes import Choices, Sizes
@@ -31,7 +32,7 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 UNPREPARED: dict[str, dict[str, Any]] = {"induction": {"folds": []}, "allocation": {"search": False}}
 """Leaves folds and search out: they would be most of a short run, and a search's length is not known before."""
 FULL_LR = 3e-4
-"""Of full-weight block tuning, unless told otherwise: what `smollm2-135m` trains base values with."""
+"""Of full-weight block tuning, unless told otherwise: what `smollm2-135m` trained base values with until 2026-11-29."""
 
 
 def elastic(recipe: Recipe, seed: int) -> Recipe:
@@ -79,6 +80,7 @@ def independent(recipe: Recipe, level: Level, *, trainable: str = "as elastic", 
         "adapters": {"ranks": sum(ranks[group] for group in active)},
         "mixer": {"weights": None},
         "scores": {"patterns": "free"},  # the only level there is
+        "induction": {"folds": [kind for kind in recipe.induction.folds if level.pattern or kind not in ORDERS]},
         "allocation": {
             "slope": 0.0 if level.pattern else slopes[level.index],
             "search": recipe.allocation.search and not level.pattern,

@@ -18,7 +18,7 @@ def fold_terms(z: Sizes) -> Iterator[Term]:
         name="all weights in float32", bytes=s.total * (4 - z.weight), place="device", stages=STAGE,
         why=f"{s.total:,} numbers x {4 - z.weight} more than they are stored in",
     )  # fmt: skip
-    tokens = (min(wanted.samples, z.recipe.calibration.samples) + wanted.held_out) * z.recipe.calibration.length
+    tokens = (_given(z) + wanted.held_out) * z.recipe.calibration.length
     yield Term(
         name="hidden states", bytes=2 * tokens * s.width * 4, place="device", stages=STAGE,
         why=f"of this block and of the next: 2 x {tokens:,} tokens x D x 4",
@@ -39,8 +39,7 @@ def fold_passes(z: Sizes) -> int:
     wanted, depth, length = z.recipe.induction, z.shapes.depth, z.recipe.calibration.length
     if not wanted.folds:
         return 0
-    given = min(wanted.samples, z.recipe.calibration.samples - wanted.held_out)
-    levels, patterns = len(z.recipe.build_ladder().levels), z.patterns
+    given, levels, patterns = _given(z), len(z.recipe.build_ladder().levels), z.patterns
     passes = depth * (2 * given + wanted.held_out) if set(wanted.folds) != {RESIDUAL_ORDER} else 0
     for kind in wanted.folds:
         if kind == RESIDUAL_ORDER:
@@ -54,6 +53,11 @@ def fold_passes(z: Sizes) -> int:
 def absorbed_passes(z: Sizes) -> tuple[int, int]:
     """Token-passes of reading "absorbed" through single blocks: forward alone, and training steps of one sample."""
     wanted, depth, length = z.recipe.induction, z.shapes.depth, z.recipe.calibration.length
-    given = min(wanted.samples, z.recipe.calibration.samples - wanted.held_out)
+    given = _given(z)
     judged = 2 * len(z.recipe.build_ladder().levels) * wanted.held_out
     return depth * (2 * given + wanted.held_out + judged) * length, depth * wanted.steps * length
+
+
+def _given(z: Sizes) -> int:
+    """Samples that the stage takes its statistics from, beside those that judge."""
+    return min(z.recipe.induction.samples, z.recipe.calibration.samples - z.recipe.induction.held_out)

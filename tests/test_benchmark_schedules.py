@@ -7,9 +7,10 @@ import pytest
 import torch
 from conftest import tiny_recipe
 
-from elastic_sparsity import optimize, pipeline
+from elastic_sparsity import optimize, pipeline, read_recipe
 from elastic_sparsity.config import make_recipe
 from elastic_sparsity.errors import ConfigError
+from elastic_sparsity.inducing import check_stages
 from elastic_sparsity.ladder import Ladder
 from elastic_sparsity.model_shapes import read_shapes
 
@@ -118,6 +119,17 @@ def test_what_each_run_trains(recipe):
     assert [schedules.independent(searched, x).allocation.search for x in recipe.build_ladder().levels] == [
         x.pattern is None for x in recipe.build_ladder().levels
     ]
+
+
+@pytest.mark.parametrize("level", read_recipe(schedules.RECIPES / "smollm2-135m.toml").build_ladder().levels, ids=str)
+def test_every_level_of_the_shipped_recipe_can_be_run_alone(level):
+    """Not all that a ladder may ask for suits each of its levels: orders of channels are for patterns, a search is not."""
+    recipe = schedules.elastic(read_recipe(schedules.RECIPES / "smollm2-135m.toml"), 0)
+    made = schedules.independent(recipe, level)
+    check_stages(made)
+    orders = {"value_order", "mlp_order"}
+    assert set(recipe.induction.folds) - set(made.induction.folds) == (set() if level.pattern else orders)
+    assert made.allocation.search == (level.pattern is None)
 
 
 def test_epts_gets_the_elastic_runs_passes(recipe, counted):
