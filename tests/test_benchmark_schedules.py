@@ -123,7 +123,7 @@ def test_what_each_run_trains(recipe):
 
 @pytest.mark.parametrize("level", read_recipe(schedules.RECIPES / "smollm2-135m.toml").build_ladder().levels, ids=str)
 def test_every_level_of_the_shipped_recipe_can_be_run_alone(level):
-    """Not all that a ladder may ask for suits each of its levels: orders of channels are for patterns, a search is not."""
+    """Not all that a ladder may ask for suits each of its levels: orders of channels are for patterns alone."""
     recipe = schedules.elastic(read_recipe(schedules.RECIPES / "smollm2-135m.toml"), 0)
     made = schedules.independent(recipe, level)
     check_stages(made)
