@@ -84,7 +84,8 @@ def plot_bytes(rows: Sequence[Row], path: Path, title: str) -> None:
     """Perplexity by the bytes that a level reads, of the one elastic file or of a bitmask file of its own; below, what
     all levels take together."""
     rows = _shown(rows)
-    shown = ("sparsegpt", "epts", "independent-full", "independent-lora", "independent", "elastic")
+    compared = ("sparsegpt", "epts", "independent-full", "independent-lora", "independent", "elastic")
+    shown = [method for method in compared if any(row["method"] == method for row in rows)]
     with _figure(path, (9, 6), [1], heights=[4, 1]) as (figure, axes):
         axis = axes[0]
         for method in shown:

@@ -16,6 +16,7 @@ from test_benchmarks import RECIPE, common, place, start, started  # noqa: F401 
 
 import quality  # isort: skip  found by test_benchmarks
 import quality_models  # isort: skip
+import quality_plots  # isort: skip
 import quality_report  # isort: skip
 import schedules  # isort: skip
 import trained  # isort: skip
@@ -284,6 +285,28 @@ def test_table_by_hand():
     assert (pruned["accuracy"], pruned["accuracy_error"]) == (pytest.approx(0.6), pytest.approx(0.025))
     assert pruned["accuracy_spread"] is None
     assert rows["2:4", "wanda"]["gap_closed"] is None
+
+
+def test_the_plot_by_bytes_names_only_what_was_measured(tmp_path, monkeypatch):
+    from matplotlib import pyplot
+
+    figures = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    cells = {("dense", "dense"): 9e6, ("elastic", "0.5"): 5e6, ("elastic", "2:4"): 6e6, ("sparsegpt", "0.5"): 4e6}
+    rows = [
+        {
+            "method": method,
+            "level": level,
+            "perplexity": 20.0,
+            "perplexity_spread": None,
+            "bytes": size,
+            "bytes_all": 7e6,
+        }
+        for (method, level), size in cells.items()
+    ]
+    quality_plots.plot_bytes(rows, tmp_path / "bytes.png", "title")
+    named = {text.get_text() for text in figures[0].legends[0].get_texts()}
+    assert named == {"dense", "elastic (in the one file)", "sparsegpt (bitmask file)"}
 
 
 def test_failures_spread_and_task_tables_by_hand():
