@@ -293,17 +293,8 @@ def test_the_plot_by_bytes_names_only_what_was_measured(tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(pyplot, "close", figures.append)
     cells = {("dense", "dense"): 9e6, ("elastic", "0.5"): 5e6, ("elastic", "2:4"): 6e6, ("sparsegpt", "0.5"): 4e6}
-    rows = [
-        {
-            "method": method,
-            "level": level,
-            "perplexity": 20.0,
-            "perplexity_spread": None,
-            "bytes": size,
-            "bytes_all": 7e6,
-        }
-        for (method, level), size in cells.items()
-    ]
+    same = {"perplexity": 20.0, "perplexity_spread": None, "bytes_all": 7e6}
+    rows = [{"method": method, "level": level, "bytes": size, **same} for (method, level), size in cells.items()]
     quality_plots.plot_bytes(rows, tmp_path / "bytes.png", "title")
     named = {text.get_text() for text in figures[0].legends[0].get_texts()}
     assert named == {"dense", "elastic (in the one file)", "sparsegpt (bitmask file)"}

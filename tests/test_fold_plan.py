@@ -91,3 +91,10 @@ def test_weights_are_float32_in_the_stage_and_on_disk_afterwards():
         in_float32 = [term.bytes for term in terms if term.name == "all weights in float32"]
         assert in_float32 == ([2 * shapes.total] if kinds else [])
     assert places[True]["disk"] == places[False]["disk"] + 2 * shapes.total
+
+
+def test_samples_that_judge_are_not_counted_twice():
+    """More samples asked for than there are: hidden states are of all there are, as the stage takes them."""
+    recipe = tiny_recipe(induction={"folds": ["values"], "samples": 8, "held_out": 2}, calibration={"samples": 8})
+    hidden = next(term for term in fold_terms(Sizes(SHAPES, recipe, CHOICES)) if term.name == "hidden states")
+    assert hidden.bytes == 2 * 8 * recipe.calibration.length * SHAPES.width * 4
