@@ -16,7 +16,7 @@ from elastic_sparsity.arch import head_function
 from elastic_sparsity.errors import ConfigError, NumericsError, ShapeError
 
 Logits = Callable[[Tensor], Tensor]
-ROWS = 128  # logits of this many positions exist at once
+ROWS = 256  # logits of this many positions exist at once
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 import ast
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -16,6 +17,9 @@ from induction_rows import ROWS, Row, residual_axes, variant_of  # isort: skip
 from induction_work import WorkFolder, code_of, code_sha256, work_folder  # isort: skip
 from spent import spent, together  # isort: skip
 
+from elastic_sparsity.evaluate import evaluate
+from elastic_sparsity.models import weights_hash
+from elastic_sparsity.precision import autocast_factory
 from elastic_sparsity.residual import rotate_residual_
 from elastic_sparsity.tiny import tiny_model
 
@@ -106,6 +110,16 @@ def test_equal_weights_are_not_measured_twice(made):
     model.lm_head.weight.data[0, 0] += 1
     other = induction_made.judged(model, {"a cell": first}, windows_ST, torch.no_grad)
     assert other["perplexity"] != first["perplexity"] and made["evaluate"] == 2
+
+
+def test_weights_cast_once_give_the_figures_of_casts_at_every_window():
+    model, windows_ST = tiny_model("llama").float(), torch.randint(0, 256, (2, 24))
+    kept, autocast = weights_hash(model), autocast_factory("bfloat16", "cpu")
+    expected = evaluate({"it": model}, windows_ST, autocast=autocast)["it"].perplexity
+    assert induction_made.judged(model, {}, windows_ST, autocast)["perplexity"] == expected
+    assert weights_hash(model) == kept
+    exact = induction_made.judged(model, {}, windows_ST, autocast_factory("float32", "cpu"))["perplexity"]
+    assert exact == evaluate({"it": model}, windows_ST, autocast=nullcontext)["it"].perplexity != expected
 
 
 def test_parts_make_every_piece_once_and_go_on(few, tmp_path, made):
