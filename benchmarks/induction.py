@@ -4,11 +4,11 @@
 
 Both columns prune the same model on the same calibration samples. Induction learns from further tokens, which the
 JSON tells; "gap closed" is the share of the log-perplexity gap to the dense model that it removes, and the verdict says
-whether a cell is worse by more than its spread over seeds (`induction_table`). Magnitude is that of the induced model's
-own weights; plain magnitude knows no sample, so that seeds after the first copy it. SparseGPT with induction updates
-what the learned masks keep, by --update of what it does alone (`baselines.prune_one_shot_`). Weights that were measured
-already are not measured again. Every cell goes into the JSON as soon as it is measured, and what was learned stays in
---work: an interrupted run goes on, `--restart` measures all cells anew.
+whether a cell is worse by more than its spread over seeds (`induction_table`). Magnitude is that of the weights that
+`induce` writes for the cell's level; plain magnitude knows no sample, so that seeds after the first copy it. SparseGPT
+with induction updates what the learned masks keep, by --update of what it does alone (`baselines.prune_one_shot_`).
+Weights that were measured already are not measured again. Every cell goes into the JSON as soon as it is measured, and
+what was learned stays in --work: an interrupted run goes on, `--restart` measures all cells anew.
 """
 
 import argparse
@@ -35,6 +35,7 @@ from elastic_sparsity.evaluate import evaluate
 from elastic_sparsity.files import write_json
 from elastic_sparsity.inducing import absorb_importance_, only_patterns
 from elastic_sparsity.induction import Induced
+from elastic_sparsity.ladder import Level
 from elastic_sparsity.models import BaseModel, load_base
 from elastic_sparsity.precision import autocast_factory, default_device, resolve_precision
 
@@ -136,7 +137,7 @@ class Bench:
             if kind == "induced" and str(seed) not in self.result["induction"]:
                 self.result["induction"][str(seed)] = maker.learned[1]
                 log(f"seed {seed}: induction {maker.learned[1]}")
-            pruned = copy.deepcopy(maker.source_of(method, kind).model)
+            pruned = copy.deepcopy(maker.source_of(method, kind, levels[level]).model)
             scales = maker.learned[0].scales if kind == "induced" and method != "magnitude" else None
             with spent() as pruning:
                 prune_one_shot_(
@@ -167,16 +168,15 @@ class Maker:
     def learned(self) -> tuple[Induced, dict[str, Any]]:
         return self.source.learned(self.recipe, self.base)
 
-    @cached_property
-    def absorbed(self) -> BaseModel:
+    def absorbed(self, level: Level) -> BaseModel:
         found = self.learned[0]
         importance = {name: found.input_norms[name] * scale for name, scale in found.scales.items()}
         absorbed = copied(self.base)
-        absorb_importance_(absorbed.model, importance, rows_apart=only_patterns(self.recipe.build_ladder().levels))
+        absorb_importance_(absorbed.model, importance, rows_apart=only_patterns([level]))
         return absorbed
 
-    def source_of(self, method: str, kind: str) -> BaseModel:
-        return self.absorbed if (method, kind) == ("magnitude", "induced") else self.base
+    def source_of(self, method: str, kind: str, level: Level) -> BaseModel:
+        return self.absorbed(level) if (method, kind) == ("magnitude", "induced") else self.base
 
 
 def copied_from(cell: str, cells: Mapping[str, Any]) -> str | None:

@@ -6,7 +6,6 @@ and both scripts.
 
 import copy
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,17 +24,17 @@ from elastic_sparsity.fused_layers import fused_layers
 from elastic_sparsity.inducing import absorb, fold, learn
 from elastic_sparsity.induction import Induced
 from elastic_sparsity.models import BaseModel, weights_hash
-from elastic_sparsity.precision import weights_in
+from elastic_sparsity.precision import weights_under
 from elastic_sparsity.workers import Workers
 
 SECTIONS = ("ladder", "scores", "induction")  # of a recipe; its text counts by its tokens
-SHARED = ("inducing", "importance", "soft_mask", "ladder")
+SHARED = ("inducing", "importance", "soft_mask", "ladder", "arch", "blocks", "distill", "feature_stage", "wiring")
 # What decides a piece's numbers: when one of these modules changes, the piece is made anew.
 CODE = {
     "scores": (*SHARED, "induction", "end_to_end"),
-    "folds": (*SHARED, "fold_choice", "feature_stage", "functional_fold", "channel_order", "head_basis",
+    "folds": (*SHARED, "fold_choice", "functional_fold", "channel_order", "head_basis",
               "metric_refresh", "rotation", "folding", "calibrate", "residual", "residual_order"),
-    "absorbed": (*SHARED, "absorbed_stage", "feature_stage", "functional_fold", "absorption", "spectral_loss",
+    "absorbed": (*SHARED, "absorbed_stage", "functional_fold", "absorption", "spectral_loss",
                  "head_basis", "metric_refresh", "folding", "calibrate"),
 }  # fmt: skip
 COSTS = ("seconds", "cpu_seconds", "peak_bytes", "added_bytes", "peak_gpu_bytes")
@@ -120,9 +119,6 @@ def judged(model: Any, cells: dict[str, Any], windows_ST: Tensor, autocast: Call
     for name, cell in cells.items():
         if cell.get("weights_sha256") == sha256:
             return {"perplexity": cell["perplexity"], "weights_sha256": sha256, "same_weights_as": name}
-    with autocast():
-        cast = torch.is_autocast_enabled(model.device.type)
-    linears = linears_of(model).values()  # their casts, once instead of at every window, save a tenth of the time
-    with weights_in(linears, "bfloat16") if cast else nullcontext():
+    with weights_under(autocast, linears_of(model).values()):  # saves a tenth of the time
         found = evaluate({"it": model}, windows_ST, autocast=autocast)["it"].perplexity
     return {"perplexity": found, "weights_sha256": sha256}

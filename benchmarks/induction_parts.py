@@ -18,7 +18,9 @@ measured twice; the cell names it. Masks, scales and gains take the same calibra
     python benchmarks/induction_parts.py ... --generate 20 --plot
 
 also compares 200 greedy tokens of 20 prompts (windows of the evaluation text) between the model with all folds and
-scales absorbed and the original, in float32, and draws singular values and importance before and after.
+scales absorbed and the original, and their perplexities, in float32, and draws singular values and importance before
+and after. `--induced FOLDER` does it for a model that `elastic-sparsity induce` wrote; `--rows` without names measures
+nothing else.
 """
 
 import argparse
@@ -30,7 +32,7 @@ import torch
 from cells import add_place, begin, check_texts, exit_on_error, ladder_section, log, question_of, stamp
 from induction_made import Source, judged
 from induction_plot import draw
-from induction_rows import ROWS, Induced, Inducer, variant_of
+from induction_rows import EVERY_PAIR, ROWS, Induced, Inducer, variant_of
 from induction_table import parts_summary, parts_table
 from induction_work import WorkFolder, work_folder
 from rich.console import Console
@@ -73,6 +75,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--every", type=int, default=1, help="measure every n-th window")
     parser.add_argument("--generate", type=int, default=0, help="prompts whose greedy text is compared")
     parser.add_argument("--plot", action="store_true")
+    parser.add_argument("--induced", type=Path, help="folder of `elastic-sparsity induce`, for --generate and --plot")
     parser.add_argument("--restart", action="store_true", help="measure all again; what lies in --work stays")
     add_place(parser, "induction_parts")
     return parser.parse_args()
@@ -82,7 +85,7 @@ def main() -> None:
     args = arguments()
     check_texts(args.calibration, args.evaluation)
     file = args.results / f"{args.name}.json"
-    question = question_of(args, ("rows", "methods", "generate", "plot", "work")) | {"precision": PRECISION}
+    question = question_of(args, ("rows", "methods", "generate", "plot", "induced", "work")) | {"precision": PRECISION}
     result = begin(args, file, question, {"dense": None, "rows": {}, "cells": {}})
     with work_folder(args.work) as work:
         bench = Bench(args, result, file, work)
@@ -149,7 +152,7 @@ class Bench:
         methods = [x for x in self.args.methods if x == "magnitude" or row.scores != "norms"]
         missing = [(method, level) for method in methods for level in self.levels
                    if f"{name}/{method}/{level.name}" not in self.result["cells"]]  # fmt: skip
-        for variant in dict.fromkeys(variant_of(row, method) for method, _ in missing):
+        for variant in dict.fromkeys(variant_of(row, *cell) for cell in missing):
             key = f"{name}/{variant}"
             try:
                 made = self.inducer.make(row, variant)
@@ -160,7 +163,7 @@ class Bench:
                 continue
             self.result["rows"][key] = {**made.note, **stamp(self.args.seed)}
             for method, level in missing:
-                if variant_of(row, method) == variant:
+                if variant_of(row, method, level) == variant:
                     self.fill(f"{name}/{method}/{level.name}", made, method, level, row.gains)
 
     def fill(self, cell: str, made: Induced, method: str, level: Level, gains: bool) -> None:
@@ -185,11 +188,15 @@ class Bench:
     def look_at_induced(self) -> None:
         """Greedy text and pictures of all that is exact, absorbed; what is there already is not made again."""
         prompts, picture = self.args.generate, self.file.with_suffix(".png")
-        compare = prompts and self.result.get("greedy", {}).get("prompts") != prompts
+        asked = {"prompts": prompts, "of": self.args.induced.name if self.args.induced else "all"}
+        compare = prompts and self.result.get("greedy", {}) | asked != self.result.get("greedy")
         plot = self.args.plot and not ("plot" in self.result and picture.is_file())
         if not compare and not plot:
             return
-        induced = self.inducer.make(ROWS["all"], "magnitude").base.model
+        if self.args.induced:
+            induced = load_base(str(self.args.induced)).model.float().requires_grad_(False)
+        else:
+            induced = self.inducer.make(ROWS["all"], EVERY_PAIR).base.model
         if compare:
             ids = self.windows_ST[:prompts, :PROMPT_TOKENS].to(induced.device)
             texts = [
@@ -197,8 +204,7 @@ class Bench:
                 for m in (self.base.model, induced)
             ]
             same = sum(bool(torch.equal(a, b)) for a, b in zip(*texts, strict=True))
-            self.result["greedy"] = {"prompts": prompts, "tokens": GREEDY_TOKENS, "identical": same,
-                                     **stamp(self.args.seed)}  # fmt: skip
+            self.result["greedy"] = {**asked, "tokens": GREEDY_TOKENS, "identical": same, **stamp(self.args.seed)}
             self.result["induced_dense"] = self.perplexity(induced)
             write_json(self.file, self.result)
             log(f"greedy text identical for {same} of {prompts}")

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from induction_made import COSTS, Source
+from induction_table import EVERY_PAIR
 from refresh import norms_anew
 from spent import spent, together
 from torch import Tensor
@@ -70,11 +71,16 @@ ROWS: dict[str, Row] = {
 }
 
 
-def variant_of(row: Row, method: str) -> str:
-    """Which variant of a row a method prunes: scales are another for magnitude than for scores that know the inputs."""
+def variant_of(row: Row, method: str, level: Level) -> str:
+    """Which variant of a row a method prunes: scales are another for magnitude than for scores that know the inputs.
+
+    Importance that magnitudes take goes into every pair for N:M, elsewhere behind norms alone (`absorb_importance_`).
+    """
     if row.absorbed is None and row.scores is None:
         return "any"
-    return "magnitude" if method == "magnitude" else "wanda"
+    if method != "magnitude":
+        return "wanda"
+    return EVERY_PAIR if row.scores and only_patterns([level]) else "magnitude"
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +123,7 @@ class Inducer:
         patterns = [level.pattern for level in self.levels if level.pattern]
         if row.needs_pattern and not patterns:
             raise AbsorptionError("an order of channels changes N:M masks alone, and --levels has none.")
-        base, scales, note = self.base, None, {}
+        base, scales, note, method = self.base, None, {}, variant.split()[0]
         if row.rotated or row.scores == "norms":
             base = copied(base)
         if row.rotated:
@@ -126,20 +132,20 @@ class Inducer:
             kinds = [kind for kind in row.folds if patterns or kind not in ORDERS]
             base, note["folds"] = self.source.folded(self.recipe(folds=kinds), base)
         if row.absorbed is not None:
-            wanted = self.recipe(reading="absorbed", steps=self.steps["block"], method=variant, **row.absorbed)
+            wanted = self.recipe(reading="absorbed", steps=self.steps["block"], method=method, **row.absorbed)
             base, note["absorbed"] = self.source.absorbed(wanted, base)
         if row.scores == "learned":
             found, note["scores"] = self.source.learned(self.recipe(steps=self.steps["scores"]), base)
             scales = found.scales
-            if variant == "magnitude":
+            if method == "magnitude":
                 base = copied(base)
                 importance = {name: found.input_norms[name] * x for name, x in scales.items()}
-                absorb_importance_(base.model, importance, rows_apart=only_patterns(self.levels))
+                absorb_importance_(base.model, importance, rows_apart=variant == EVERY_PAIR)
                 scales = None
         elif row.scores == "norms":
             with spent() as cost:
                 importance = {name: x.sqrt() for name, x in self._square_sums(base.model).items()}
-                absorb_importance_(base.model, importance, rows_apart=only_patterns(self.levels))
+                absorb_importance_(base.model, importance, rows_apart=variant == EVERY_PAIR)
             note["scores"] = cost
         costs = [{key: part[key] for key in COSTS if key in part} for part in note.values()]
         if note:

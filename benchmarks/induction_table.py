@@ -14,6 +14,7 @@ from elastic_sparsity.report import human_bytes, level_title
 
 Row = Mapping[str, Any]
 KINDS = ("plain", "induced")
+EVERY_PAIR = "magnitude of N:M"  # variant of a row of induction_parts, see `induction_rows.variant_of`
 LEAST_SHARES = {  # of the log gap to dense that induction is meant to close at least; elsewhere lowering is enough
     **dict.fromkeys((("wanda", level) for level in ("0.5", "0.6", "0.7")), 0.08),
     ("wanda", "2:4"): 0.15,
@@ -166,8 +167,9 @@ def parts_summary(cells: Mapping[str, Row], rows: Mapping[str, Row], dense: floa
         for level in by_level if part != "none" else ():
             if level in plain:
                 pairs[level] = (_log(plain[level]["perplexity"]), _log(by_level[level]["perplexity"]))
-        variant = "magnitude" if method == "magnitude" else "wanda"
-        note = rows.get(f"{part}/any") or rows.get(f"{part}/{variant}") or {}
+        variants = ("magnitude", EVERY_PAIR) if method == "magnitude" else ("wanda",)
+        notes = [rows[key] for key in (f"{part}/{variant}" for variant in ("any", *variants)) if key in rows]
+        moved = [note["logits_moved"] for note in notes if "logits_moved" in note]
         found.append(
             {
                 "method": method,
@@ -178,8 +180,8 @@ def parts_summary(cells: Mapping[str, Row], rows: Mapping[str, Row], dense: floa
                 "compared": len(pairs),
                 **{key: max(cell["induction"][key] for cell in by_level.values())
                    for key in ("seconds", "cpu_seconds", "peak_bytes", "added_bytes")},
-                "added_parameters": note.get("residual", {}).get("added_parameters", 0),
-                "logits_moved": note.get("logits_moved"),
+                "added_parameters": max((x.get("residual", {}).get("added_parameters", 0) for x in notes), default=0),
+                "logits_moved": max(moved, default=None),
             }
         )  # fmt: skip
     refused = {name.split("/")[0]: row["refused"] for name, row in rows.items() if "refused" in row}

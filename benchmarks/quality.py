@@ -12,6 +12,7 @@ One-shot, on the first --baseline-samples of the calibration samples of the reci
 sparsegpt, dsnot (and obs). Trained: elastic: the recipe. independent: the recipe for one level alone, on the tokens
 that the elastic run spends on it; independent-lora: the same, adapters only; independent-full: the same tokens, all in
 full-weight block tuning. epts: EPTS's schedule with the token-passes of the whole elastic run. On request:
+elastic-uninduced: the recipe without its induction stage, whose token-passes go into more end-to-end steps;
 independent-same: independent with as many steps as the whole elastic run; independent-full-block: full weights, the
 block phase's tokens only; epts-official: EPTS's own 1,280 steps a block and samples. `schedules.py` has the
 accounting. --sweep-full-lr LR ... adds independent-full with other learning rates, of the first seed alone.
@@ -42,6 +43,7 @@ from trained import question
 from zero_shot import add_task_arguments, asked_tasks, scores
 
 from elastic_sparsity import read_recipe
+from elastic_sparsity.arch import linears_of
 from elastic_sparsity.calibration_text import calibration_tokens, evaluation_windows
 from elastic_sparsity.config import Recipe
 from elastic_sparsity.data import token_hash
@@ -51,11 +53,11 @@ from elastic_sparsity.files import is_file, write_json
 from elastic_sparsity.ladder import Level
 from elastic_sparsity.measure import zero_shot_protocol
 from elastic_sparsity.models import load_base
-from elastic_sparsity.precision import DTYPES, autocast_factory, resolve_precision
+from elastic_sparsity.precision import DTYPES, autocast_factory, resolve_precision, weights_under
 from elastic_sparsity.report import check_documents
 
 METHODS = ("dense", *ONE_SHOT, *TRAINED)
-ON_REQUEST = ("obs", "independent-same", "independent-full-block", "epts-official")
+ON_REQUEST = ("obs", "elastic-uninduced", "independent-same", "independent-full-block", "epts-official")
 DEFAULT = tuple(method for method in METHODS if method not in ON_REQUEST)
 LEFT_OUT = ("recipe", "model", "methods", "levels", "seeds", "work", "task_data", "task_folder", "tasks", "limit",
             "batch_size", "precision", "sweep_full_lr")  # fmt: skip
@@ -99,6 +101,10 @@ class Gauge:
 
         Raises: NumericsError: if a figure is not finite.
         """
+        with weights_under(self.autocast, linears_of(model).values()):
+            return self._measured(model)
+
+    def _measured(self, model: Any) -> dict[str, float]:
         reference, windows_ST = self.dense.model, self.windows_ST
         if model is reference:
             found = evaluate({"it": model}, windows_ST, autocast=self.autocast)["it"]

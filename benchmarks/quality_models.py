@@ -26,10 +26,10 @@ from elastic_sparsity.models import BaseModel
 from elastic_sparsity.slicing import load_level
 from elastic_sparsity.supernet import linear_sizes
 
-WHOLE = ("elastic", "epts", "epts-official")  # one run for all levels
+WHOLE = ("elastic", "elastic-uninduced", "epts", "epts-official")  # one run for all levels
 TRAINED = (
-    "elastic", "independent", "independent-same", "independent-lora", "independent-full", "independent-full-block",
-    "epts", "epts-official",
+    "elastic", "elastic-uninduced", "independent", "independent-same", "independent-lora", "independent-full",
+    "independent-full-block", "epts", "epts-official",
 )  # fmt: skip
 
 
@@ -118,7 +118,7 @@ class Maker:
             "amounts": self.amounts(cell),
             "calibration_sha256": checkpoint.config["data"]["calibration_sha256"],
         }
-        if cell.method == "elastic":
+        if cell.method.startswith("elastic"):
             sizes = {"bytes": checkpoint.bytes_of(level), "bytes_all": checkpoint.total_bytes()}
             return Subject(model.to(self.base.model.device, self.base.model.dtype), {**facts, **sizes})
         return self.shipped(model.to(self.base.model.device), facts)
@@ -135,8 +135,10 @@ class Maker:
         recipe = schedules.elastic(self.recipe, cell.seed)
         if cell.method == "elastic":
             return recipe
+        shapes = read_shapes(recipe.model.id, recipe.model.dtype)
+        if cell.method == "elastic-uninduced":
+            return schedules.without_induction(recipe, shapes)
         if cell.kind.startswith("epts"):
-            shapes = read_shapes(recipe.model.id, recipe.model.dtype)
             return schedules.epts(recipe, shapes, official=cell.kind == "epts-official")
         if cell.kind.startswith("independent-full"):
             lr = self.lr_of(cell)

@@ -15,7 +15,7 @@ STYLES: dict[str, tuple[str, str]] = {  # colour, marker: grey for what prunes o
     "sparsegpt": ("black", "o"), "epts": ("tab:purple", "P"), "epts-official": ("tab:pink", "P"),
     "independent-full-block": ("tab:red", "s"), "independent-full": ("tab:orange", "s"),
     "independent-lora": ("tab:cyan", "^"), "independent": ("tab:blue", "D"), "independent-same": ("navy", "D"),
-    "elastic": ("tab:green", "o"),
+    "elastic": ("tab:green", "o"), "elastic-uninduced": ("yellowgreen", "o"),
 }  # fmt: skip
 
 
@@ -113,7 +113,8 @@ def plot_bytes(rows: Sequence[Row], path: Path, title: str) -> None:
         axes[1].invert_yaxis()
         axes[1].set_xlabel("MB for all levels together")
         axes[1].set_xlim(0, 1.15 * max([size / 1e6 for _, size, _ in bars], default=1))
-        figure.legend(loc="outside right upper", fontsize=8)
+        if axes[0].get_legend_handles_labels()[0]:  # none of the methods compared may be there
+            figure.legend(loc="outside right upper", fontsize=8)
 
 
 def _totals(rows: Sequence[Row]) -> list[tuple[str, float, str]]:

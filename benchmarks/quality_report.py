@@ -13,8 +13,10 @@ Row = Mapping[str, Any]
 GAP_OF = "sparsegpt"
 ORDER = ("dense", "magnitude", "wanda", "ria", "obs", "dsnot", "sparsegpt", "epts", "epts-official",
          "independent-full-block", "independent-full", "independent-lora", "independent", "independent-same",
-         "elastic")  # fmt: skip
-LABELS = {"epts": "epts, equal passes", "epts-official": "epts, its own steps"}
+         "elastic-uninduced", "elastic")  # fmt: skip
+LABELS = {
+    "elastic-uninduced": "elastic, no induction", "epts": "epts, equal passes", "epts-official": "epts, its own steps",
+}  # fmt: skip
 
 
 def label_of(method: str) -> str:

@@ -29,7 +29,10 @@ from elastic_sparsity.plan_sizes import Choices, Sizes
 from elastic_sparsity.work_plan import Work, work_of
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-UNPREPARED: dict[str, dict[str, Any]] = {"induction": {"folds": []}, "allocation": {"search": False}}
+UNPREPARED: dict[str, dict[str, Any]] = {
+    "induction": {"folds": []},
+    "allocation": {"search": False, "strength": None},
+}
 """Leaves folds and search out: they would be most of a short run, and a search's length is not known before."""
 FULL_LR = 3e-4
 """Of full-weight block tuning, unless told otherwise: what `smollm2-135m` trained base values with until 2026-11-29."""
@@ -63,6 +66,28 @@ def level_tokens(recipe: Recipe) -> int:
     return recipe.calibration.length * (block * recipe.block.batch_size + end_to_end * recipe.end_to_end.batch_size)
 
 
+def without_induction(recipe: Recipe, shapes: ModelShapes) -> Recipe:
+    """The elastic run without its induction stage, whose token-passes go into further end-to-end steps, rounded up.
+
+    Args:
+        recipe: of `elastic`.
+    Raises: ConfigError: if it has no such stage, or nothing is trained end to end.
+    """
+    if not recipe.induction.is_asked or recipe.end_to_end.trainable == "off":
+        raise ConfigError(
+            "elastic-uninduced: needs a recipe with induction and an end-to-end phase; this one lacks one."
+        )
+
+    def without(steps: int) -> Recipe:
+        induction = {"folds": [], "steps": 0, "reading": "scores"}
+        return changed(recipe, {"induction": induction, "end_to_end": {"steps": steps}})
+
+    steps, budget = recipe.end_to_end.steps, block_passes(recipe, shapes)
+    spared = budget - block_passes(without(steps), shapes)
+    one = block_passes(without(steps + 1), shapes) - block_passes(without(steps), shapes)
+    return without(steps + -(-spared // one))
+
+
 def independent(recipe: Recipe, level: Level, *, trainable: str = "as elastic", same_steps: bool = False) -> Recipe:
     """The recipe for one level alone, on the tokens that the elastic run spends on it.
 
@@ -84,7 +109,9 @@ def independent(recipe: Recipe, level: Level, *, trainable: str = "as elastic", 
         "allocation": {
             "slope": 0.0 if level.pattern else slopes[level.index],
             "search": recipe.allocation.search and not level.pattern,
+            "strength": None if level.pattern else recipe.allocation.strength,
         },
+        "structured": {"fractions": []},  # other models, and no level's tokens
     }
     if not same_steps:
         changes["end_to_end"] = {"steps": level_steps(recipe)[1]}
@@ -143,6 +170,7 @@ def epts(recipe: Recipe, shapes: ModelShapes, *, official: bool = False) -> Reci
     extra = [s for s in recipe.ladder.sparsities if s <= ends[-1] and s not in theirs.ladder.sparsities]
     sections = ("adapters", "mixer", "block", "scores", "induction", "allocation", "end_to_end")
     changes = {name: getattr(theirs, name).model_dump(mode="json") for name in sections}
+    changes["structured"] = {"fractions": []}
     changes["ladder"] = {
         "sparsities": sorted([*theirs.ladder.sparsities, *extra]),
         "patterns": [],

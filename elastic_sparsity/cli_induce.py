@@ -37,7 +37,9 @@ def register(app: typer.Typer, progress: Callable[[bool], AbstractContextManager
         model: Annotated[str, typer.Argument(help="Model folder, hub id or .gguf file.")],
         output: Annotated[Path, typer.Option(help="Folder for the induced model.")],
         calibration: Annotated[str, typer.Option(help='Text file, hub data set or "self".')] = "self",
-        reading: Annotated[str, typer.Option(help="The paper's scales: scores or absorbed.")] = "scores",
+        reading: Annotated[
+            str, typer.Option(help="The paper's scales: scores or absorbed; norms: no learning.")
+        ] = "scores",
         folds: Annotated[
             str,
             typer.Option(
@@ -100,5 +102,6 @@ def register(app: typer.Typer, progress: Callable[[bool], AbstractContextManager
             table.add_row(plain(name), f"{before:.3f}", f"{found.kl_after[name]:.3f}")
         Console(emoji=False).print(table)
         if not found.used:
-            say("No gain: the scales were left out; try more --steps or other --calibration text.")
+            say("No gain: all scales are 1, and weights hold the norms of their inputs alone, as with --reading norms; "
+                "try more --steps or other --calibration text.")  # fmt: skip
         say(f"{output}: induced model")

@@ -95,9 +95,10 @@ class ScoresSection(_Section):
 class InductionSection(_Section):
     """What is done before anything is pruned, on its own (`induce`) or in a run."""
 
-    reading: Literal["scores", "absorbed", "gains"] = "scores"
+    reading: Literal["scores", "absorbed", "gains", "norms"] = "scores"
     """What the scales of arXiv 2602.21652 are: factors of the scores (eq. 11), folded into the weights exactly (eq. 3),
-    or gains tuned after masking, which is for one level and so for the library and the benchmark alone."""
+    or gains tuned after masking, which is for one level and so for the library and the benchmark alone. "norms" learns
+    nothing and is for `induce` alone: weights times the norms of their inputs, for pruners that go by magnitude."""
     folds: tuple[Literal["residual_order", "values", "query_key", "value_order", "mlp_order"], ...] = ()
     """Beyond the paper, chosen where held-out error falls, before the reading: an order of the residual channels for
     N:M; block by block a matrix per value head, an angle per RoPE pair, orders of channels. Nothing is added."""
@@ -120,7 +121,7 @@ class InductionSection(_Section):
 
     @property
     def is_asked(self) -> bool:
-        return bool(self.steps or self.folds)
+        return bool(self.steps or self.folds or self.reading == "norms")
 
     @property
     def changes_weights(self) -> bool:

@@ -146,7 +146,8 @@ class _Spectral:
         weights = _matrices(self.block, parameters)
         self.norms = self.norms or SpectralNorms(weights)
         found = self.norms(weights)
-        self.alpha = self.alpha or 1 / float(found.detach().sum())
+        total = float(found.detach().sum())
+        self.alpha = self.alpha or (1 / total if total else 0.0)  # of zeros, whose norm no scale changes
         return spectral_penalty(found, self.alpha)
 
 

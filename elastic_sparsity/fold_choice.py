@@ -89,6 +89,7 @@ def choose_folds_(
         the architecture has no exact fold for.
     """
     check_kinds(kinds, ladder)
+    check_exact_folds(model, kinds)
     check_samples(len(token_ids_ST), settings.held_out)
     blocks, row = decoder_blocks(model), architecture_of(model.config.model_type)
     given = len(token_ids_ST) - settings.held_out
@@ -123,6 +124,24 @@ def check_kinds(kinds: Sequence[str], ladder: Ladder, known: Sequence[str] = FOL
                 f"induction.folds: {kind!r} changes N:M masks alone, and the ladder has no pattern; add one to "
                 "ladder.patterns or leave it out."
             )
+
+
+def check_exact_folds(model: Any, kinds: Sequence[str]) -> None:
+    """That the architecture has an exact form of every kind: before hours of statistics, not in the middle.
+
+    Raises: AbsorptionError.
+    """
+    block, config = copy.deepcopy(decoder_blocks(model)[0]), model.config
+    heads = heads_of(block, config)
+    num_kv, size = heads.value_KC.shape
+    if "values" in kinds:
+        mix_values_(block, config, torch.eye(size, dtype=torch.float64).expand(num_kv, size, size))
+    if "query_key" in kinds:
+        turn_query_key_(block, config, torch.ones(num_kv, heads.pairs, dtype=torch.complex128))
+    if "value_order" in kinds:
+        permute_values_(block, config, torch.arange(size).expand(num_kv, size))
+    if "mlp_order" in kinds:
+        mlp_rows(block, config)
 
 
 class _Chooser:
@@ -174,15 +193,18 @@ class _Chooser:
         return feature_errors(self.block, self.call, *self.held, levels, masked, self.autocast)
 
     def _candidates(self, kind: str, levels: list[Level], settings: FoldSettings) -> Iterator[_Candidate]:
+        patterns = _patterns(levels)
+        # A group that reaches into the next head cannot be ordered within heads: such a pattern keeps its order.
+        within_heads = [pattern for pattern in patterns if self.heads.value_KC.shape[1] % pattern[1] == 0]
         if kind == "values":
-            yield from self._value_matrices(settings.turn_steps, _patterns(levels))
+            yield from self._value_matrices(settings.turn_steps, within_heads)
         elif kind == "query_key":
             yield self._angles(levels)
         elif kind == "value_order":
-            for pattern in _patterns(levels):
+            for pattern in within_heads:
                 yield self._value_order(pattern)
         else:
-            for pattern in _patterns(levels):
+            for pattern in patterns:
                 yield self._mlp_order(pattern)
 
     def _value_matrices(self, turn_steps: int, patterns: list[tuple[int, int]]) -> Iterator[_Candidate]:
@@ -199,7 +221,10 @@ class _Chooser:
             ],
         }
         for name, matrices in closed.items():
-            yield self._mixed(name, torch.stack(matrices), patterns)
+            if (
+                torch.linalg.cond(torch.stack(matrices)) < MAX_CONDITION / 2
+            ).all():  # else no fold, and so no candidate
+                yield self._mixed(name, torch.stack(matrices), patterns)
         if turn_steps:
             energy_D = self.square_sums[self.row.value].cpu()
             with torch.enable_grad():

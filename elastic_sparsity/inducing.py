@@ -17,18 +17,25 @@ from torch import Tensor
 
 from elastic_sparsity.absorbed_stage import absorb_learned_, check_method
 from elastic_sparsity.absorption import Pair, scale_pair_, scale_pairs
-from elastic_sparsity.arch import architecture_of, check_finite_weights, decoder_blocks, head_function
+from elastic_sparsity.arch import architecture_of, decoder_blocks, head_function, not_finite
 from elastic_sparsity.attention import training_attention
 from elastic_sparsity.calibration_text import Progress, calibration_tokens, silent
 from elastic_sparsity.config import Recipe
 from elastic_sparsity.distill import Share
-from elastic_sparsity.errors import ConfigError
+from elastic_sparsity.errors import ConfigError, NumericsError
 from elastic_sparsity.feature_stage import ROUNDING, BlockResult, StageSettings
 from elastic_sparsity.files import atomic_folder, check_output_folder
-from elastic_sparsity.fold_choice import FOLDS, RESIDUAL_ORDER, FoldSettings, check_kinds, choose_folds_
+from elastic_sparsity.fold_choice import (
+    FOLDS,
+    RESIDUAL_ORDER,
+    FoldSettings,
+    check_exact_folds,
+    check_kinds,
+    choose_folds_,
+)
 from elastic_sparsity.folding import check_function_kept, relative_error
 from elastic_sparsity.fused_layers import fused_layers
-from elastic_sparsity.induction import Induced, InductionSettings, learn_channel_scales
+from elastic_sparsity.induction import Induced, InductionSettings, input_statistics, learn_channel_scales
 from elastic_sparsity.induction_file import save_scales
 from elastic_sparsity.ladder import Level
 from elastic_sparsity.models import BaseModel, load_base
@@ -147,7 +154,11 @@ def _function_kept(model: Any, token_ids_ST: Tensor, dtype: torch.dtype) -> Iter
     log.info("induction: absorbed; the logits moved by %.1e of their largest, which is rounding", error)
     if dtype != torch.float32:  # the base model's weights were exact in it, those made of them are not
         _cast_weights_(model, dtype)
-        check_finite_weights(model)
+        if bad := not_finite(model):
+            raise NumericsError(
+                f"induction: {', '.join(bad[:5])}: folding gives weights that {dtype} cannot hold; give model.dtype = "
+                "'float32' or 'bfloat16'."
+            )
         _cast_weights_(model, torch.float32)
         rounded = relative_error(before, _logits(model, token_ids_ST))
         log.info("induction: rounding to %s, as the base model is stored, moves the logits by %.1e", dtype, rounded)
@@ -166,8 +177,8 @@ def induce(recipe: Recipe, output: str | Path, progress: Progress = silent) -> I
     First the recipe's `induction.folds`, then its reading. "scores": norms and linears absorb scales (`absorption`)
     such that the magnitude of a weight is its scaled importance: any pruner that goes by magnitude profits. Scores with
     activations undo such scales, so what was learned is written beside the model too (`induction_file`): elastic runs
-    take it from there, `prune_one_shot_` takes it when given. "absorbed": scales and shifts learned on features stay
-    in the weights alone.
+    take it from there, `prune_one_shot_` takes it when given. "norms": the same with scales of 1, in closed form, so
+    that N:M by magnitude is N:M by Wanda. "absorbed": scales and shifts learned on features stay in the weights alone.
 
     Returns: what was learned; without scales unless the reading is "scores" and has steps.
     Raises: ConfigError: nothing to do, a reading that is no stage before pruning, or anything the base model or text is
@@ -183,17 +194,21 @@ def induce(recipe: Recipe, output: str | Path, progress: Progress = silent) -> I
     token_ids_ST, _ = calibration_tokens(recipe, base, progress)
     token_ids_ST, model = token_ids_ST.to(base.model.device), base.model
     precision, dtype, blocks = resolve_precision(recipe.precision, model.device.type), model.dtype, []
-    learns = wanted.reading == "scores" and wanted.steps > 0
+    learns, closed = wanted.reading == "scores" and wanted.steps > 0, wanted.reading == "norms"
     if precision == "float32":
         model.float()
     if wanted.changes_weights:
-        behind = model.dtype if learns else dtype  # rounded once, at the end
+        behind = model.dtype if learns or closed else dtype  # rounded once, at the end
         blocks = change_weights_(recipe, base, token_ids_ST, precision, progress, behind)
     found = Induced(scales={}, input_norms={}, kl_before={}, kl_after={}, used=any(x.used for x in blocks))
     if learns:
         with training_attention(model), fused_layers(model):
             found = learn(recipe, base, token_ids_ST, precision, Workers(), progress)
-        importance = {name: found.input_norms[name] * found.scales[name] for name in found.scales}
+    elif closed:
+        norms = input_norms(model, token_ids_ST[: wanted.samples], wanted.batch_size, precision)
+        found = replace(found, input_norms=norms, used=True)
+    if learns or closed:
+        importance = {name: norm_I * found.scales.get(name, 1.0) for name, norm_I in found.input_norms.items()}
         with _function_kept(model, token_ids_ST, dtype):
             absorb_importance_(model, importance, rows_apart=only_patterns(recipe.build_ladder().levels))
     with atomic_folder(output) as scratch:
@@ -204,11 +219,23 @@ def induce(recipe: Recipe, output: str | Path, progress: Progress = silent) -> I
     return replace(found, blocks=tuple(blocks))
 
 
+def input_norms(model: Any, token_ids_ST: Tensor, batch_size: int, precision: str) -> dict[str, Tensor]:
+    """Norm of every input channel of every linear over the samples, (I,) by linear name."""
+    device, share = model.device.type, Share(places=range(batch_size), num_samples=token_ids_ST.shape[0])
+    found = input_statistics(
+        model, token_ids_ST, share, batch_size, autocast_factory(precision, device), lambda _: None
+    )
+    return {name: statistics.square_sum_I.sqrt() for name, statistics in found.items()}
+
+
 def _check_can_induce(recipe: Recipe) -> None:
     if not recipe.induction.is_asked:
         raise ConfigError("induction.steps: 0 steps learn nothing; expected 1 or more, or some induction.folds.")
-    check_stages(recipe)
-    if recipe.induction.reading == "scores" and recipe.scores.method == "magnitude":
+    if recipe.induction.reading != "norms":
+        check_stages(recipe)
+    check_kinds(recipe.induction.folds, recipe.build_ladder(), (RESIDUAL_ORDER, *FOLDS))
+    learns = recipe.induction.reading == "scores" and recipe.induction.steps > 0
+    if learns and recipe.scores.method == "magnitude":
         raise ConfigError("scores.method: 'magnitude' would learn scales that know no input; use 'wanda'.")
 
 
@@ -222,6 +249,11 @@ def check_stages(recipe: Recipe) -> None:
         raise ConfigError(
             "induction.reading: 'gains' are tuned after masking, one level at a time, and change what the dense model "
             "computes; expected 'scores' or 'absorbed'. Call gains.tune_gains_ behind prune_one_shot_."
+        )
+    if wanted.reading == "norms":
+        raise ConfigError(
+            "induction.reading: 'norms' makes weights' magnitudes Wanda's scores, for other pruners (`induce`); "
+            "in a run use scores.method = 'wanda', which is the same."
         )
     if wanted.reading == "absorbed" and not wanted.steps:
         raise ConfigError("induction.steps: 0 steps absorb nothing; expected 1 or more, or reading = 'scores'.")
@@ -242,6 +274,7 @@ def fold(
     samples_ST = _few(token_ids_ST, wanted.samples, wanted.held_out)
     autocast = autocast_factory(precision, base.model.device.type)
     of_blocks = [kind for kind in wanted.folds if kind != RESIDUAL_ORDER]
+    check_exact_folds(base.model, of_blocks)
     if RESIDUAL_ORDER in wanted.folds:
         found.append(choose_residual_order_(base.model, samples_ST, ladder, wanted.held_out, autocast))
     if of_blocks:

@@ -154,7 +154,7 @@ def learn_channel_scales(
     Raises: ConfigError: too few samples. NumericsError: statistics or a loss that is not finite.
     """
     train_ST, held_ST = _split(token_ids_ST, settings)
-    norms = _square_sums(model, train_ST[: settings.samples], share, settings.batch_size, autocast, sum_)
+    norms = input_statistics(model, train_ST[: settings.samples], share, settings.batch_size, autocast, sum_)
     with _scaled(model, method, norms, settings.temperature) as linears:
         before = _held_out_kl(model, linears, head, ladder, held_ST, share, settings.batch_size, autocast)
         if method == "magnitude":  # closed form: the scale that makes magnitude Wanda's score
@@ -220,7 +220,7 @@ def _normalised(log_scale_I: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _square_sums(
+def input_statistics(
     model: Any,
     token_ids_ST: Tensor,
     share: Share,
@@ -228,7 +228,7 @@ def _square_sums(
     autocast: Callable[[], Any],
     sum_: Callable[[list[Tensor]], None],
 ) -> dict[str, InputStatistics]:
-    """Input statistics of all linears in the dense model.
+    """Input statistics of all linears in the dense model, in batches of `batch_size` shared out among the workers.
 
     Unlike `block_statistics`, an object each, made before: a worker that has no sample of a small batch adds zeros.
     """

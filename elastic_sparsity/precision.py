@@ -1,7 +1,7 @@
 """In which dtype matrices are multiplied. Masters, statistics and losses are float32 everywhere."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -51,6 +51,18 @@ def weights_in(linears: Iterable[nn.Module], precision: str) -> Iterator[None]:
     finally:
         for linear, weight in kept:
             linear.weight = weight
+
+
+@contextmanager
+def weights_under(autocast: Callable[[], Any], linears: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, weights are in the dtype that an autocast would cast each of them to at every call; else as they are."""
+    linears = list(linears)
+    device = next(linears[0].parameters()).device.type
+    with autocast():
+        enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    names = {value: name for name, value in DTYPES.items()}
+    with weights_in(linears, names[dtype]) if enabled else nullcontext():
+        yield
 
 
 def as_integers(tensor: Tensor) -> Tensor:

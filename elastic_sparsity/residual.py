@@ -69,11 +69,15 @@ def rotate_residual_(model: Any, rotation_DD: Tensor) -> int:
         rotation_DD: (D, D) floats, orthogonal to 1e-10: from `torch.linalg.qr` in float64.
     Returns: how many parameters untying the head added; 0 if it was not tied, or could stay.
     Raises: ShapeError, NumericsError; AbsorptionError: if this is not orthogonal, or the model has LayerNorms, or norms
-        after its branches with different gains (Gemma-2, Gemma-3), or embeddings of another width;
+        after its branches with different gains (Gemma-2, Gemma-3), or embeddings of another width, or float16 weights;
         UnsupportedModelError: if the model has parameters that its row does not place.
     """
     row = wiring_of(model.config)
-    _places(model)
+    if any(place.parameter.dtype == torch.float16 for place in _places(model)):
+        raise AbsorptionError(
+            "rotation of the residual stream: found float16 weights, which it may carry out of range, one after the "
+            "other; expected another dtype. Load the model in float32 or bfloat16."
+        )
     _check_norms(model, row)
     width = model.config.hidden_size
     rotation_DD = real_values(rotation_DD, (width, width), "rotation of the residual stream")

@@ -50,8 +50,17 @@ def thresholds(scores_OI: Tensor, choice: Choice) -> Tensor:
 
 
 def hard_mask(scores_OI: Tensor, thresholds_OG1: Tensor, choice: Choice) -> Tensor:
-    """(O, I) bool: scores above their group's threshold, `kept` a group unless scores tie there."""
-    return (choice.groups(scores_OI) > thresholds_OG1).reshape(scores_OI.shape)
+    """(O, I) bool: the scores above their group's threshold; where scores tie there, the first of them, as in `masks`.
+
+    Ties are common: weights that were quantised to four bits have few values.
+    """
+    groups = choice.groups(scores_OI)
+    mask = groups > thresholds_OG1
+    wrong = mask.sum(dim=2) != choice.kept
+    if wrong.any():
+        order = groups[wrong].argsort(dim=1, descending=True, stable=True)[:, : choice.kept]
+        mask[wrong] = torch.zeros_like(mask[wrong]).scatter_(1, order, True)
+    return mask.reshape(scores_OI.shape)
 
 
 def channel_gradient(

@@ -16,7 +16,7 @@ ITERATIONS = 20
 
 
 def initial_scales(outputs_TO: Tensor) -> Tensor:
-    """(median - mean)^2 of every output channel over the tokens (eq. 5), geometric mean 1, within [1e-2, 1e2].
+    """(median - mean)^2 of every output channel over the tokens (eq. 5) over their median, within [1e-2, 1e2].
 
     Args:
         outputs_TO: of the linear whose outputs the scales divide, before anything is changed.

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from conftest import tiny_recipe
 from test_benchmarks import place, start, started  # noqa: F401  place is a fixture
 
 import induction  # isort: skip  found by test_benchmarks
@@ -13,11 +14,13 @@ import induction_made  # isort: skip
 import induction_parts  # isort: skip
 import refresh  # isort: skip
 from induction_plot import held_share, shown_blocks  # isort: skip
-from induction_rows import ROWS, Row, residual_axes, variant_of  # isort: skip
+from induction_rows import EVERY_PAIR, ROWS, Row, residual_axes, variant_of  # isort: skip
 from induction_work import WorkFolder, code_of, code_sha256, work_folder  # isort: skip
 from spent import spent, together  # isort: skip
 
 from elastic_sparsity.evaluate import evaluate
+from elastic_sparsity.inducing import induce
+from elastic_sparsity.ladder import Ladder
 from elastic_sparsity.models import weights_hash
 from elastic_sparsity.precision import autocast_factory
 from elastic_sparsity.residual import rotate_residual_
@@ -159,6 +162,17 @@ def test_parts_make_every_piece_once_and_go_on(few, tmp_path, made):
     assert "kept since" not in again, "nor is anything looked up"
 
 
+def test_a_model_that_induce_wrote_is_compared_with_the_original(few, tmp_path):
+    changes = {"reading": "norms", "folds": ["values", "value_order", "mlp_order"], "samples": 6, "held_out": 2}
+    induce(tiny_recipe(induction=changes, calibration={"source": "self", "samples": 16, "length": 16}), tmp_path / "it")
+    few += ["--every", "6", "--steps", "2", "--held-out", "2", "--rows", "--generate", "2"]
+    started(induction_parts, *few, "--induced", tmp_path / "it")
+    found = result_of(tmp_path, "induction_parts")
+    assert not found["cells"] and found["greedy"].items() >= {"of": "it", "prompts": 2, "identical": 2}.items()
+    assert found["induced_dense"] == pytest.approx(found["dense"], rel=1e-5)
+    assert found["induced_dense"] != found["dense"]
+
+
 def test_parts_refuse_what_the_model_has_no_exact_form_of(few, tmp_path):
     few = [*few, "--steps", "1", "--block-steps", "1", "--held-out", "2", "--model", "random:opt", "--levels", "0.5"]
     text = started(induction_parts, *few, "--rows", "none", "residual rotation", "mlp_order", "--methods", "wanda")
@@ -284,9 +298,12 @@ def test_memory_is_that_of_the_block():
 
 
 def test_rows_and_their_variants():
-    assert variant_of(ROWS["folds"], "magnitude") == variant_of(ROWS["gains"], "wanda") == "any"
-    assert variant_of(ROWS["absorbed"], "magnitude") == variant_of(ROWS["all"], "magnitude") == "magnitude"
-    assert variant_of(ROWS["scores"], "sparsegpt") == "wanda"
+    half, pattern = Ladder(sparsities=(0.5,), patterns=("2:4",)).levels
+    for level in (half, pattern):
+        assert variant_of(ROWS["folds"], "magnitude", level) == variant_of(ROWS["gains"], "wanda", level) == "any"
+        assert variant_of(ROWS["absorbed"], "magnitude", level) == "magnitude"
+        assert variant_of(ROWS["scores"], "sparsegpt", level) == "wanda"
+    assert [variant_of(ROWS["all"], "magnitude", level) for level in (half, pattern)] == ["magnitude", EVERY_PAIR]
     assert Row(folds=("mlp_order",)).needs_pattern and not Row(folds=("mlp_order", "values")).needs_pattern
     assert not ROWS["none"].needs_pattern and ROWS["residual_order"].needs_pattern
 

@@ -90,7 +90,7 @@ def test_every_method_stands_for_other_work(place):
         return it["block_steps"], it["block_samples"], it["end_to_end_steps"]
 
     epts_steps = schedules.epts(recipe, read_shapes(recipe.model.id)).block.steps
-    assert {method: work(method) for method in TRAINED} == {
+    assert {method: work(method) for method in TRAINED if method != "elastic-uninduced"} == {
         "elastic": (4, 4, 40),
         "independent": (4, 4, 20),
         "independent-same": (4, 4, 40),

@@ -132,6 +132,32 @@ def test_every_level_of_the_shipped_recipe_can_be_run_alone(level):
     assert made.allocation.search == (level.pattern is None)
 
 
+FOLDED = {"folds": ["values", "query_key", "mlp_order"], "samples": 3, "held_out": 1}
+
+
+def test_a_run_without_induction_gets_its_passes(recipe):
+    """Folds' and scales', as planned (`test_fold_plan` counts them); less than a step's passes are too many."""
+    shapes = read_shapes(recipe.model.id)
+    for stage in (FOLDED, {**FOLDED, "steps": 6, "batch_size": 2}):
+        induced = schedules.changed(recipe, {"induction": stage})
+        plain = schedules.without_induction(induced, shapes)
+        assert not plain.induction.is_asked and plain.end_to_end.steps > recipe.end_to_end.steps
+        one_step = 2 * 2 * recipe.end_to_end.batch_size * recipe.calibration.length
+        planned_more = schedules.block_passes(plain, shapes) - schedules.block_passes(induced, shapes)
+        assert 0 <= planned_more < one_step
+    with pytest.raises(ConfigError, match="elastic-uninduced"):
+        schedules.without_induction(recipe, shapes)
+
+
+def test_a_level_alone_needs_nothing_of_a_search_it_does_not_make(recipe):
+    fine = {"allocation": {"search": True, "held_out": 2, "strength": 0.5}, "structured": {"fractions": [0.5]}}
+    for level in recipe.build_ladder().levels:
+        alone = schedules.independent(schedules.changed(recipe, fine), level)
+        assert alone.allocation.strength == (None if level.pattern else 0.5) and not alone.structured.fractions
+    unprepared = schedules.changed(schedules.changed(recipe, fine), schedules.UNPREPARED)
+    assert not unprepared.allocation.search
+
+
 def test_epts_gets_the_elastic_runs_passes(recipe, counted):
     longer = schedules.changed(recipe, {"end_to_end": {"steps": 40}})
     epts = schedules.epts(longer, read_shapes(recipe.model.id))

@@ -97,5 +97,30 @@ def test_what_is_refused():
         choose(model, ["mlp_order"], Ladder(sparsities=(0.5,)))
     with pytest.raises(ConfigError, match="held_out"):
         choose(model, ["values"], held_out=10)
+
+
+def test_a_kind_without_an_exact_form_is_refused_before_anything_is_folded(monkeypatch):
+    model = tiny_model("opt").requires_grad_(False)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    monkeypatch.setattr("elastic_sparsity.fold_choice.BlockRunner", None)
     with pytest.raises(AbsorptionError, match="no RoPE"):
-        choose(tiny_model("opt").requires_grad_(False), ["query_key"])
+        choose(model, ["values", "query_key"])
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_groups_wider_than_a_head_get_no_order_within_heads():
+    model = tiny_model("llama").requires_grad_(False)
+    before, wide = logits(model), Ladder(sparsities=(0.5,), patterns=("8:16",))
+    found = choose(model, ["values", "value_order"], wide)
+    assert [x.chosen for x in found if x.kind == "value_order"] == ["none", "none"]
+    assert any(x.used for x in found if x.kind == "values")
+    check_function_kept(before, logits(model), torch.float32)
+
+
+def test_a_basis_that_cannot_be_inverted_well_is_no_candidate(monkeypatch):
+    """Values of few samples leave most directions of a head empty."""
+    monkeypatch.setattr("elastic_sparsity.fold_choice.MAX_CONDITION", 4.0)
+    found = choose(tiny_model("llama").requires_grad_(False), ["values"])
+    assert {x.chosen for x in found} <= {"none", "principal", "turned"}
+    monkeypatch.undo()
+    assert "balanced" in {x.chosen for x in choose(tiny_model("llama").requires_grad_(False), ["values"])}

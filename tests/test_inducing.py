@@ -16,11 +16,12 @@ from elastic_sparsity.absorption import scale_pairs
 from elastic_sparsity.adding import add_structured
 from elastic_sparsity.arch import architecture_of, decoder_blocks, linears_of, weight_OI
 from elastic_sparsity.config import make_recipe
-from elastic_sparsity.errors import CheckpointError, ConfigError, OutputError
+from elastic_sparsity.errors import CheckpointError, ConfigError, NumericsError, OutputError
 from elastic_sparsity.feature_stage import better
 from elastic_sparsity.fold_choice import FoldResult
 from elastic_sparsity.inducing import absorb_importance_, change_weights_, induce
 from elastic_sparsity.induction_file import FILE_NAME, FORMAT, load_scales
+from elastic_sparsity.masks import pattern_mask
 from elastic_sparsity.models import load_base
 from elastic_sparsity.slicing import load_level
 from elastic_sparsity.tiny import TINY_FAMILIES, byte_tokenizer, tiny_model
@@ -285,6 +286,45 @@ def test_every_way_to_induce_writes_a_plain_model_that_says_the_same(tmp_path, c
     texts = [m.generate(prompts, max_new_tokens=200, do_sample=False, eos_token_id=None) for m in (stock, original)]
     assert texts[0].shape == (20, 205)
     assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize("patterns", [["2:4"], ["2:4", "4:8"]])
+def test_closed_form_makes_n_m_by_magnitude_that_by_wanda(tmp_path, patterns):
+    """Of every linear whose inputs have a pair of their own; heads of values that are shared take a mean."""
+    asked = recipe(
+        induction={"steps": 0, "reading": "norms", "samples": 6}, ladder={"sparsities": [], "patterns": patterns}
+    )
+    found = induce(asked, tmp_path / "model")
+    assert found.used and not found.scales and not (tmp_path / "model" / FILE_NAME).exists()
+    original, model = tiny_model("llama"), AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    ids = torch.arange(60).reshape(3, 20)
+    with torch.no_grad():
+        assert torch.allclose(model(ids).logits, original(ids).logits, atol=1e-5)
+    weights = {name: weight_OI(linear) for name, linear in linears_of(model).items()}
+    shared = 0
+    for name, linear in linears_of(original).items():
+        scores = weight_OI(linear).abs() * found.input_norms[name]
+        for kept, size in ((2, 4), (4, 8))[: len(patterns)]:
+            same = torch.equal(pattern_mask(weights[name].abs(), kept, size), pattern_mask(scores, kept, size))
+            shared += not same
+            assert same or name.endswith("o_proj"), name
+    assert shared  # the tiny model has such heads
+
+
+def test_closed_form_is_for_other_pruners_than_a_run(tmp_path):
+    with pytest.raises(ConfigError, match="'norms' makes weights' magnitudes Wanda's scores"):
+        optimize(recipe(induction={"steps": 0, "reading": "norms"}), tmp_path / "x")
+
+
+def test_weights_too_large_for_their_dtype_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(inducing, "LOG_WIDEST", 40.0)
+    base = load_base("random:llama", "float16")
+    importance = {name: torch.logspace(-9, 9, weight_OI(x).shape[1]) for name, x in linears_of(base.model).items()}
+    with (
+        pytest.raises(NumericsError, match=r"folding gives weights that torch.float16 cannot hold; give model.dtype"),
+        inducing._function_kept(base.model, torch.arange(8)[None], torch.float16),
+    ):
+        absorb_importance_(base.model, importance, rows_apart=True)
 
 
 ABSORBED = {**STAGE, "reading": "absorbed", "start": "ones", "steps": 30, "samples": 6}

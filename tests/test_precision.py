@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from elastic_sparsity.precision import weights_in
+from elastic_sparsity.precision import autocast_factory, weights_in, weights_under
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -27,3 +27,11 @@ def test_what_shares_the_weight_keeps_its_own():
     with weights_in([head], "bfloat16"):
         assert head.weight.dtype == torch.bfloat16 and embedding.weight.dtype == torch.float32
     assert head.weight is embedding.weight
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_weights_are_what_an_autocast_would_make_of_them(precision):
+    linear, autocast = nn.Linear(4, 3), autocast_factory(precision, "cpu")
+    with weights_under(autocast, iter([linear])):
+        assert linear.weight.dtype == getattr(torch, precision)
+    assert linear.weight.dtype == torch.float32

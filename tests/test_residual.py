@@ -70,6 +70,16 @@ def test_a_permutation_and_its_inverse_are_nothing(variant):
     assert not changed(old, model)
 
 
+def test_a_rotation_refuses_float16_before_it_changes_anything():
+    model = model_of("llama", torch.float16)
+    old = weights(model)
+    with pytest.raises(AbsorptionError, match="found float16 weights"):
+        rotate_residual_(model, rotation())
+    assert (
+        not changed(old, model) and model.config.tie_word_embeddings == tiny_model("llama").config.tie_word_embeddings
+    )
+
+
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("variant", ROTATED)
 def test_a_rotation_keeps_the_function(variant, dtype, tmp_path):

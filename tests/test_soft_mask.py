@@ -31,6 +31,20 @@ def test_groups_keep_what_sorting_keeps(pattern, seed):
     assert torch.equal(found, pattern_mask(scores, *pattern))
 
 
+@given(
+    st.sampled_from([(2, 4), (4, 8), (8, 32), (100, 128), (1, 128)]), st.integers(0, 99), st.sampled_from([0.25, 1e-30])
+)
+@settings(max_examples=40, deadline=None)
+def test_where_scores_tie_the_first_are_kept_as_in_the_masks_of_pruning(choice, seed, unit):
+    """Few values, as quantised weights have; 1e-30 squared is no float32 any more."""
+    kept, size = choice
+    scores = torch.randint(0, 4, (3, 128), generator=torch.Generator().manual_seed(seed)) * unit
+    found = hard_mask(scores, thresholds(scores, Choice(*choice)), Choice(*choice))
+    assert torch.equal(found, pattern_mask(scores, kept, size))
+    straight = straight_through(scores, Choice(*choice), 0.5)
+    assert torch.equal(straight.bool(), found)
+
+
 @pytest.mark.parametrize("choice", [Choice(8, 8), Choice(128, 128)])
 def test_keeping_all_keeps_all(choice):
     scores = torch.zeros(2, 128)
