@@ -1,14 +1,16 @@
-"""Two texts that no calibration on news has seen, in domain or style, to measure other benchmarks on.
+"""Two texts apart from news, to measure other benchmarks on: one that no run has seen the like of, and the model's own.
 
     python benchmarks/other_texts.py --task-data zero_shot --output texts
     python benchmarks/quality.py --evaluation texts/passages.txt --name quality-passages ...
 
 passages.txt: BoolQ's passages (encyclopaedia) and LAMBADA's (novels), a seeded choice in seeded order. self.txt: what
-the model writes itself, by another seed than self-calibration, so that no run has trained on it.
+the model writes itself, by another seed than self-calibration: no run has trained on it, but one with self_share has on
+its like. A text that is there is kept: what the model writes differs between machines, in rounding and then in words.
 """
 
 import argparse
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from cells import exit_on_error, log
 from elastic_sparsity.calibration_text import HELD_OUT_SEED
 from elastic_sparsity.data import sample_from_model
 from elastic_sparsity.errors import DataError
-from elastic_sparsity.files import atomic_file, file_sha256
+from elastic_sparsity.files import atomic_file, file_sha256, is_file
 from elastic_sparsity.models import load_base
 from elastic_sparsity.task_files import read_documents
 
@@ -32,8 +34,8 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512, help="tokens of each of them")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    keep(args.output / "passages.txt", passages(args.task_data, args.characters, args.seed))
-    keep(args.output / "self.txt", written(args.model, args.samples, args.length, args.seed + HELD_OUT_SEED))
+    keep(args.output / "passages.txt", lambda: passages(args.task_data, args.characters, args.seed))
+    keep(args.output / "self.txt", lambda: written(args.model, args.samples, args.length, args.seed + HELD_OUT_SEED))
 
 
 def passages(folder: Path, characters: int, seed: int) -> str:
@@ -76,10 +78,14 @@ def written(model: str, samples: int, length: int, seed: int) -> str:
     return "\n\n".join(base.tokenizer.batch_decode(ids, skip_special_tokens=True))
 
 
-def keep(file: Path, text: str) -> None:
-    with atomic_file(file) as scratch:
-        scratch.write_text(text, encoding="utf-8")
-    log(f"{file}: {len(text):,} characters, sha256 {file_sha256(file)[:16]}")
+def keep(file: Path, make: Callable[[], str]) -> None:
+    """Writes a text, unless there is one: other settings or another draw need another folder."""
+    was_there = is_file(file)
+    if not was_there:
+        text = make()
+        with atomic_file(file) as scratch:
+            scratch.write_text(text, encoding="utf-8")
+    log(f"{file}: {'kept as it was' if was_there else 'written'}, sha256 {file_sha256(file)[:16]}")
 
 
 if __name__ == "__main__":

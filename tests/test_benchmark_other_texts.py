@@ -36,6 +36,14 @@ def test_both_texts_are_written(data):
     assert printed.count("sha256") == 2
 
 
+def test_a_text_that_is_there_is_kept(data):
+    (data / "texts").mkdir()
+    (data / "texts" / "self.txt").write_text("of another machine")
+    printed = started(other_texts, "--model", "random:llama", "--task-data", data, "--output", data / "texts")
+    assert (data / "texts" / "self.txt").read_text() == "of another machine" and "self.txt: kept as it was" in printed
+    assert "passages.txt: written" in printed
+
+
 def test_data_of_another_shape_is_refused(data):
     (data / "boolq.jsonl").write_text('{"query": "no passage here"}')
     _, stopped = start(other_texts, "--model", "random:llama", "--task-data", data, "--output", data / "texts")
