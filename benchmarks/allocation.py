@@ -14,6 +14,7 @@ import copy
 import hashlib
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def main() -> None:
     add_place(parser, "allocation")
     args = parser.parse_args()
     check_texts(args.calibration, args.evaluation)
-    plans = {path.stem: load_plan(path) for path in args.plans}
+    plans = read_plans(args.plans)
     file = args.results / f"{args.name}.json"
     question = question_of(args, ("plans", "methods", "levels", "show", "precision"))
     result = begin(args, file, question, {"dense": None, "plans": {}, "cells": {}})
@@ -69,6 +70,17 @@ def main() -> None:
         raise ConfigError(f"{file}: holds nothing to show; run the script without --show.")
     show(result)
     plot(result, file.with_suffix(".png"))
+
+
+def read_plans(paths: Sequence[Path]) -> dict[str, AllocationPlan]:
+    """Plans by name. Raises: ConfigError: two of one name, one with that of the uniform allocation, or no plan."""
+    names = [UNIFORM, *(path.stem for path in paths)]
+    for path in paths:
+        if names.count(path.stem) > 1:
+            raise ConfigError(
+                f"{path}: cells are named by the files' stems, and {path.stem!r} is taken; rename this file."
+            )
+    return {path.stem: load_plan(path) for path in paths}
 
 
 def measure_cells(

@@ -22,7 +22,7 @@ from elastic_sparsity.files import write_json
 
 DERIVED = ("table", "summary")
 STAMPS = ("date", "device", "commit", "versions", "dense_stamp")  # of the first that has it
-FIGURES = ("perplexity", "kl")  # what has to agree in a cell that two results hold
+FIGURES = ("perplexity", "kl", "value", "sha256")  # what has to agree in a cell, or a task's score, that two hold
 
 
 def main() -> None:
@@ -82,9 +82,23 @@ def entry_of(there: Any, new: Any, where: str) -> Any:
             raise ConfigError(
                 f"{where}: {figure} is {new[figure]}, before it was {there[figure]}; measure one of them anew."
             )
-    deeper = {key: there[key] | new[key] for key in there
+    check_failures(there, new, where)
+    deeper = {key: new[key] | there[key] for key in there
               if isinstance(there[key], dict) and isinstance(new.get(key), dict) and key not in STAMPS}  # fmt: skip
+    if "tasks" in deeper:
+        old = there["tasks"]
+        deeper["tasks"] = old | {name: entry_of(old.get(name), score, f"{where}: {name}")
+                                 for name, score in new["tasks"].items()}  # fmt: skip
     return new | there | deeper
+
+
+def check_failures(there: dict[str, Any], new: dict[str, Any], where: str) -> None:
+    """Raises: ConfigError: if one of two cells has a figure where the other failed."""
+    failed = [where] if ("failure" in there) != ("failure" in new) else []
+    for one, other in ((there, new), (new, there)):
+        failed += [f"{where}: {name}" for name in one.get("tasks", {}) if name in other.get("task_failures", {})]
+    if failed:
+        raise ConfigError(f"{failed[0]}: failed in one result and has a figure in another; measure one of them anew.")
 
 
 def same(a: Any, b: Any) -> bool:

@@ -23,6 +23,7 @@ from elastic_sparsity.errors import ConfigError
 from elastic_sparsity.ladder import Level
 from elastic_sparsity.model_shapes import read_shapes
 from elastic_sparsity.models import BaseModel
+from elastic_sparsity.precision import cast_parameters_
 from elastic_sparsity.slicing import load_level
 from elastic_sparsity.supernet import linear_sizes
 
@@ -107,7 +108,8 @@ class Maker:
         """A model of one level as its bitmask file holds it."""
         computed = self.base.model.dtype
         size = bitmask_bytes(model, self.base.tokenizer, self.names, self.stored)
-        return Subject(model.to(computed), {**facts, "bytes": size})
+        cast_parameters_(model, computed)
+        return Subject(model, {**facts, "bytes": size})
 
     def tuned(self, level: Level, cell: Cell) -> Subject:
         checkpoint, sittings = self.checkpoint(level, cell)
@@ -120,7 +122,8 @@ class Maker:
         }
         if cell.method.startswith("elastic"):
             sizes = {"bytes": checkpoint.bytes_of(level), "bytes_all": checkpoint.total_bytes()}
-            return Subject(model.to(self.base.model.device, self.base.model.dtype), {**facts, **sizes})
+            cast_parameters_(model, self.base.model.dtype)
+            return Subject(model.to(self.base.model.device), {**facts, **sizes})
         return self.shipped(model.to(self.base.model.device), facts)
 
     def checkpoint(self, level: Level, cell: Cell) -> tuple[ElasticCheckpoint, list[dict[str, Any]]]:

@@ -32,6 +32,7 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 UNPREPARED: dict[str, dict[str, Any]] = {
     "induction": {"folds": []},
     "allocation": {"search": False, "strength": None},
+    "structured": {"fractions": []},
 }
 """Leaves folds and search out: they would be most of a short run, and a search's length is not known before."""
 FULL_LR = 3e-4

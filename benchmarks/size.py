@@ -27,6 +27,7 @@ from elastic_sparsity.config import make_recipe
 from elastic_sparsity.exports import export_level, weight_bytes, write_format
 from elastic_sparsity.files import write_json
 from elastic_sparsity.ladder import Level
+from elastic_sparsity.precision import cast_parameters_
 from elastic_sparsity.report import human_bytes, level_title
 from elastic_sparsity.tiny import byte_tokenizer
 
@@ -72,9 +73,13 @@ def random_llama(folder: Path, shapes: tuple[int, ...]) -> Path:
 
 
 def bitmask_bytes(model: Any, tokenizer: Any, names: list[str], dtype: torch.dtype) -> int:
-    """Bytes of the tensor file of a pruned model as a bitmask folder, from writing it."""
+    """Bytes of the tensor file of a pruned model as a bitmask folder, from writing it.
+
+    The model's weights are rounded to `dtype`, as the file has them; not its buffers (rotary frequencies).
+    """
+    cast_parameters_(model, dtype)
     with tempfile.TemporaryDirectory() as scratch:
-        write_format(model.to(dtype), tokenizer, names, "bitmask", dtype, Path(scratch))
+        write_format(model, tokenizer, names, "bitmask", dtype, Path(scratch))
         return weight_bytes(Path(scratch))
 
 

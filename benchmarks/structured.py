@@ -15,6 +15,7 @@ measured again; `--restart` begins anew.
 
 import argparse
 import copy
+import itertools
 import statistics
 import time
 from dataclasses import replace
@@ -94,6 +95,9 @@ def main() -> None:
 
 
 def begin_of(args: argparse.Namespace, file: Path) -> dict[str, Any]:
+    if args.restart:
+        for sparsity, method in itertools.product(args.sparsities, METHODS):
+            steps_of(args, f"{sparsity:g}/{method}").unlink(missing_ok=True)
     return begin(args, file, asked(args), {**stamp(args.seed), "cells": {}, "speed": {}})
 
 
@@ -120,9 +124,8 @@ def measure_quality(args: argparse.Namespace, base: BaseModel, result: dict[str,
     ids = samples_of(args, base)
     windows_ST = windows(tokenize(base.tokenizer, read_text(args.evaluation)), args.window, None)[:: args.every]
     result["windows"] = list(windows_ST.shape)
-    autocast = autocast_factory(result["precision"], model.device.type)
     for cell in wanted:
-        result["cells"][cell] = measured(args, cell, model, ids, windows_ST, autocast)
+        result["cells"][cell] = measured(args, cell, model, ids, windows_ST, result["precision"])
         log(f"{cell} {result['cells'][cell]}")
         write_json(file, result)
         steps_of(args, cell).unlink(missing_ok=True)
@@ -147,8 +150,9 @@ def tuning_of(args: argparse.Namespace) -> dict[str, float]:
 
 
 def measured(
-    args: argparse.Namespace, cell: str, model: Any, ids: torch.Tensor, windows_ST: torch.Tensor, autocast: Any
+    args: argparse.Namespace, cell: str, model: Any, ids: torch.Tensor, windows_ST: torch.Tensor, precision: str
 ) -> dict[str, Any]:
+    autocast = autocast_factory(precision, model.device.type)
     found: dict[str, Any] = {"sparsity": 0.0}
     started, pruned = time.monotonic(), model
     if cell != "dense":
@@ -161,7 +165,8 @@ def measured(
         if search is None:
             sizes = sizes_for(model, float(share), multiple)
         else:
-            steps = SearchFile(steps_of(args, cell), {"cell": cell, "question": asked(args)})  # goes on if interrupted
+            made = {"cell": cell, "question": asked(args), "precision": precision}
+            steps = SearchFile(steps_of(args, cell), made)  # goes on if interrupted
             searched = search_sizes(masked, ids, float(share), multiple, search=search, damping=args.damping,
                                     batch_size=4, autocast=autocast, strength=strength, file=steps)  # fmt: skip
             sizes = searched.sizes

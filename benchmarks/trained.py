@@ -15,6 +15,7 @@ from elastic_sparsity.errors import ConfigError
 from elastic_sparsity.files import write_json
 from elastic_sparsity.manifest import CONFIG_NAME
 from elastic_sparsity.models import BaseModel
+from elastic_sparsity.run_folder import is_unfinished
 
 KEEP_EVERY = 10.0  # seconds between notes of the time spent
 
@@ -49,6 +50,8 @@ def trained(recipe: Recipe, folder: Path, base: BaseModel) -> tuple[ElasticCheck
     sittings = Sittings(folder.with_name(f"{folder.name}.sittings.json"))
     if not (folder / CONFIG_NAME).is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
+        if not is_unfinished(folder):
+            sittings.all.clear()  # those of a checkpoint that was moved away
         log(f"{folder.name}: training")
         sittings.begin(recipe.seed)
 

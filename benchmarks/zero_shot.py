@@ -30,7 +30,7 @@ from elastic_sparsity.errors import ConfigError, NumericsError
 from elastic_sparsity.files import write_json
 from elastic_sparsity.measure import zero_shot_protocol
 from elastic_sparsity.models import BaseModel, load_base
-from elastic_sparsity.precision import autocast_factory
+from elastic_sparsity.precision import autocast_factory, cast_parameters_
 from elastic_sparsity.report import check_documents, plot_tasks, task_means, tasks_table
 from elastic_sparsity.slicing import load_level, load_tokenizer
 from elastic_sparsity.task_files import load_tasks
@@ -148,10 +148,14 @@ def models(
     def base() -> Any:
         if "base" not in held:
             held["base"] = load_base(recipe.model.id, recipe.model.dtype)
+            if precision == "float32":  # also of weights in 16 bits: the protocol says what was computed
+                held["base"].model.float()
         return held["base"]
 
     def elastic(level: Any) -> Any:
-        return load_level(checkpoint, level, checkpoint.dtype).to(base().model.device, base().model.dtype)
+        model = load_level(checkpoint, level, checkpoint.dtype).to(base().model.device)
+        cast_parameters_(model, base().model.dtype)
+        return model
 
     def one_shot(level: Any, method: str) -> Any:
         if "tokens" not in held:

@@ -106,13 +106,20 @@ class DiskActivations:
             finally:
                 os.close(descriptor)
         except OSError as error:
-            raise OutputError(
-                f"{self.path}: cannot be written: {error}; free some space and run the same command again."
-            ) from error
+            raise self._unwritten(error) from error
+
+    def _unwritten(self, error: OSError) -> OutputError:
+        return OutputError(f"{self.path}: cannot be written: {error}; free some space and run the same command again.")
 
     def sync(self) -> None:
-        """Waits until the disk has it."""
-        sync_path(self.path)
+        """Waits until the disk has it.
+
+        Raises: OutputError: if it will not: some disks say only now that they are full.
+        """
+        try:
+            sync_path(self.path)
+        except OSError as error:
+            raise self._unwritten(error) from error
 
     def is_whole(self) -> bool:
         """Whether the file has its full size."""

@@ -85,7 +85,7 @@ class AllocationPlan(BaseModel):
 
 def save_plan(path: Path, plan: AllocationPlan) -> None:
     """Raises: OutputError: the path cannot be written."""
-    write_json(path, plan.model_dump(exclude=None if plan.before else {"before"}))
+    write_json(path, plan.model_dump(exclude=None if plan.before else {"before"}), sync=True)
 
 
 def load_plan(path: Path) -> AllocationPlan:

@@ -8,6 +8,7 @@ that is fastest. The loop is our own: `generate` would time its own bookkeeping 
 import copy
 import gc
 import itertools
+import logging
 import statistics
 import time
 from collections import defaultdict
@@ -29,8 +30,9 @@ from elastic_sparsity.generating import empty_cache, greedy_stepper
 from elastic_sparsity.hub import fetch_levels
 from elastic_sparsity.ladder import Level
 from elastic_sparsity.slicing import ElasticModel
-from elastic_sparsity.ways import DENSE, Way, linear_bytes, streamed_bytes
+from elastic_sparsity.ways import DENSE, Way, linear_bytes, misfit, streamed_bytes
 
+log = logging.getLogger(__name__)
 WARM_UP_TOKENS = 2
 Load = Callable[[Path, Level, Way, str], Any]
 """Called with (folder, level, way, device); gives a causal LM in eval mode."""
@@ -89,8 +91,9 @@ def bench(
             checkpoint=checkpoint, batches=tuple(sorted(set(batches))), prompt=prompt, new_tokens=new_tokens,
             repeats=repeats, device=device, load=load, progress=progress,
         )  # fmt: skip
+        fitting = _fitting(checkpoint, chosen)
         for level in wanted:
-            run.time_level([way for way in chosen if way.serves(level)], level, found)
+            run.time_level([way for way in fitting if way.serves(level)], level, found)
         return run.profile(name, found)
 
 
@@ -138,6 +141,15 @@ def _chosen_ways(facts: Facts, wanted: Sequence[str] | None, device: str) -> lis
     if all(existing[name].runtime != DENSE for name in names):
         raise ConfigError(f"bench: ways {', '.join(names)}: add a dense one, which the others are compared with.")
     return [existing[name] for name in names]
+
+
+def _fitting(checkpoint: ElasticCheckpoint, ways: Sequence[Way]) -> list[Way]:
+    """Those that can run the checkpoint's linears; a warning says why the others cannot. A dense way always can."""
+    problems = {way: misfit(checkpoint.linears, way) for way in ways}
+    for way, problem in problems.items():
+        if problem is not None:
+            log.warning("bench: %s is left out: %s", way.name, problem)
+    return [way for way, problem in problems.items() if problem is None]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -349,5 +361,14 @@ def _rotated(ways: list[Way], by: int) -> list[Way]:
 
 def resident_bytes(model: Any) -> int:
     """Bytes of a model's parameters and buffers, tied ones once."""
-    tensors = {tensor.data_ptr(): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
+    held = itertools.chain.from_iterable(map(_with_memory, itertools.chain(model.parameters(), model.buffers())))
+    tensors = {tensor.data_ptr(): tensor for tensor in held}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _with_memory(tensor: Tensor) -> list[Tensor]:
+    """The tensor, or what it is made of: torch's 2:4 weight has no memory of its own, and says that it is dense."""
+    if not isinstance(tensor, torch.sparse.SparseSemiStructuredTensor):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [getattr(tensor, name) for name in names]

@@ -273,7 +273,9 @@ def attach_elastic_(
     recipe, ladder, made = job.recipe, job.recipe.build_ladder(), []
     for path, linear in linears.items():
         weight, scale_I = weight_OI(linear), job.channel_scales.get(f"{where}.{path}")
-        scores = importance_scores(recipe.scores.method, weight, statistics[path], recipe.scores.damping, path, scale_I)
+        scores = importance_scores(
+            recipe.scores.method, weight, statistics[path], recipe.scores.damping, f"{where}.{path}", scale_I
+        )
         flat = [keep_count(weight.shape[1], s) for s in ladder.sparsities]
         counts = job.allocation.get(f"{where}.{path}", flat)
         drop_level = drop_levels(scores, counts) if counts else None

@@ -114,9 +114,11 @@ class BlockRunner:
 
     def call(self, index: int) -> BlockCall:
         """A function from hidden states (B, T, D) to block `index`'s output, differentiable."""
-        for batch in self.batches():  # now, not inside the run: that one may be observed, and must not see another
-            if batch.stop - batch.start not in self._calls:
-                self._record(batch.stop - batch.start)
+        # Now, not inside the run: that one may be observed, and must not see another. Training draws whole batches,
+        # with fewer samples too.
+        for size in {self.batch_size, *(batch.stop - batch.start for batch in self.batches())}:
+            if size not in self._calls:
+                self._record(size)
 
         def run(hidden: Tensor) -> Tensor:
             if hidden.shape[0] not in self._calls:

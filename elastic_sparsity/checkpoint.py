@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from elastic_sparsity.checkpoint_writer import config_lock
 from elastic_sparsity.errors import CheckpointError, LevelError
 from elastic_sparsity.files import file_sha256, write_json
 from elastic_sparsity.ladder import AnyLevel, Level, StructuredLevel
@@ -269,9 +270,22 @@ class ElasticCheckpoint:
             yield name, tensors.linear(name)
 
     def update_record(self, changes: Mapping[str, Any]) -> None:
-        """Adds fields (e.g. measured quality) to elastic_config.json, atomically."""
-        self.config = {**self.config, **changes}
-        write_json(self.folder / CONFIG_NAME, self.config)
+        """Adds fields (e.g. measured quality) to elastic_config.json as it is by now, atomically.
+
+        Others may have changed it since it was opened here: their records, and levels they added, stay.
+
+        Raises: CheckpointError: if another checkpoint is there now. OutputError.
+        """
+        with config_lock(self.folder):
+            manifest, config = read_manifest(self.folder)
+            if manifest.checkpoint_id != self.manifest.checkpoint_id:
+                raise CheckpointError(
+                    f"{self.folder}: another checkpoint ({manifest.checkpoint_id}) is there now, of which this is no "
+                    f"record ({', '.join(changes)}); open it again."
+                )
+            config |= changes
+            write_json(self.folder / CONFIG_NAME, config)
+        self.config = config
 
 
 class OpenLevel:

@@ -2,7 +2,10 @@
 
 import dataclasses
 import itertools
+import logging
 import math
+import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -27,6 +30,7 @@ from elastic_sparsity.precision import DTYPES
 from elastic_sparsity.shells import LinearRecord, LinearSpec, encode_shells, shell_names, spec_of
 from elastic_sparsity.tensor_file_writer import PlannedTensor, TensorFileWriter
 
+log = logging.getLogger(__name__)
 MAX_SHARD_BYTES = 5_000_000_000
 _NO_ID = "0" * 32  # stands in the files until all their bytes are known, from which the id comes
 _Section = dict[str, PlannedTensor]
@@ -100,6 +104,35 @@ def write_checkpoint(
         write_json(scratch / CONFIG_NAME, {**config, "digest": digest(config)})
 
 
+@contextmanager
+def config_lock(folder: Path) -> Iterator[None]:
+    """Inside, nobody else who takes it replaces a checkpoint's elastic_config.json: what is read can be written back.
+
+    It is on the folder itself, so that no file is left for a reader or an upload to find, and ends with its process.
+    Windows has no such lock, and some network drives neither (a warning says so): do not change one checkpoint from
+    two processes at a time there.
+
+    Raises: CheckpointError: if there is no such folder.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl  # not on Windows
+
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: no elastic checkpoint can be opened here: {error}.") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            log.warning("%s: cannot be locked (%s); let no other process change the checkpoint now", folder, error)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def add_section(
     folder: Path,
     level: StructuredLevel,
@@ -120,6 +153,17 @@ def add_section(
     Raises: CheckpointError: no checkpoint there, or it has the level already. NumericsError: NaN or infinity.
         OutputError.
     """
+    with config_lock(folder):
+        _add_section(folder, level, tensors, record, max_shard_bytes)
+
+
+def _add_section(
+    folder: Path,
+    level: StructuredLevel,
+    tensors: Mapping[str, Tensor],
+    record: Mapping[str, Any],
+    max_shard_bytes: int,
+) -> None:
     manifest, config = read_manifest(folder)
     if level.name in manifest.files:
         raise CheckpointError(f"{folder}: has level {level.name} already; leave it out.")

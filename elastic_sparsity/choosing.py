@@ -8,11 +8,12 @@ from typing import Any
 from elastic_sparsity.checkpoint import ElasticCheckpoint
 from elastic_sparsity.device_profile import Prediction, Profile, predict_fastest, read_profile
 from elastic_sparsity.errors import ConfigError, LevelError, brief
-from elastic_sparsity.hub import checkpoint_folder, is_hub_id
+from elastic_sparsity.hub import can_fetch, checkpoint_folder
 from elastic_sparsity.inspection import level_info
 from elastic_sparsity.ladder import AnyLevel, StructuredLevel
 from elastic_sparsity.manifest import by_density
 from elastic_sparsity.report import human_bytes, parse_bytes
+from elastic_sparsity.ways import misfit
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,7 +99,7 @@ def choose_level(
     """The best level under the budgets; with `min_quality` alone, the one of fewest bytes that reaches it.
 
     Best is the lowest recorded perplexity; if none is recorded, the densest, a structured level after all others. Only
-    levels whose files are here (of a hub id: all) are offered. Reads elastic_config.json only.
+    levels whose files are here (of a hub id whose hub answers: all) are offered. Reads elastic_config.json only.
 
     Args:
         path: folder or hub id of an elastic checkpoint.
@@ -113,9 +114,10 @@ def choose_level(
     budget = _check_budget(profile, max_bytes, max_ms_per_token, min_quality)
     device = profile if profile is None or isinstance(profile, Profile) else read_profile(profile)
     checkpoint = ElasticCheckpoint(checkpoint_folder(path, None, **hub))
-    can_fetch = is_hub_id(path) and not hub.get("local_files_only")
+    device = None if device is None else _fitting(device, checkpoint)
     levels = by_density(checkpoint.ladder, _runnable(checkpoint, device))
-    candidates = [_candidate(checkpoint, level, device, can_fetch) for level in levels]
+    offers_all = not all(checkpoint.is_complete(level) for level in levels) and can_fetch(path, **hub)
+    candidates = [_candidate(checkpoint, level, device, offers_all) for level in levels]
     if not any(found.available for found in candidates):
         raise LevelError(f"{path}: no level is complete here; copy or download one again.")
     _check_quality_recorded(path, budget, candidates)
@@ -158,19 +160,25 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
+def _fitting(device: Profile, checkpoint: ElasticCheckpoint) -> Profile:
+    """The profile without the ways that cannot hold this checkpoint's linears: it may be measured on another's."""
+    ways = {name: entry for name, entry in device.ways.items() if misfit(checkpoint.linears, entry.way) is None}
+    return device.model_copy(update={"ways": ways})
+
+
 def _runnable(checkpoint: ElasticCheckpoint, device: Profile | None) -> list[StructuredLevel]:
     """The structured levels, unless the device's profile knows no way for a dense model."""
     ways = [] if device is None else [entry.way for entry in device.ways.values()]
     return [x for x in checkpoint.structured if device is None or any(way.serves(x) for way in ways)]
 
 
-def _candidate(checkpoint: ElasticCheckpoint, level: AnyLevel, device: Profile | None, can_fetch: bool) -> _Candidate:
+def _candidate(checkpoint: ElasticCheckpoint, level: AnyLevel, device: Profile | None, offered: bool) -> _Candidate:
     info = level_info(checkpoint, level)
     perplexity, dense = _perplexity(info.perplexity), _dense_perplexity(checkpoint)
     return _Candidate(
         level=level,
         bytes=checkpoint.download_bytes(level),
-        available=can_fetch or info.available,
+        available=offered or info.available,
         perplexity=perplexity,
         quality=None if perplexity is None or dense is None else dense / perplexity,
         prediction=None if device is None else predict_fastest(device, checkpoint, level),

@@ -88,7 +88,10 @@ def train(
     restart: Restart = False,
     quiet: Quiet = False,
 ) -> None:
-    """Run a recipe: one run makes one elastic checkpoint. An interrupted run goes on when it is started again."""
+    """Run a recipe: one run makes one elastic checkpoint. An interrupted run goes on when it is started again.
+
+    So does its measuring of quality, if only that was interrupted.
+    """
     overrides: dict[str, dict[str, Any]] = {}
     if model is not None:
         overrides["model"] = {"id": model}
@@ -101,16 +104,20 @@ def train(
 
 def _run(recipe: Recipe, output: Path, quiet: bool, restart: bool) -> None:
     from elastic_sparsity.files import write_json
-    from elastic_sparsity.measure import measure
+    from elastic_sparsity.measure import check_memory, measure
     from elastic_sparsity.pipeline import optimize
+    from elastic_sparsity.quality_record import measures_quality, unmeasured
     from elastic_sparsity.report import human_bytes, plot_results, results_table
     from elastic_sparsity.workers import Workers
 
+    check_memory(recipe)
     workers = Workers()
     with progress_shown(quiet or not workers.is_main) as progress:
-        checkpoint = optimize(recipe, output, progress, restart=restart)
-        has_text = recipe.evaluation.source is not None or recipe.calibration.source == "self"
-        rows = measure(recipe, checkpoint, progress) if has_text else []
+        made = None if restart else unmeasured(recipe, output)
+        checkpoint = optimize(recipe, output, progress, restart=restart) if made is None else made
+        rows = []
+        if measures_quality(recipe):
+            rows = measure(recipe, checkpoint, progress, made_earlier=made is not None)
     workers.close()
     if not workers.is_main:
         return

@@ -10,10 +10,11 @@ import typer
 from rich.console import Console
 
 from elastic_sparsity.errors import ConfigError
-from elastic_sparsity.files import check_output_file, is_file, write_json
+from elastic_sparsity.files import check_output_file, is_file, is_folder, write_json
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 DTYPES = (*PRECISIONS, "float16")
+WINDOW, TASK_BATCH = 2048, 8
 CELL = ("level", "method", "task")  # what a zero-shot row is the result of
 ORIGIN = ("checkpoint_id", "weights_sha256")  # of which weights
 
@@ -32,7 +33,7 @@ def register(app: typer.Typer, progress_bars: Callable[[bool], Any]) -> None:
             str, typer.Option(help="Of a plain model's weights: auto (as stored), float32, bfloat16 or float16.")
         ] = "auto",
         reference: Annotated[str | None, typer.Option(help="Dense model, for KL.")] = None,
-        window: Annotated[int, typer.Option(help="Tokens a window.", min=8)] = 2048,
+        window: Annotated[int | None, typer.Option(help=f"Tokens a window; default: {WINDOW}.", min=8)] = None,
         max_windows: Annotated[int | None, typer.Option(help="Only the first windows.", min=1)] = None,
         tasks: Annotated[
             str | None, typer.Option(help="Zero-shot tasks of lm-evaluation-harness, as piqa,arc_easy.")
@@ -42,7 +43,9 @@ def register(app: typer.Typer, progress_bars: Callable[[bool], Any]) -> None:
         ] = None,
         task_data: Annotated[Path | None, typer.Option(help="Folder of the .jsonl files that task files name.")] = None,
         task_limit: Annotated[int | None, typer.Option(help="Only the first documents of every task.")] = None,
-        task_batch: Annotated[int, typer.Option(help="Sequences in one forward pass of a task.")] = 8,
+        task_batch: Annotated[
+            int | None, typer.Option(help=f"Sequences in one forward pass of a task; default: {TASK_BATCH}.")
+        ] = None,
         precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
         output: Annotated[
             Path | None, typer.Option(help="Also write the rows as JSON; other results of this path there are kept.")
@@ -50,7 +53,14 @@ def register(app: typer.Typer, progress_bars: Callable[[bool], Any]) -> None:
         quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No bars and no log, only the result.")] = False,
     ) -> None:
         """Perplexity, KL to a reference and zero-shot accuracy, for dense, sliced and elastic models alike."""
-        _check(text, tasks, precision, dtype, {"--task-folder": task_folder, "--task-data": task_data})
+        _check(text, tasks, precision, dtype)
+        of_text = {"--reference": reference, "--window": window, "--max-windows": max_windows}
+        of_tasks = {"--task-folder": task_folder, "--task-data": task_data, "--task-limit": task_limit}
+        if text is None:
+            _refuse(of_text, "perplexity; give the text with --text")
+        if tasks is None:
+            _refuse(of_tasks | {"--task-batch": task_batch}, "tasks; name some with --tasks, as piqa,arc_easy")
+        window, task_batch = window or WINDOW, TASK_BATCH if task_batch is None else task_batch
         shared = {"level": level, "dtype": dtype, "precision": precision}
         record = Record(output, path)
         with progress_bars(quiet) as progress:
@@ -65,16 +75,20 @@ def register(app: typer.Typer, progress_bars: Callable[[bool], Any]) -> None:
                 _zero_shot(path, found, record, progress=progress, limit=task_limit, batch_size=task_batch, **shared)
 
 
-def _check(text: str | None, tasks: str | None, precision: str, dtype: str, folders: dict[str, Path | None]) -> None:
+def _check(text: str | None, tasks: str | None, precision: str, dtype: str) -> None:
     if precision not in PRECISIONS:
         raise ConfigError(f"--precision: {precision!r} is not auto, float32 or bfloat16.")
     if dtype not in DTYPES:
         raise ConfigError(f"--dtype: {dtype!r} is not one of {', '.join(DTYPES)}.")
     if text is None and tasks is None:
         raise ConfigError("eval: nothing to measure; give --text, --tasks or both.")
-    for option, folder in folders.items():
-        if folder is not None and tasks is None:
-            raise ConfigError(f"{option}: is for tasks; name some with --tasks, as piqa,arc_easy.")
+
+
+def _refuse(options: dict[str, Any], what_for: str) -> None:
+    """Raises: ConfigError: if one is given, that would change nothing."""
+    for option, value in options.items():
+        if value is not None:
+            raise ConfigError(f"{option}: is for {what_for}.")
 
 
 def _tasks(tasks: str, folder: Path | None, data: Path | None, limit: int | None, batch: int) -> dict[str, Any]:
@@ -101,7 +115,7 @@ class Record:
             return
         check_output_file(output)
         held = _held(output) if is_file(output) else {}
-        if held.get("model") == path:
+        if _is_same(held.get("model"), path):
             self.data = held
         elif "zero_shot" in held:
             raise ConfigError(f"{output}: holds zero-shot results of {held.get('model')!r}; name another --output.")
@@ -131,13 +145,19 @@ class Record:
         self._check_protocol("zero-shot rows", held["protocol"], protocol)
 
     def add_task(self, row: dict[str, Any]) -> None:
-        """Raises: ConfigError: if the file's other tasks are of other weights that were at this path."""
+        """Raises: ConfigError: if the file's others are of other weights that were at this path, or other documents."""
+        from elastic_sparsity.report import check_documents
+
         held = self.data["zero_shot"]
         kept = [x for x in held["rows"] if any(x[key] != row[key] for key in CELL)]
         if any(x.get(key) != row.get(key) for x in kept for key in ORIGIN):
             raise ConfigError(
                 f"{self.output}: its zero-shot rows are of other weights, or do not tell; name another --output."
             )
+        try:
+            check_documents([*kept, row])
+        except ConfigError as error:
+            raise ConfigError(f"{self.output}: {error} Or name another --output.") from None
         self._write({**self.data, "zero_shot": {**held, "rows": [*kept, self._stamped(row)]}})
 
     def _check_protocol(self, what: str, held: Any, wanted: dict[str, Any]) -> None:
@@ -161,6 +181,14 @@ def _device() -> str:
 
     facts = read_facts()
     return facts.gpus[0].name if default_device() == "cuda" else f"{facts.cpu}, threads: {facts.threads}"
+
+
+def _is_same(held: Any, path: str) -> bool:
+    """Whether two names are of one model: of folders and files by where they are, of all else as they are written."""
+    if held == path:
+        return True
+    are_here = isinstance(held, str) and all(is_folder(x) or is_file(x) for x in (held, path))
+    return are_here and Path(held).resolve() == Path(path).resolve()
 
 
 def _held(output: Path) -> dict[str, Any]:

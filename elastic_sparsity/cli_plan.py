@@ -42,7 +42,8 @@ def register(app: typer.Typer, recipe_path: Callable[[str], Path]) -> None:
     ) -> None:
         """What a run will need of memory, disk and time, from the model's config alone; exit 2 if it does not fit.
 
-        With a size given, other places have no limit; with none, the limits are what is free on this machine.
+        With a size given, other places have no limit; with none, the limits are what is free on this machine. With
+        --config, or a --gpu that is not here, it is another machine, and only sizes are limits.
         """
         overrides: dict[str, dict[str, Any]] = {}
         if model is not None:
@@ -50,9 +51,8 @@ def register(app: typer.Typer, recipe_path: Callable[[str], Path]) -> None:
         if calibration is not None:
             overrides["calibration"] = {"source": calibration}
         limits = limits_of(**{"--device-memory": device_memory, "--host-memory": host_memory, "--disk": disk})
-        here = not limits and gpu is None and config is None
-        if here:
-            limits = {**free_here(), "disk": shutil.disk_usage(Path.cwd()).free}
+        if not limits and config is None:
+            limits = limits_here(gpu)
         wanted = read_recipe(recipe_path(recipe), overrides)
         found = plan_run(wanted, config_file=config, limits=limits, gpu=gpu, probe=probe)
         if json:
@@ -60,6 +60,14 @@ def register(app: typer.Typer, recipe_path: Callable[[str], Path]) -> None:
         else:
             show(found, Console(emoji=False))
         found.check()
+
+
+def limits_here(gpu: bool | None) -> dict[str, int]:
+    """What is free on this machine, without its GPU if it shall not be used; empty for a GPU that is not here."""
+    free = {**free_here(), "disk": shutil.disk_usage(Path.cwd()).free}
+    if gpu is False:
+        free.pop("device", None)
+    return {} if gpu and "device" not in free else free
 
 
 def limits_of(**texts: str | None) -> dict[str, int]:
@@ -107,6 +115,8 @@ def show(plan: Plan, console: Console) -> None:
         f"{c.precision} products, {'with' if c.gpu else 'without'} a GPU",
         markup=False, highlight=False, soft_wrap=True,
     )  # fmt: skip
+    if not plan.limits:
+        console.print("No limits: give --device-memory, --host-memory or --disk to see whether it fits.")
     console.print(terms_table(plan))
     console.print(peaks_table(plan))
     console.print(work_table(plan))

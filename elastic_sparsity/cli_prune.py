@@ -10,6 +10,7 @@ import typer
 from elastic_sparsity.errors import ConfigError
 from elastic_sparsity.terminal import say
 
+LR = 3e-4
 # Options of both commands that prune structures.
 Calibration = Annotated[str, typer.Option(help='Text file, hub data set or "self".')]
 ScoresName = Annotated[str, typer.Option(help="obs (refits what stays), flap or magnitude.")]
@@ -25,7 +26,7 @@ Length = Annotated[int, typer.Option(help="Tokens of a sample.")]
 BatchSize = Annotated[int, typer.Option(help="Samples at a time.")]
 Damping = Annotated[float, typer.Option(help="Of the input covariance, relative to its mean diagonal.")]
 Steps = Annotated[int, typer.Option(help="Optimiser steps that then tune what stays to the dense model; 0 = none.")]
-LearningRate = Annotated[float, typer.Option("--lr", help="Of that tuning.")]
+LearningRate = Annotated[float | None, typer.Option("--lr", help=f"Of that tuning; default: {LR:g}.")]
 Seed = Annotated[int, typer.Option(help="Of the choice of samples.")]
 Precision = Annotated[str, typer.Option(help="Of products: auto, float32 or bfloat16.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No bars and no log, only the result.")]
@@ -43,6 +44,13 @@ def checked_search(name: str | None) -> Any:
     from elastic_sparsity.structured_search import SEARCHES
 
     return None if name is None else _known("--search", name, SEARCHES)
+
+
+def checked_rate(lr: float | None, steps: int) -> float:
+    """The rate of the tuning. Raises: ConfigError: one is given, but no steps that would take it."""
+    if lr is not None and not steps:
+        raise ConfigError("--lr: is the rate of a tuning, and without --steps there is none; give --steps with it.")
+    return LR if lr is None else lr
 
 
 def _known(option: str, name: str, names: Sequence[str]) -> str:
@@ -68,7 +76,7 @@ def register(app: typer.Typer, progress: Callable[[bool], AbstractContextManager
         batch_size: BatchSize = 4,
         damping: Damping = 0.01,
         steps: Steps = 0,
-        lr: LearningRate = 3e-4,
+        lr: LearningRate = None,
         seed: Seed = 0,
         dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
         precision: Precision = "auto",
@@ -79,7 +87,7 @@ def register(app: typer.Typer, progress: Callable[[bool], AbstractContextManager
         from elastic_sparsity.sized import opened_by
         from elastic_sparsity.structured_sizes import counts_text
 
-        chosen, counts = checked_scores(scores), checked_search(search)
+        chosen, counts, rate = checked_scores(scores), checked_search(search), checked_rate(lr, steps)
         with progress(quiet) as report:
             found = write_pruned(
                 model,
@@ -94,7 +102,7 @@ def register(app: typer.Typer, progress: Callable[[bool], AbstractContextManager
                 batch_size=batch_size,
                 damping=damping,
                 steps=steps,
-                lr=lr,
+                lr=rate,
                 seed=seed,
                 dtype=dtype,
                 precision=precision,

@@ -21,6 +21,7 @@ from elastic_sparsity.cli_prune import (
     SearchName,
     Seed,
     Steps,
+    checked_rate,
     checked_scores,
     checked_search,
 )
@@ -45,7 +46,7 @@ def register(app: typer.Typer, progress: Callable[[bool], AbstractContextManager
         batch_size: BatchSize = 4,
         damping: Damping = 0.01,
         steps: Steps = 0,
-        lr: LearningRate = 3e-4,
+        lr: LearningRate = None,
         seed: Seed = 0,
         precision: Precision = "auto",
         quiet: Quiet = False,
@@ -56,7 +57,7 @@ def register(app: typer.Typer, progress: Callable[[bool], AbstractContextManager
         from elastic_sparsity.report import human_bytes
         from elastic_sparsity.structured_sizes import counts_text
 
-        chosen, counts = checked_scores(scores), checked_search(search)
+        chosen, counts, rate = checked_scores(scores), checked_search(search), checked_rate(lr, steps)
         with progress(quiet) as report:
             levels = add_structured(
                 checkpoint,
@@ -71,7 +72,7 @@ def register(app: typer.Typer, progress: Callable[[bool], AbstractContextManager
                 batch_size=batch_size,
                 damping=damping,
                 steps=steps,
-                lr=lr,
+                lr=rate,
                 seed=seed,
                 precision=precision,
                 progress=report,

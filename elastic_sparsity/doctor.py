@@ -5,7 +5,7 @@
 
 import platform
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +172,11 @@ def _gpu_architecture(properties: Any) -> str:
 
 def verdicts(facts: Facts) -> list[Verdict]:
     """Every way of this package, whether it exists on a machine of these facts, and why or why not."""
-    return [*_dense_on_cpu(facts), *_packed_on_cpu(facts), *_on_gpus(facts)]
+    rows = [*_dense_on_cpu(facts), *_packed_on_cpu(facts), *_on_gpus(facts)]
+    if facts.active_path is not None:
+        return rows
+    reason = f"no level can be unpacked: {_kernels_problem(facts)}"  # whichever way it is to run then
+    return [row if row.works is False else replace(row, works=False, reason=reason) for row in rows]
 
 
 def existing_ways(rows: list[Verdict], device: str) -> list[Way]:
@@ -212,7 +216,7 @@ def _packed_on_cpu(facts: Facts) -> Iterator[Verdict]:
 
 def _packed_reason(facts: Facts) -> str:
     if facts.active_path is None:
-        return str(facts.instruction_paths[0].problem)
+        return _kernels_problem(facts)
     refused = [f"{path.name}: {path.problem}" for path in facts.instruction_paths if path.problem is not None]
     why = f" ({'; '.join(refused)})" if refused else ""
     if facts.active_path == TORCH:
@@ -220,6 +224,11 @@ def _packed_reason(facts: Facts) -> str:
     threads = "" if facts.kernel_threads else ", on one thread: torch has another OpenMP than GNU's here"
     slow = f": saves memory, costs time{why}" if facts.active_path == "portable" else ""
     return f"{facts.active_path} kernel{threads}{slow}"
+
+
+def _kernels_problem(facts: Facts) -> str:
+    """Why the compiled library is of no use, where it is there and is not; every path then has the same problem."""
+    return str(facts.instruction_paths[0].problem)
 
 
 def _on_gpus(facts: Facts) -> Iterator[Verdict]:

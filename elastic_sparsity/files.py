@@ -7,7 +7,7 @@ import shutil
 import uuid
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +108,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         if folder.exists():
             folder.rmdir()
         scratch.replace(folder)
-        with suppress(OSError):  # it is there; some file systems cannot sync a folder's names
-            sync_path(folder.parent)
+        sync_path(folder.parent)
     except Exception as error:
         if not isinstance(error, OSError | SafetensorError) and "(os error" not in str(error):
             raise  # tokenizers raises no type of its own for a full disk
@@ -171,12 +170,18 @@ def check_output_file(path: Path) -> None:
 
 
 def sync_path(path: Path) -> None:
-    """Waits until the disk has a file's bytes, or a folder's names."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Waits until the disk has a file's bytes; of a folder its names, where that can be waited for.
+
+    Raises: OSError: of a file, e.g. if only now the disk turns out to be full.
+    """
+    access = os.O_RDWR if os.name == "nt" else os.O_RDONLY  # Windows flushes only what is open for writing
+    # Windows opens no folder, and some file systems sync none: nothing could be done about it, and the files are there.
+    with suppress(OSError) if is_folder(path) else nullcontext():
+        descriptor = os.open(path, access)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def write_json(path: Path, data: Any, *, sync: bool = False) -> None:

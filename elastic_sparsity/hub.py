@@ -67,17 +67,11 @@ def checkpoint_folder(
         )
     if not is_hub_id(path):
         return Path(path)
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url  # slow imports, only here
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub import hf_hub_download  # slow import, only here
 
-    no_answer: Exception | None = None
-    if not hub.get("local_files_only"):
-        try:  # once: hf_hub_download would ask a hub that is down for minutes
-            url = hf_hub_url(str(path), CONFIG_NAME, revision=hub.get("revision"), endpoint=hub.get("endpoint"))
-            get_hf_file_metadata(url, token=hub.get("token"))
-        except Exception as error:  # also types of huggingface_hub's HTTP library, which changes by version
-            if not isinstance(error, HfHubHTTPError) or error.response.status_code >= 500:
-                hub, no_answer = {**hub, "local_files_only": True}, error  # the cache may still do
+    no_answer = None if hub.get("local_files_only") else _no_answer(path, hub)
+    if no_answer is not None:
+        hub = {**hub, "local_files_only": True}  # the cache may still do
 
     def fetch(name: str, options: dict[str, Any]) -> Path:
         try:
@@ -101,6 +95,28 @@ def checkpoint_folder(
         if fetch(entry.file, pinned).stat().st_size != entry.bytes and not hub.get("local_files_only"):
             fetch(entry.file, {**pinned, "force_download": True})  # huggingface_hub trusts what is in its cache
     return folder
+
+
+def _no_answer(path: str | Path, hub: dict[str, Any]) -> Exception | None:
+    """Why a hub cannot be asked: it is down, or HF_HUB_OFFLINE is set. None if it answers, be it with a refusal.
+
+    Asks once: hf_hub_download would ask a hub that is down for minutes.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url  # slow imports, only here
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        url = hf_hub_url(str(path), CONFIG_NAME, revision=hub.get("revision"), endpoint=hub.get("endpoint"))
+        get_hf_file_metadata(url, token=hub.get("token"))
+    except Exception as error:  # also types of huggingface_hub's HTTP library, which changes by version
+        if not isinstance(error, HfHubHTTPError) or error.response.status_code >= 500:
+            return error
+    return None
+
+
+def can_fetch(path: str | Path, **hub: Any) -> bool:
+    """Whether files that are not here yet can be had: `path` is a hub id, and its hub answers."""
+    return is_hub_id(path) and not hub.get("local_files_only") and _no_answer(path, hub) is None
 
 
 def elastic_folder(path: str | Path, **hub: Any) -> Path | None:

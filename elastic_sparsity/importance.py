@@ -139,10 +139,11 @@ def inverse_hessian(gram_II: Tensor, damping: float, where: str = "gram") -> Ten
 def obs_scores(weight_OI: Tensor, gram_II: Tensor, damping: float, where: str = "gram") -> Tensor:
     """weight^2 / diag(inverse Hessian): the loss of removing one weight and repairing the rest of its row.
 
-    Returns: (O, I) float32, comparable within a row.
+    Returns: (O, I) float32, comparable within a row; 0 for channels that were never active, as removing their weights
+        costs nothing.
     """
     inverse_diagonal_I = inverse_hessian(gram_II, damping, where).diagonal()
-    return weight_OI.float().square() / inverse_diagonal_I
+    return (weight_OI.float().square() / inverse_diagonal_I).masked_fill_(gram_II.diagonal() == 0, 0.0)
 
 
 def importance_scores(

@@ -1,5 +1,6 @@
 """What a checkpoint offers, from its elastic_config.json alone."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,13 +66,20 @@ def level_info(checkpoint: ElasticCheckpoint, level: AnyLevel) -> LevelInfo:
         sparsity=_sparsity(checkpoint.linears.values(), level),
         bytes=checkpoint.bytes_of(level),
         available=checkpoint.is_complete(level),
-        perplexity=row.get("perplexity"),
-        kl=row.get("kl"),
+        perplexity=_number(row.get("perplexity")),
+        kl=_number(row.get("kl")),
         structured=isinstance(level, StructuredLevel),
         key_value_heads=level.key_value_heads if isinstance(level, StructuredLevel) else None,
         channels=level.channels if isinstance(level, StructuredLevel) else None,
         tuning_steps=_tuning_steps(checkpoint.config, level.name),
     )
+
+
+def _number(value: Any) -> float | None:
+    """A recorded number (infinite of weights that are broken enough); None for what else a record may hold."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if abs(value) < 1e300 or value == math.inf else None
 
 
 def _tuning_steps(config: dict[str, Any], level: str) -> int:

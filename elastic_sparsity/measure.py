@@ -1,91 +1,214 @@
 """Measuring checkpoints and models as a user would load them: quality and bytes as table rows."""
 
 import copy
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from elastic_sparsity.baselines import prune_one_shot_
 from elastic_sparsity.calibration_text import Progress, calibration_tokens, check_length, evaluation_windows, silent
 from elastic_sparsity.checkpoint import ElasticCheckpoint
 from elastic_sparsity.config import Recipe
 from elastic_sparsity.data import check_vocabulary, read_text, token_hash, tokenize, windows
-from elastic_sparsity.errors import ConfigError
+from elastic_sparsity.errors import ConfigError, NumericsError
 from elastic_sparsity.evaluate import Quality, evaluate
+from elastic_sparsity.files import is_file, is_folder
 from elastic_sparsity.hub import elastic_folder, fetch_levels, is_hub_id
-from elastic_sparsity.ladder import AnyLevel, StructuredLevel
-from elastic_sparsity.models import load_base
-from elastic_sparsity.precision import autocast_factory, default_device, resolve_precision
+from elastic_sparsity.ladder import AnyLevel, Level
+from elastic_sparsity.models import PACKAGED_MODELS, load_base, packaged_model_folder
+from elastic_sparsity.precision import autocast_factory, cast_parameters_, default_device, resolve_precision
+from elastic_sparsity.quality_record import (
+    DENSE,
+    ELASTIC,
+    Cell,
+    QualityRecord,
+    Row,
+    cells_of,
+    check_same,
+    recorded_quality,
+)
 from elastic_sparsity.slicing import load_level, load_tokenizer
 from elastic_sparsity.workers import Workers
 from elastic_sparsity.zero_shot import check_amounts, score_task
 
+log = logging.getLogger(__name__)
+
 
 def measure(
-    recipe: Recipe, checkpoint: ElasticCheckpoint, progress: Progress = silent, *, kl: bool = True
+    recipe: Recipe,
+    checkpoint: ElasticCheckpoint,
+    progress: Progress = silent,
+    *,
+    kl: bool = True,
+    made_earlier: bool = False,
 ) -> list[dict[str, Any]]:
     """Quality and bytes of dense, baselines and every elastic level, as table rows; also stored in the checkpoint.
 
-    The checkpoint is evaluated as a user would load it, level by level; several workers share the windows. Without `kl`
-    the dense model runs only once.
+    The checkpoint is evaluated as a user would load it, level by level; several workers share the windows. What a level
+    gave is recorded at once, and not measured again by a call of the same protocol. A baseline that breaks down gets no
+    row: the record says why under "left_out". Without `kl` the dense model runs only once.
+
+    Args:
+        made_earlier: whether the checkpoint is not of a run that ended just now, see `unmeasured`.
+    Raises: OutputError: if model or text are others by now than `made_earlier`. NumericsError: of a level, or dense.
     """
     workers = Workers()
     with workers.main_first():
         base = load_base(recipe.model.id, recipe.model.dtype)
         token_ids, held_out = calibration_tokens(recipe, base, progress)
+    if made_earlier:
+        check_same(checkpoint, base.identity["sha256"], token_hash(token_ids))
     windows_ST, protocol = evaluation_windows(recipe, base, held_out)
     precision = resolve_precision(recipe.precision, base.model.device.type)
-    autocast = autocast_factory(precision, base.model.device.type)
-    dense_bytes = base.model.num_parameters() * checkpoint.dtype.itemsize
-    shared = token_ids[: recipe.evaluation.baseline_samples or recipe.block.samples]
-    rows: list[dict[str, Any]] = []
+    if precision == "float32":  # also of weights in 16 bits: the protocol says what was computed
+        base.model.float()
+    protocol = {**protocol, "precision": precision}
+    bench = _Bench(
+        recipe=recipe,
+        checkpoint=checkpoint,
+        dense=base.model,
+        calibration_ST=token_ids[: recipe.evaluation.baseline_samples or recipe.block.samples],
+        windows_ST=windows_ST,
+        autocast=autocast_factory(precision, base.model.device.type),
+        kl=kl,
+        workers=workers,
+        progress=progress,
+    )
+    record = recorded_quality(checkpoint)
+    if record.protocol != protocol or any((row["kl"] is not None) != kl for row in record.rows.values()):
+        if record.rows and workers.is_main:
+            log.warning("%s: its recorded quality is of another protocol, and is measured anew", checkpoint.folder)
+        record = QualityRecord(protocol, {}, {})
     for level in checkpoint.manifest.levels():
-        models = {} if rows else {"dense": base.model}
-        models["elastic"] = _as_shipped(checkpoint, level, base.model)
-        for method in recipe.evaluation.baselines:
-            if isinstance(level, StructuredLevel):
-                break  # they make masks
-            models[method] = copy.deepcopy(base.model)
-            stage = f"{method} at {level.title}"
-            prune_one_shot_(
-                models[method],
-                shared,
-                level,
-                method,
-                damping=recipe.scores.damping,
-                batch_size=recipe.block.batch_size,
-                autocast=autocast,
-                on_block=lambda done, total, stage=stage: progress(stage, done, total),  # type: ignore[misc]
-            )
-        stage = f"evaluating {level.title}"
-        found = evaluate(
-            models,
-            windows_ST,
-            reference=base.model if kl else None,
-            autocast=autocast,
-            on_window=lambda done, total, stage=stage: progress(stage, done, total),  # type: ignore[misc]
-            share=range(workers.rank, windows_ST.shape[0], workers.count),
-            sum_=workers.sum_,
-        )
-        for name, quality in found.items():
-            size = checkpoint.bytes_of(level) if name == "elastic" else dense_bytes
-            rows.append(_row("dense" if name == "dense" else level.name, name, quality, size))
-    if workers.is_main:
-        checkpoint.update_record({"quality": {"protocol": {**protocol, "precision": precision}, "rows": rows}})
+        missing = [cell for cell in cells_of(recipe, [level]) if not record.has(cell)]
+        if not missing:
+            continue
+        rows, left_out = bench.measure(level, [method for _, method in missing])
+        record = QualityRecord(protocol, record.rows | rows, record.left_out | left_out)
+        if workers.is_main:
+            checkpoint.update_record({"quality": record.as_json(cells_of(recipe, checkpoint.manifest.levels()))})
     workers.wait()
-    return rows
+    return record.in_order(cells_of(recipe, checkpoint.manifest.levels()))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Bench:
+    """Measures one level after another."""
+
+    recipe: Recipe
+    checkpoint: ElasticCheckpoint
+    dense: Any
+    calibration_ST: Tensor
+    windows_ST: Tensor
+    autocast: Callable[[], Any]
+    kl: bool
+    workers: Workers
+    progress: Progress
+
+    def measure(self, level: AnyLevel, methods: Sequence[str]) -> tuple[dict[Cell, Row], dict[Cell, str]]:
+        """Rows of one level, "dense" among the methods if it is wanted, and why baselines have none."""
+        models, errors = {}, {}
+        for method in methods:
+            try:
+                models[method] = self._model(level, method)
+            except NumericsError as error:
+                if method in (DENSE, ELASTIC):
+                    raise
+                errors[method] = str(error)
+        for method, share in zip(methods, self.workers.mean([float(x in errors) for x in methods]), strict=True):
+            if share and models.pop(method, None) is not None:  # all have to measure the same models
+                errors[method] = "another worker could not make it"
+        found, broken = self._evaluated(level, models)
+        errors |= broken
+        for method, why in errors.items():
+            if self.workers.is_main:
+                log.warning("%s at %s is left out: %s", method, level.title, why)
+        dense_bytes = self.dense.num_parameters() * self.checkpoint.dtype.itemsize
+        rows = {}
+        for method, quality in found.items():
+            name = DENSE if method == DENSE else level.name
+            size = self.checkpoint.bytes_of(level) if method == ELASTIC else dense_bytes
+            rows[name, method] = _row(name, method, quality, size)
+        return rows, {(level.name, method): why for method, why in errors.items()}
+
+    def _model(self, level: AnyLevel, method: str) -> Any:
+        """Raises: NumericsError: if a baseline breaks down."""
+        if method == DENSE:
+            return self.dense
+        if method == ELASTIC:
+            return _as_shipped(self.checkpoint, level, self.dense)
+        assert isinstance(level, Level), f"{level.name} has no masks, which baselines make"
+        model = copy.deepcopy(self.dense)
+        prune_one_shot_(
+            model,
+            self.calibration_ST,
+            level,
+            method,
+            damping=self.recipe.scores.damping,
+            batch_size=self.recipe.block.batch_size,
+            autocast=self.autocast,
+            on_block=partial(self.progress, f"{method} at {level.title}"),
+        )
+        return model
+
+    def _evaluated(self, level: AnyLevel, models: Mapping[str, Any]) -> tuple[dict[str, Quality], dict[str, str]]:
+        """Quality of all, together; one by one only if some model's is no number, to tell which. And why without."""
+        if not models:
+            return {}, {}
+        measured = partial(
+            evaluate,
+            windows_ST=self.windows_ST,
+            reference=self.dense if self.kl else None,
+            autocast=self.autocast,
+            on_window=partial(self.progress, f"evaluating {level.title}"),
+            share=range(self.workers.rank, self.windows_ST.shape[0], self.workers.count),
+            sum_=self.workers.sum_,
+        )
+        try:
+            return measured(models), {}
+        except NumericsError:
+            if not models.keys() - {DENSE, ELASTIC}:
+                raise
+        found: dict[str, Quality] = {}
+        errors = {}
+        for method, model in models.items():
+            try:
+                found |= measured({method: model})
+            except NumericsError as error:
+                if method in (DENSE, ELASTIC):
+                    raise
+                errors[method] = str(error)
+        return found, errors
 
 
 def _as_shipped(checkpoint: ElasticCheckpoint, level: AnyLevel, base_model: Any) -> Any:
     """A level's weights, rounded as a user gets them, in a model that computes in the base model's dtype."""
-    return load_level(checkpoint, level, checkpoint.dtype).to(base_model.device, base_model.dtype)
+    model = load_level(checkpoint, level, checkpoint.dtype).to(base_model.device)
+    cast_parameters_(model, base_model.dtype)
+    return model
 
 
-def _row(level: str, method: str, quality: Quality, num_bytes: int) -> dict[str, Any]:
+def _row(level: str, method: str, quality: Quality, num_bytes: int | None) -> Row:
     return {"level": level, "method": method, "perplexity": quality.perplexity, "kl": quality.kl, "bytes": num_bytes}
+
+
+def check_memory(recipe: Recipe) -> None:
+    """Raises: ConfigError: if quality is to be measured of a model that is never whole in memory by the recipe's word.
+
+    The dense model is evaluated beside every level, so that after a long run this would fail.
+    """
+    if recipe.evaluation.source is not None and recipe.memory.weights == "stream":
+        raise ConfigError(
+            "memory.weights: 'stream' leaves the base model in its files, but evaluation.source needs it whole in "
+            "memory; leave the evaluation out, and measure the checkpoint with `elastic-sparsity eval` on a machine "
+            "that holds the model."
+        )
 
 
 def evaluate_path(
@@ -117,15 +240,15 @@ def evaluate_path(
     """
     device = default_device()
     resolved = resolve_precision(precision, device)
-    teacher = None if reference is None else load_base(reference).model
+    teacher = None if reference is None else load_base(reference)
     if teacher is not None and resolved == "float32":
-        teacher = teacher.float()
+        teacher.model.float()
     rows: list[dict[str, Any]] = []
     tokenizer, origin, jobs = _jobs(path, level, dtype, hub)
     ids = windows(tokenize(tokenizer, read_text(text)), window, max_windows)
     protocol = {"text": Path(text).name, "sha256": token_hash(ids), "windows": list(ids.shape), "precision": resolved}
-    if reference is not None:
-        protocol["reference"] = Path(reference).name
+    if reference is not None and teacher is not None:
+        protocol |= {"reference": Path(reference).name, "reference_sha256": teacher.identity["sha256"]}
     on_start(protocol, origin)
     for name, method, size, load in jobs:
         model = load().to(device)
@@ -136,7 +259,7 @@ def evaluate_path(
         found = evaluate(
             {method: model},
             ids,
-            reference=teacher,
+            reference=None if teacher is None else teacher.model,
             autocast=autocast_factory(resolved, model.device.type),
             on_window=lambda done, total, name=name: progress(f"evaluating {name}", done, total),  # type: ignore[misc]
         )
@@ -202,14 +325,14 @@ def zero_shot_protocol(limit: int | None, precision: str = "auto", seed: int = 0
 
 def _jobs(
     path: str, level: str | None, dtype: str, hub: dict[str, Any]
-) -> tuple[Any, dict[str, str], list[tuple[str, str, int, Callable[[], Any]]]]:
+) -> tuple[Any, dict[str, str], list[tuple[str, str, int | None, Callable[[], Any]]]]:
     """The tokenizer, what is measured, and (level, method, bytes, loader) of every model to measure at `path`."""
     folder = elastic_folder(path, **hub)
     if folder is None:
         if level is not None:
             raise ConfigError(f"{path}: --level needs an elastic checkpoint; this is none.")
         base = load_base(path, dtype)
-        size = base.model.get_memory_footprint()
+        size = _stored_bytes(path)
         origin = {"weights_sha256": base.identity["sha256"]}
         return base.tokenizer, origin, [("dense", "as it is", size, partial(getattr, base, "model"))]
     if dtype != "auto":
@@ -229,3 +352,11 @@ def _jobs(
             for x in levels
         ],
     )
+
+
+def _stored_bytes(path: str) -> int | None:
+    """Bytes of a plain model's weight files on this disk; None if they are not known to be here (a hub's cache)."""
+    if path in PACKAGED_MODELS:
+        path = str(packaged_model_folder(path))
+    files = [Path(path)] if is_file(path) else [*Path(path).glob("model*.safetensors")] if is_folder(path) else []
+    return sum(file.stat().st_size for file in files) or None

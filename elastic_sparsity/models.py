@@ -378,5 +378,9 @@ def packaged_model_folder(model_id: str) -> Path:
         model, tokenizer = _from_gguf(folder / "model.gguf", "float32")
         model.save_pretrained(folder / "converted")
         tokenizer.save_pretrained(folder / "converted")
-        (folder / "converted").replace(target)
+        try:
+            (folder / "converted").replace(target)
+        except OSError:
+            if not target.is_dir():  # else another process was faster, and has the same
+                raise
     return target

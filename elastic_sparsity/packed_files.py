@@ -5,6 +5,7 @@ would else fill the linears at random, and vLLM refuses a config it does not kno
 """
 
 import json
+import statistics
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from elastic_sparsity.arch import architecture_of, config_object, is_transposed,
 from elastic_sparsity.bitmask import PARTS, compress, restore
 from elastic_sparsity.errors import CheckpointError, ShapeError, UnsupportedModelError
 from elastic_sparsity.files import is_file
+from elastic_sparsity.precision import DTYPES
 from elastic_sparsity.semi_structured import fits_kernel, pack_2of4, unpack_2of4
 from elastic_sparsity.sized import causal_lm, generation_config
 
@@ -84,7 +86,8 @@ def load_packed(folder: str | Path) -> Any:
         stored = load_file(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}; export the level again.") from error
-    dtype = next((tensor.dtype for tensor in stored.values() if tensor.is_floating_point()), torch.float32)
+    floats = [tensor.dtype for tensor in stored.values() if tensor.dtype in DTYPES.values()]
+    dtype = statistics.mode(floats or [torch.float32])  # all parameters have one: another one's tensor is the wrong one
     try:
         config = _read_config(folder)
         generation = generation_config(folder)
@@ -99,8 +102,8 @@ def load_packed(folder: str | Path) -> Any:
     model.tie_weights()
     transposed = {name for name, module in model.named_modules() if is_transposed(module)}
     state = _unpack(stored, path, transposed)
-    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    expected = {name: _kind(parameter) for name, parameter in model.named_parameters()}
+    found = {name: _kind(tensor) for name, tensor in state.items()}
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if wrong:
         raise CheckpointError(
@@ -112,6 +115,10 @@ def load_packed(folder: str | Path) -> Any:
     if generation is not None:
         model.generation_config = generation
     return model.eval()
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
 def _unpack(stored: Mapping[str, Tensor], path: Path, transposed: set[str]) -> dict[str, Tensor]:

@@ -35,7 +35,7 @@ from elastic_sparsity.files import check_output_folder, is_file, write_json
 from elastic_sparsity.fused_layers import fused_layers
 from elastic_sparsity.inducing import change_weights_, learn, summary
 from elastic_sparsity.manifest import CONFIG_NAME, RUN_NAME
-from elastic_sparsity.preparing import check_own, of_strength, prepare
+from elastic_sparsity.preparing import check_own, of_strength, prepare, with_trainable
 from elastic_sparsity.run_folder import is_unfinished, run_folder
 from elastic_sparsity.sharding import shard_block_, whole_tensors
 from elastic_sparsity.shells import LinearRecord
@@ -94,7 +94,7 @@ def train_and_save(job: Job, output: Path, identity: dict[str, Any], stored_dtyp
 
 def run_allocation(job: Job, stored_dtype: torch.dtype) -> Job:
     """Searches how much each linear keeps, if the recipe asks for it. Returns: the job with what was found."""
-    recipe = job.recipe
+    recipe = with_trainable(job.recipe, job.trainable)  # a plan's strength depends on it
     if not recipe.allocation.search:
         return job
     plan = plan_in_run(

@@ -1,18 +1,22 @@
 """Where a model's weights go: dtypes and accelerate's device maps, checked before anything is read. No format."""
 
+import shutil
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from elastic_sparsity.errors import ConfigError, brief
+from elastic_sparsity.errors import ConfigError, OutputError, brief
 from elastic_sparsity.precision import DTYPES
 from elastic_sparsity.semi_structured import semi_structured_problem
 from elastic_sparsity.ways import DENSE, RUNTIMES, SEMI_STRUCTURED
 
 AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
 Places = Mapping[str, Any]  # module name prefix -> device, "cpu" or "disk"
+DeviceMap = str | int | torch.device | Places  # as transformers takes it: also one device for all
 
 
 def resolve_dtype(dtype: torch.dtype | str | None, stored: torch.dtype) -> torch.dtype:
@@ -38,7 +42,8 @@ def check_placement(device: Any, device_map: Any, offload_folder: Any) -> None:
     if isinstance(device_map, Mapping):
         wanted = list(device_map.values())
     else:
-        wanted = [x for x in (device, device_map) if x is not None and x not in AUTOMATIC]
+        wanted = [] if device_map is None or device_map in AUTOMATIC else [device_map]
+    wanted += [] if device is None else [device]
     for place in wanted:
         if place == "disk" and isinstance(device_map, Mapping) and offload_folder is not None:
             continue
@@ -86,29 +91,64 @@ def check_runtime(runtime: str, device: Any, device_map: Any, dtype: torch.dtype
         raise ConfigError(f'runtime: {brief(runtime)} has no float16; use dtype="bfloat16" or "float32".')
 
 
-def find_places(model: nn.Module, device_map: str | Places | None) -> Places | None:
+def find_places(model: nn.Module, device_map: DeviceMap | None, offload_folder: str | Path | None) -> Places | None:
     """Device of every module by name prefix; None = everything on the CPU.
 
-    Raises: ConfigError: if a map leaves out a parameter.
+    Raises: ConfigError: if a map leaves out a parameter, or an automatic one needs an `offload_folder`.
     """
     if device_map is None:
         return None
-    if isinstance(device_map, str) and device_map not in AUTOMATIC:
-        return {"": device_map}  # transformers takes a device's name too
-    if isinstance(device_map, str):
-        from accelerate import infer_auto_device_map  # slow imports, only here
-        from accelerate.utils import get_balanced_memory
+    if isinstance(device_map, Mapping):
+        left_out = [name for name, _ in model.named_parameters() if _prefix(device_map, name) is None]
+        if left_out:
+            raise ConfigError(f"device_map: names no place for {left_out[0]}; add its module, or '' for all the rest.")
+        return device_map
+    if not isinstance(device_map, str) or device_map not in AUTOMATIC:
+        return {"": device_map}
+    places = _automatic(model, device_map)
+    on_disk = [name for name, place in places.items() if place == "disk"]
+    if on_disk and offload_folder is None:
+        raise ConfigError(
+            f"device_map: {device_map!r} puts {len(on_disk)} modules on disk, first {on_disk[0]}, as the rest of the "
+            "memory here is too small for them; give an `offload_folder` or a smaller dtype."
+        )
+    return places
 
-        whole: Any = getattr(model, "_no_split_modules", None)
-        memory: Any = None
-        if device_map != "sequential":
-            low: Any = device_map == "balanced_low_0"
-            memory = get_balanced_memory(model, no_split_module_classes=whole, low_zero=low)
-        return infer_auto_device_map(model, max_memory=memory, no_split_module_classes=whole)
-    left_out = [name for name, _ in model.named_parameters() if _prefix(device_map, name) is None]
-    if left_out:
-        raise ConfigError(f"device_map: names no place for {left_out[0]}; add its module, or '' for all the rest.")
-    return device_map
+
+def _automatic(model: nn.Module, device_map: str) -> Places:
+    """Places by the memory there is; what fits nowhere is on "disk"."""
+    from accelerate import infer_auto_device_map  # slow imports, only here
+    from accelerate.utils import get_balanced_memory
+
+    whole: Any = getattr(model, "_no_split_modules", None)
+    memory: Any = None
+    if device_map != "sequential":
+        low: Any = device_map == "balanced_low_0"
+        memory = get_balanced_memory(model, no_split_module_classes=whole, low_zero=low)
+    return infer_auto_device_map(model, max_memory=memory, no_split_module_classes=whole)
+
+
+def dispatched(model: nn.Module, places: Places, offload_folder: str | Path | None) -> Any:
+    """The model with its modules on their devices.
+
+    Raises: OutputError: if what goes to "disk" cannot be written.
+    """
+    from accelerate import dispatch_model  # slow import, only here
+
+    if "disk" not in places.values():
+        return dispatch_model(model, dict(places))
+    assert offload_folder is not None
+    own = None
+    try:
+        folder = Path(offload_folder).absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        # accelerate takes what lies in a folder, be it another level's; and that model may still read it.
+        own = tempfile.mkdtemp(prefix="level-", dir=folder)
+        return dispatch_model(model, dict(places), offload_dir=own)
+    except OSError as error:
+        if own is not None:
+            shutil.rmtree(own, ignore_errors=True)
+        raise OutputError(f"offload_folder: {str(offload_folder)!r} cannot be written: {error}.") from error
 
 
 def place_of(places: Places | None, name: str) -> Any:

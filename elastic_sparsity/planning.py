@@ -1,5 +1,7 @@
 """What a run will need, before any work: memory, disk, token-passes, operations, and from a probe the time."""
 
+import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
@@ -22,6 +24,9 @@ from elastic_sparsity.work_plan import Timing, seconds_of, work_of
 
 FREE_SHARE = 0.9  # of what is free: other programs live too
 Probe = Callable[..., Timing]
+# Files of a memory control group: its limit, what it uses, and what of memory.stat the kernel gives back when asked.
+_CGROUP_V2 = ("memory.max", "memory.current", "inactive_file")
+_CGROUP_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,10 +95,15 @@ def plan(
         limits: bytes of "device", "host" and "disk"; a missing place is not limited (plan for other machines).
         gpu: plan for a GPU; None = as this machine is, or yes if `limits` names the device.
         probe: time a block with random weights here; None = if the model's weights are here.
-    Raises: ConfigError (also for structured fractions and an allocation plan that a run would refuse),
-        UnsupportedModelError. Not if it does not fit: see `Plan.check`.
+    Raises: ConfigError (also for structured fractions, patterns, a dtype and an allocation plan that a run would
+        refuse), UnsupportedModelError. Not if it does not fit: see `Plan.check`.
     """
     shapes = read_shapes(recipe.model.id, recipe.model.dtype, config_file)
+    check_patterns(recipe, shapes)
+    if shapes.stored not in (2, 4):
+        raise ConfigError(
+            f"model.dtype: the weights have {shapes.stored} bytes a number, which no stage takes; set 'float32'."
+        )
     if recipe.structured.fractions or recipe.allocation.plan is not None:
         model = shapes_model(recipe.model.id, config_file)
         check_structured(recipe, model)
@@ -121,6 +131,17 @@ def plan(
         return found
     knobs = tuple(_knobs(recipe, shapes, found))
     return replace(found, knobs=knobs)
+
+
+def check_patterns(recipe: Recipe, shapes: ModelShapes) -> None:
+    """Raises: ConfigError: if a linear's inputs are not whole groups of one of the ladder's N:M patterns."""
+    patterns = [(level.name, level.pattern[1]) for level in recipe.build_ladder().levels if level.pattern]
+    for (name, group_size), linear in product(patterns, shapes.linears):
+        if linear.inputs % group_size:
+            raise ConfigError(
+                f"ladder.patterns: {name!r}: {linear.path} of every block has {linear.inputs} inputs, which is no "
+                f"multiple of {group_size}; drop this pattern or take one whose M divides it."
+            )
 
 
 def choose(recipe: Recipe, shapes: ModelShapes, limits: dict[str, int], gpu: bool, num_workers: int = 1) -> Choices:
@@ -174,10 +195,46 @@ def structured_misfits(recipe: Recipe, shapes: ModelShapes, choices: Choices, li
 def free_here() -> dict[str, int]:
     """Most of the memory that is free now, in bytes."""
     own = psutil.Process().memory_info().rss  # a plan counts it
-    free = {"host": int(FREE_SHARE * psutil.virtual_memory().available) + own}
+    free = {"host": int(FREE_SHARE * min(psutil.virtual_memory().available, cgroup_free())) + own}
     if default_device() == "cuda":
         free["device"] = int(FREE_SHARE * torch.cuda.mem_get_info()[0])
     return free
+
+
+def cgroup_free(root: Path = Path("/")) -> float:
+    """Bytes that this process's memory control groups leave it: a container's limit is one. Infinite without a limit.
+
+    Args:
+        root: of the file system that is asked.
+    """
+    found = math.inf
+    for line in _text(root / "proc" / "self" / "cgroup").splitlines():
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        mount = root / "sys/fs/cgroup" / ("memory" if controllers else "")
+        group = mount / path.lstrip("/")  # inside a container it may be missing: the mount itself is then its group
+        for folder in (group, *(parent for parent in group.parents if parent.is_relative_to(mount))):
+            found = min(found, _group_free(folder, *(_CGROUP_V1 if controllers else _CGROUP_V2)))
+    return found
+
+
+def _group_free(folder: Path, limit: str, usage: str, reclaimable: str) -> float:
+    try:
+        room = int(_text(folder / limit)) - int(_text(folder / usage))
+    except ValueError:  # "max", or a group without a memory controller
+        return math.inf
+    cached = re.search(rf"^{reclaimable} (\d+)$", _text(folder / "memory.stat"), re.MULTILINE)
+    return max(0, room + (int(cached[1]) if cached else 0))
+
+
+def _text(path: Path) -> str:
+    """A small file of the kernel; empty if it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return ""
 
 
 def _precision(recipe: Recipe, gpu: bool) -> str:

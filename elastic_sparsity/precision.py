@@ -65,6 +65,16 @@ def weights_under(autocast: Callable[[], Any], linears: Iterable[nn.Module]) -> 
         yield
 
 
+def cast_parameters_(model: nn.Module, dtype: torch.dtype) -> None:
+    """Casts a model's floating parameters, in place; shared ones stay shared.
+
+    Buffers keep their dtype, unlike by `.to`: rotary frequencies are float32 in a model of any dtype.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+
+
 def as_integers(tensor: Tensor) -> Tensor:
     """The same memory as integers of the same size, which move and compare several times faster."""
     return tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize])

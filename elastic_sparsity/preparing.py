@@ -24,7 +24,7 @@ from elastic_sparsity.manifest import read_manifest
 from elastic_sparsity.model_shapes import read_shapes
 from elastic_sparsity.models import BaseModel, load_base, stream_base
 from elastic_sparsity.plan_sizes import Choices
-from elastic_sparsity.planning import choose, free_here, structured_misfits
+from elastic_sparsity.planning import check_patterns, choose, free_here, structured_misfits
 from elastic_sparsity.precision import DTYPES, default_device, resolve_precision
 from elastic_sparsity.run_folder import RunFolder
 from elastic_sparsity.supernet import linear_depths, linear_sizes
@@ -45,13 +45,15 @@ def prepare(
                 "`elastic-sparsity search`, and name it as allocation.plan."
             )
         plan = None if recipe.allocation.plan is None else load_plan(Path(recipe.allocation.plan))
-        planned = settle(recipe, workers.count, folder.decided())
-        check_shares(recipe, workers, planned.trainable)
+        planned = settle(recipe, workers.count, folder.decided(), num_local=workers.local)
+    planned = workers.of_main(planned)  # the others see the memory of a moment later
+    check_shares(recipe, workers, planned.trainable)
+    with workers.main_first():
         base = open_base(recipe, planned.weights)
         if base.model.dtype not in DTYPES.values():
             raise ConfigError(f"model.dtype: the weights are {base.model.dtype}, which no stage takes; set 'float32'.")
         check_base_model(recipe, base)
-        allocation = _allocation(recipe, base, plan)
+        allocation = _allocation(with_trainable(recipe, planned.trainable), base, plan)
         check_structured(recipe, base.model)
         if recipe.evaluation.source is not None:
             evaluation_windows(recipe, base, None)  # a text that cannot be used should not cost a run
@@ -93,18 +95,23 @@ def prepare(
     return job, stored_dtype, {**identity, "resolved": {"precision": precision, "trainable": job.trainable}}
 
 
-def settle(recipe: Recipe, num_workers: int, decided: Mapping[str, Any]) -> Choices:
+def settle(recipe: Recipe, num_workers: int, decided: Mapping[str, Any], *, num_local: int = 1) -> Choices:
     """What "auto" becomes, by the plan's figures and the memory that is free.
 
     Args:
         decided: what an interrupted run had decided, which a run that goes on cannot change.
+        num_local: processes on this machine.
+    Raises: ConfigError: if the ladder has a pattern that the model's linears cannot take.
     """
     if decided.get("trainable") in ("base", "adapters", "off"):
-        end_to_end = recipe.end_to_end.model_copy(update={"trainable": decided["trainable"]})
-        recipe = recipe.model_copy(update={"end_to_end": end_to_end})
+        recipe = with_trainable(recipe, decided["trainable"])
     shapes = read_shapes(recipe.model.id, recipe.model.dtype)
-    limits = free_here()
-    choices = choose(recipe, shapes, limits, default_device() == "cuda", num_workers)
+    check_patterns(recipe, shapes)
+    limits, gpu = free_here(), default_device() == "cuda"
+    own, room = recipe, limits
+    if not gpu and not recipe.end_to_end.shard:  # every process has a whole model in the host memory that they share
+        own, room = share_of(recipe, num_workers), {**limits, "host": limits["host"] // num_local}
+    choices = choose(own, shapes, room, gpu, num_workers)
     if choices.trainable == "off" and recipe.end_to_end.trainable == "auto" and recipe.end_to_end.steps:
         why = "weights are streamed" if recipe.memory.weights == "stream" else "its training does not fit into memory"
         log.warning("end-to-end phase is off: %s; `elastic-sparsity plan` says more", why)
@@ -115,6 +122,22 @@ def settle(recipe: Recipe, num_workers: int, decided: Mapping[str, Any]) -> Choi
             peak.place, peak.stage, peak.bytes / 1e9, limits[peak.place] / 1e9,
         )  # fmt: skip
     return choices
+
+
+def with_trainable(recipe: Recipe, trainable: str) -> Recipe:
+    """The recipe with what "auto" became as its own wish."""
+    end_to_end = recipe.end_to_end.model_copy(update={"trainable": trainable})
+    return recipe.model_copy(update={"end_to_end": end_to_end})
+
+
+def share_of(recipe: Recipe, num_workers: int) -> Recipe:
+    """The recipe with the samples and places in a batch that one of several processes has."""
+    parts = {"block": ("samples", "batch_size"), "end_to_end": ("batch_size",), "induction": ("batch_size",)}
+    shared = {}
+    for name, fields in parts.items():
+        section = getattr(recipe, name)
+        shared[name] = section.model_copy(update={x: -(-getattr(section, x) // num_workers) for x in fields})
+    return recipe.model_copy(update=shared)
 
 
 def check_shares(recipe: Recipe, workers: Workers, trainable: str) -> None:
@@ -152,6 +175,7 @@ def _allocation(recipe: Recipe, base: BaseModel, plan: AllocationPlan | None) ->
 
 
 def of_strength(recipe: Recipe, model: Any, plan: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """A plan, as far towards it as the recipe wants; its "auto" has to be decided, see `with_trainable`."""
     sizes, sparsities = linear_sizes(model), recipe.ladder.sparsities
     levels = [[plan[size.name][level] for size in sizes] for level in range(len(sparsities))]
     return by_linear(sizes, weakened(levels, sizes, sparsities, recipe.allocation_strength))

@@ -71,7 +71,7 @@ class RunFolder:
         if not file.exists():
             self._identity = _sha256({"run": what, "decided": decided})
             if self.writes:
-                write_json(file, {"run": what, "decided": decided, "sha256": self._identity})
+                write_json(file, {"run": what, "decided": decided, "sha256": self._identity}, sync=True)
             return dict(decided)
         try:
             began = json.loads(file.read_text(encoding="utf-8"))
@@ -263,7 +263,10 @@ def run_folder(output: Path, *, restart: bool = False, writes: bool = True) -> I
             raise OutputError(f"{folder}: another process has just made {output}; look there first.")
         if restart:
             _empty(folder)
-        for scratch in output.parent.glob(f".{glob.escape(output.name)}.partial-*"):  # of a process that was killed
+        for scratch in folder.glob(".*.partial-*"):  # of a process that was killed, as those beside the output
+            with suppress(OSError):
+                scratch.unlink()
+        for scratch in output.parent.glob(f".{glob.escape(output.name)}.partial-*"):
             shutil.rmtree(scratch, ignore_errors=True)
         yield made
         done = True

@@ -14,7 +14,7 @@ from elastic_sparsity.adapters import elastic_linears
 def shard_block_(block: nn.Module, num_workers: int, device_type: str) -> None:
     """Leaves each worker its part of a block; the dense teacher's weights are shared out too.
 
-    Averaging gradients over the workers is part of it.
+    Averaging gradients over the workers is part of it. Weights of a `Conv1D` are transposed views, which torch refuses.
     """
     from torch.distributed.device_mesh import init_device_mesh  # only where there is a process group
     from torch.distributed.fsdp import fully_shard
@@ -22,7 +22,9 @@ def shard_block_(block: nn.Module, num_workers: int, device_type: str) -> None:
     for _, linear in elastic_linears(block):
         dense: Tensor = linear.dense
         del linear.dense
-        linear.dense = nn.Parameter(dense, requires_grad=False)  # a parameter is shared out, a plain tensor is not
+        # A parameter is shared out, a plain tensor is not.
+        linear.dense = nn.Parameter(dense.contiguous(), requires_grad=False)
+        linear.weight = nn.Parameter(linear.weight.detach().contiguous(), requires_grad=linear.weight.requires_grad)
     fully_shard(block, mesh=init_device_mesh(device_type, (num_workers,)))
 
 

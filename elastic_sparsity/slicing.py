@@ -25,7 +25,15 @@ from elastic_sparsity.ladder import AnyLevel, StructuredLevel
 from elastic_sparsity.native import kernels
 from elastic_sparsity.packed import PackedLinear, pack_linears_
 from elastic_sparsity.packed_weight import PackedWeight
-from elastic_sparsity.placement import Places, check_placement, check_runtime, find_places, place_of, resolve_dtype
+from elastic_sparsity.placement import (
+    DeviceMap,
+    check_placement,
+    check_runtime,
+    dispatched,
+    find_places,
+    place_of,
+    resolve_dtype,
+)
 from elastic_sparsity.semi_structured import to_semi_structured_
 from elastic_sparsity.skeleton import import_model_class, model_config, skeleton
 from elastic_sparsity.structured_section import read_section
@@ -75,7 +83,7 @@ class ElasticModel:
         *,
         dtype: torch.dtype | str | None = None,
         device: str | int | torch.device | None = None,
-        device_map: str | Places | None = None,
+        device_map: DeviceMap | None = None,
         offload_folder: str | Path | None = None,
         merge_adapters: bool = True,
         runtime: str | None = None,
@@ -94,7 +102,8 @@ class ElasticModel:
             dtype: of the model, also by name ("float16"); None or "auto" = the checkpoint's.
             device: where to put the model; None = CPU.
             device_map: as in transformers ("auto", "balanced", {"": 0}, ...), through accelerate; instead of `device`.
-            offload_folder: for weights that a device map puts on "disk".
+            offload_folder: for weights that a device map puts on "disk": in a new folder of their own in it, which is
+                yours to remove when the model is gone.
             merge_adapters: False leaves the masked base weights alone, to put the exported PEFT adapters on them.
             runtime: "dense" (default), or "packed": sparsified weights stay a bitmask and kept values in memory,
                 smaller and, for few tokens, faster; on the CPU, in float32 or bfloat16, for inference. Or
@@ -151,7 +160,7 @@ def load_level(
     level: AnyLevel,
     dtype: torch.dtype,
     *,
-    device_map: str | Places | None = None,
+    device_map: DeviceMap | None = None,
     offload_folder: str | Path | None = None,
     merge_adapters: bool = True,
     runtime: str = DENSE,
@@ -168,7 +177,7 @@ def load_level(
         import_model_class(checkpoint.folder)
         files = opening.result()
     model, generation = skeleton(checkpoint, files, dtype)
-    places = find_places(model, device_map)
+    places = find_places(model, device_map, offload_folder)
     tensors: dict[str, Tensor] = {}
     if runtime == PACKED:
         linears = pack_linears_(model, {name: spec.shape for name, spec in checkpoint.linears.items()}, kernels())
@@ -192,9 +201,7 @@ def load_level(
     if generation is not None:
         model.generation_config = generation
     if places is not None:
-        from accelerate import dispatch_model  # slow import, only here
-
-        model = dispatch_model(model, dict(places), offload_dir=offload_folder)
+        model = dispatched(model, places, offload_folder)
     if runtime == SEMI_STRUCTURED:
         to_semi_structured_(model, list(checkpoint.linears))
     state = ElasticState(checkpoint=checkpoint, level=level, merge_adapters=merge_adapters, runtime=runtime)
@@ -267,7 +274,7 @@ def _one_core_each(work: Callable[[str, Room], T], names: Iterable[str]) -> list
 
 def _return_freed_memory() -> None:
     """glibc keeps freed memory for later; after a load nothing that large comes. Other systems have no such call."""
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # the last on Windows
         ctypes.CDLL(None).malloc_trim(0)
 
 

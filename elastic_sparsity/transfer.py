@@ -34,7 +34,8 @@ def upgrade(folder: str | Path, path: str | Path, level: str | float, **hub: Any
     A structured level that was added to `path` after `folder` was copied comes with the new elastic_config.json.
 
     Returns: names of the files written. If it fails on the way, those already written are whole; run it again.
-    Raises: LevelError. CheckpointError: not the same checkpoint, or a file of the source is damaged. OutputError.
+    Raises: LevelError. CheckpointError: not the same checkpoint, something was added to the two apart, or a file of the
+        source is damaged. OutputError.
     """
     here = ElasticCheckpoint(folder)
 
@@ -42,7 +43,12 @@ def upgrade(folder: str | Path, path: str | Path, level: str | float, **hub: Any
         if manifest.checkpoint_id != here.manifest.checkpoint_id:
             return []
         known = here.manifest if _has(here.manifest, level) else manifest
-        return [x for x in [*known.extras, *known.files_of(known.find(level))] if not _is_whole(here, x)]
+        found = [x for x in [*known.extras, *known.files_of(known.find(level))] if not _is_whole(here, x)]
+        offered = [*manifest.extras, *(x for entries in manifest.files.values() for x in entries)]
+        apart = next((x for x in found if x not in offered), None)
+        if apart is not None:
+            raise CheckpointError(_made_apart(here, apart.file, path))
+        return found
 
     source = ElasticCheckpoint(checkpoint_folder(path, files=missing, **hub))
     if source.manifest.checkpoint_id != here.manifest.checkpoint_id:
@@ -76,10 +82,14 @@ def _check_only_adds(here: ElasticCheckpoint, source: ElasticCheckpoint) -> None
     """
     for section, entries in here.manifest.files.items():
         if source.manifest.files.get(section) != entries:
-            raise CheckpointError(
-                f"{here.folder}: its {section} is not that of {source.folder}, though both are checkpoint "
-                f"{here.manifest.checkpoint_id}: something was added to them apart; download the level as a whole."
-            )
+            raise CheckpointError(_made_apart(here, section, source.folder))
+
+
+def _made_apart(here: ElasticCheckpoint, what: str, source: str | Path) -> str:
+    return (
+        f"{here.folder}: its {what} is not that of {source}, though both are checkpoint "
+        f"{here.manifest.checkpoint_id}: something was added to them apart; download the level as a whole."
+    )
 
 
 def _is_whole(checkpoint: ElasticCheckpoint, entry: FileEntry) -> bool:

@@ -4,12 +4,14 @@ A *way* is what a user chooses when loading: "dense" (zeros stored), "packed" (o
 or "semi_structured" (the 2:4 layout of torch on a GPU), each in one dtype.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from elastic_sparsity.checkpoint import ElasticCheckpoint
 from elastic_sparsity.ladder import AnyLevel, Level, StructuredLevel
 from elastic_sparsity.packed_weight import SLACK
 from elastic_sparsity.precision import DTYPES
+from elastic_sparsity.semi_structured import TILES, fits_kernel
 from elastic_sparsity.shells import LinearSpec
 
 RUNTIMES = DENSE, PACKED, SEMI_STRUCTURED = ("dense", "packed", "semi_structured")
@@ -32,10 +34,23 @@ class Way:
         return f"{self.runtime}-{self.dtype}"
 
     def serves(self, level: AnyLevel) -> bool:
-        """Whether this way can hold the level's zeros at all. A structured level has none and is dense."""
+        """Whether this way can hold the level's zeros at all (a structured one has none and is dense). See `misfit`."""
         if isinstance(level, StructuredLevel):
             return self.runtime == DENSE
         return self.runtime != SEMI_STRUCTURED or level.pattern == (2, 4)
+
+
+def misfit(linears: Mapping[str, LinearSpec], way: Way) -> str | None:
+    """Why a way cannot run a checkpoint's linears, at whatever level; None if it can."""
+    if way.runtime != SEMI_STRUCTURED:
+        return None
+    dtype = DTYPES[way.dtype]
+    for name, spec in linears.items():
+        if spec.transposed:
+            return f"{name} is stored transposed, as GPT-2's are, which 2:4 products do not take"
+        if not fits_kernel(spec.shape, dtype):
+            return f"{name} is {spec.shape} in {way.dtype}; 2:4 products take multiples of {TILES.get(dtype, 'none')}"
+    return None
 
 
 def streamed_bytes(checkpoint: ElasticCheckpoint, level: AnyLevel, way: Way) -> int:

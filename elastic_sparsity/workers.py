@@ -8,9 +8,11 @@ import datetime
 import functools
 import gc
 import importlib
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,11 +20,17 @@ from torch import Tensor
 from elastic_sparsity.errors import ConfigError
 
 LONGEST_WAIT = datetime.timedelta(days=2)  # NCCL's default is ten minutes
+Value = TypeVar("Value")
 _CACHED = type(functools.cache(lambda: None))
 
 
 class Workers:
-    """This process among its equals. `traffic` counts the bytes that it handed to reductions."""
+    """This process among its equals.
+
+    Attributes:
+        local: how many of them are on this machine.
+        traffic: bytes that this one handed to reductions.
+    """
 
     def __init__(self) -> None:
         # Its functions keep, as default arguments, the group that exists when it is first imported (transformers'
@@ -35,6 +43,7 @@ class Workers:
         self._state = PartialState(cpu=not torch.cuda.is_available(), timeout=LONGEST_WAIT)
         self.rank: int = self._state.process_index
         self.count: int = self._state.num_processes
+        self.local = int(os.environ.get("LOCAL_WORLD_SIZE", self.count)) if self.count > 1 else 1
         self.traffic = 0
 
     @property
@@ -92,6 +101,14 @@ class Workers:
         found = torch.tensor(list(values), dtype=torch.float64, device=self.device)
         self.sum_([found])
         return (found / self.count).tolist()
+
+    def of_main(self, value: Value) -> Value:
+        """The first worker's value; all have to come here."""
+        if self.count == 1:
+            return value
+        from accelerate.utils import broadcast_object_list
+
+        return broadcast_object_list([value])[0]
 
     @contextmanager
     def main_first(self) -> Iterator[None]:

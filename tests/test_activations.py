@@ -57,6 +57,16 @@ def test_a_file_that_became_shorter_is_named(tmp_path):
         DiskActivations(tmp_path / "none" / "x", range(1), 1, (1, 1), torch.float32, CPU)[0:1] = torch.ones(1, 1, 1)
 
 
+def test_a_disk_that_refuses_the_bytes_only_as_it_syncs(tmp_path, monkeypatch):
+    def full(path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("elastic_sparsity.activations.sync_path", full)
+    store = ActivationStore(tmp_path, "device", [0], 1, CPU)
+    with pytest.raises(OutputError, match="x.activations: cannot be written: .*No space left"):
+        store.save("x", torch.ones(1, 2, 2))
+
+
 @pytest.mark.parametrize("where", ["device", "host", DISK])
 def test_what_is_saved_is_loaded_and_the_rest_removed(where, tmp_path):
     store = ActivationStore(tmp_path, where, range(3), 3, CPU)

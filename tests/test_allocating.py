@@ -25,8 +25,11 @@ from elastic_sparsity.inspection import block_sparsities
 from elastic_sparsity.ladder import Ladder
 from elastic_sparsity.model_shapes import read_shapes
 from elastic_sparsity.models import load_base
+from elastic_sparsity.pipeline import run_allocation
 from elastic_sparsity.plan_sizes import Sizes
 from elastic_sparsity.planning import plan
+from elastic_sparsity.preparing import prepare
+from elastic_sparsity.run_folder import run_folder
 from elastic_sparsity.search import SearchSettings
 from elastic_sparsity.slicing import load_level
 from elastic_sparsity.supernet import Supernet, linear_depths, linear_sizes
@@ -267,6 +270,24 @@ def test_half_of_a_plan_is_for_runs_that_train():
     for end_to_end in ({"trainable": "off"}, {"trainable": "auto", "steps": 0}):
         assert tiny_recipe(block={"steps": 0}, end_to_end=end_to_end).allocation_strength == 1.0
         assert tiny_recipe(block={"steps": 1}, end_to_end=end_to_end).allocation_strength == 0.5
+
+
+@pytest.mark.parametrize("search", [False, True])
+def test_all_of_a_plan_is_for_runs_that_memory_keeps_from_training(search, tmp_path, monkeypatch):
+    """`end_to_end.trainable = "auto"` says less than what it became."""
+    wanted = {"calibration": {"samples": 24}, "block": {"steps": 0}, "end_to_end": {"trainable": "auto"}}
+    recipe = tiny_recipe(**wanted, allocation={"search": True, "held_out": 16})
+    if not search:
+        allocate(recipe, Allocating(held_out=16), tmp_path / "plan.json")
+        recipe = tiny_recipe(**wanted, allocation={"plan": str(tmp_path / "plan.json")})
+    monkeypatch.setattr("elastic_sparsity.preparing.free_here", lambda: {"host": 1})
+    with run_folder(tmp_path / "c") as folder:
+        job, dtype, _ = prepare(recipe, folder, Workers(), silent)
+        job = run_allocation(job, dtype)
+        made = load_plan(folder.allocation if search else tmp_path / "plan.json")
+    assert job.trainable == "off"
+    assert job.allocation == {name: tuple(linear.kept) for name, linear in made.linears.items()}
+    assert job.allocation["model.layers.0.self_attn.q_proj"] != job.allocation["model.layers.1.self_attn.q_proj"]
 
 
 def test_a_run_killed_in_its_search_goes_on_to_the_same_bytes(tmp_path):

@@ -1,6 +1,7 @@
 """Bench on the tiny checkpoint: with a clock that only the models move, so that every number is known; and for real."""
 
 import gc
+import re
 import time
 import types
 import weakref
@@ -15,8 +16,10 @@ from elastic_sparsity.bench import bench, load_way, resident_bytes
 from elastic_sparsity.device_profile import predict, read_profile, write_profile
 from elastic_sparsity.errors import CheckpointError, ConfigError, LevelError
 from elastic_sparsity.generating import empty_cache, greedy_stepper
+from elastic_sparsity.semi_structured import pack_2of4
+from elastic_sparsity.shells import LinearSpec
 from elastic_sparsity.tiny import tiny_model
-from elastic_sparsity.ways import Way, linear_bytes, streamed_bytes
+from elastic_sparsity.ways import Way, linear_bytes, misfit, streamed_bytes
 
 QUICK = {"batches": (1, 4), "prompt": 8, "new_tokens": 3, "repeats": 2}
 PACKED = machine(**kernels("avx2", avx2=None))
@@ -195,6 +198,61 @@ def test_resident_bytes_count_what_is_tied_once():
             self.register_buffer("mask", torch.zeros(5, dtype=torch.uint8))
 
     assert resident_bytes(Model()) == 4 * 3 * 4 + 5
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of SparseSemiStructuredTensor")
+def test_resident_bytes_of_2of4_weights_are_those_they_are_made_of():
+    def sparse():
+        weight = torch.zeros(64, 128, dtype=torch.float16)
+        packed, meta = pack_2of4(weight)
+        return torch.sparse.SparseSemiStructuredTensorCUTLASS(weight.shape, packed, meta, None, None, None)
+
+    model = nn.Sequential(*(nn.Linear(128, 64, dtype=torch.float16) for _ in range(2)))
+    for linear in model:
+        linear.weight = nn.Parameter(sparse(), requires_grad=False)
+    way = Way(runtime="semi_structured", dtype="float16")
+    spec = LinearSpec(shape=(64, 128), transposed=False, kept=(), pattern_values=(64 * 64,))
+    assert resident_bytes(model) == 2 * (linear_bytes(spec, None, way) + 64 * 2)
+
+
+@pytest.mark.parametrize(
+    ("shape", "transposed", "runtime", "problem"),
+    [
+        ((64, 128), False, "semi_structured", None),
+        ((64, 100), False, "semi_structured", r"b is \(64, 100\) in float16; 2:4 products take multiples of \(32, 64"),
+        ((16, 128), False, "semi_structured", r"b is \(16, 128\)"),
+        ((64, 128), True, "semi_structured", "b is stored transposed"),
+        ((16, 100), True, "dense", None),
+        ((16, 100), True, "packed", None),
+    ],
+)
+def test_linears_that_2of4_products_do_not_take(shape, transposed, runtime, problem):
+    specs = {
+        name: LinearSpec(shape=size, transposed=flag, kept=(), pattern_values=(0,))
+        for name, size, flag in (("a", (32, 64), False), ("b", shape, transposed))
+    }
+    found = misfit(specs, Way(runtime=runtime, dtype="float16"))
+    assert found is None if problem is None else re.match(problem, found)
+
+
+def test_a_way_that_cannot_hold_the_linears_is_left_out(tiny_checkpoint, monkeypatch, caplog):
+    """k_proj has 16 rows. A GPU that is not here: so nothing is timed, but asked for."""
+    asked = []
+
+    def load(folder, level, way, device):
+        asked.append((level.name, way.name))
+
+    class Loaded(Exception):
+        pass
+
+    def stop(*_args):
+        raise Loaded
+
+    monkeypatch.setattr("elastic_sparsity.bench._Run._time_models", stop)
+    with pytest.raises(Loaded):
+        bench(tiny_checkpoint, levels=["2:4"], facts=machine(gpus=(gpu(),)), device="cuda", load=load, **QUICK)
+    assert asked == [("2:4", "dense-bfloat16"), ("2:4", "dense-float16")]
+    assert re.search(r"bench: semi_structured-float16 is left out: \S+ is \(\d+, \d+\) in float16", caplog.text)
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,34 @@ def test_a_cell_that_two_parts_hold_keeps_what_each_has_more(tmp_path):
     assert found["cells"] == {"x": cell(30.0, seconds=5, tasks={"piqa": 0.6, "boolq": 0.4})}
 
 
+def scored(**score):
+    return cell(30.0, tasks={"piqa": {"value": 0.6, "sha256": "ab", "date": "2026-11-27", **score}})
+
+
+def test_a_task_that_two_parts_hold_keeps_the_first_stamp(tmp_path):
+    write(tmp_path, "a", cells={"x": scored()})
+    write(tmp_path, "b", cells={"x": scored(date="2026-11-28")})
+    found, _ = merged(tmp_path, "a", "b")
+    assert found["cells"] == {"x": scored()}
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (scored(value=0.5), "cells: x: piqa: value is 0.5, before it was 0.6"),
+        (scored(sha256="cd"), "cells: x: piqa: sha256 is cd, before it was ab"),
+        (cell(30.0, task_failures={"piqa": "NaN"}), "cells: x: piqa: failed in one result and has a figure in another"),
+        ({"failure": "NaN"}, "cells: x: failed in one result and has a figure in another"),
+    ],
+)
+def test_scores_that_disagree_are_refused(tmp_path, other, message):
+    write(tmp_path, "a", cells={"x": scored()})
+    write(tmp_path, "b", cells={"x": other})
+    for parts in (("a", "b"), ("b", "a")):
+        _, stopped = start(merge, *parts, "--name", "whole", "--results", tmp_path)
+        assert stopped is not None and (message in stopped or parts[0] == "b")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

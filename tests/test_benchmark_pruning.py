@@ -67,6 +67,30 @@ def test_allocation_fills_cells_and_goes_on(results, texts, place, tmp_path):  #
     assert stopped is not None and "in float32, now bfloat16" in stopped
 
 
+def test_two_plans_of_one_name_are_refused(texts, tmp_path):
+    for plans, name in (([tmp_path / "a" / "x.json", tmp_path / "b" / "x.json"], "x"), (["uniform.json"], "uniform")):
+        _, stopped = start(allocation, *plans, *texts)
+        assert stopped is not None and f"'{name}' is taken; rename this file" in stopped
+
+
+def test_an_interrupted_search_is_not_gone_on_with_after_a_restart(results, texts, monkeypatch):
+    few = [*texts, "--model", "random:llama", "--samples", "20", "--length", "16", "--window", "32", "--multiple", "8"]
+    few += ["--no-speed", "--sparsities", "0.4", "--methods", "obs, equal searched"]
+    steps = results / "structured-0.4-obs-equal searched-search.json"
+    steps.write_text("{}")
+    _, stopped = start(structured, *few)
+    assert stopped is not None and "holds no search that can go on" in stopped
+    made, search = [], structured.search_sizes
+
+    def seen(*arguments, file, **options):
+        made.append(file.made)
+        return search(*arguments, file=file, **options)
+
+    monkeypatch.setattr(structured, "search_sizes", seen)
+    started(structured, *few, "--restart")
+    assert made[0]["precision"] == "float32" and not steps.exists()
+
+
 def test_structured_measures_quality_and_speed(results, texts):
     few = [*texts, "--model", "random:llama", "--samples", "20", "--length", "16", "--window", "32", "--multiple", "8"]
     few += ["--steps", "3", "--lr", "1e-3"]

@@ -155,7 +155,7 @@ def test_a_level_alone_needs_nothing_of_a_search_it_does_not_make(recipe):
         alone = schedules.independent(schedules.changed(recipe, fine), level)
         assert alone.allocation.strength == (None if level.pattern else 0.5) and not alone.structured.fractions
     unprepared = schedules.changed(schedules.changed(recipe, fine), schedules.UNPREPARED)
-    assert not unprepared.allocation.search
+    assert not unprepared.allocation.search and not unprepared.structured.fractions
 
 
 def test_epts_gets_the_elastic_runs_passes(recipe, counted):

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from conftest import tiny_recipe
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import ablation
@@ -17,9 +19,10 @@ import cells
 import size
 import zero_shot
 
-from elastic_sparsity import ElasticCheckpoint
+from elastic_sparsity import ElasticCheckpoint, optimize
 from elastic_sparsity.errors import DataError, NumericsError
 from elastic_sparsity.files import write_json
+from elastic_sparsity.tiny import byte_tokenizer, tiny_model
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 RECIPE = """
@@ -188,6 +191,27 @@ def test_size_from_the_command_line(tiny_checkpoint, tmp_path):
     assert "EPTS" in text and result["commit"] is not None
     _, stopped = start(size, tmp_path / "nothing", "--results", tmp_path)
     assert stopped is not None and "nothing" in stopped
+
+
+def test_models_of_half_precision_keep_their_rotary_frequencies(tmp_path):
+    """And compute in float32 if the protocol says so."""
+    tiny_model("llama").bfloat16().save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    model = {"id": str(tmp_path / "base")}
+    checkpoint = optimize(
+        tiny_recipe(model=model, block={"steps": 0}, end_to_end={"trainable": "off"}), tmp_path / "checkpoint"
+    )
+    args = argparse.Namespace(calibration=None, baseline_samples=2, dense=True, levels=["0.6"], baselines=["wanda"])
+    for precision in ("float32", "bfloat16"):
+        made = [make() for _, _, make in zero_shot.models(args, checkpoint, precision)]
+        for found in made:
+            assert {x.dtype for x in found.parameters()} == {getattr(torch, precision)}
+            assert torch.equal(found.model.rotary_emb.inv_freq, tiny_model("llama").model.rotary_emb.inv_freq)
+    pruned = tiny_model("llama")
+    frequencies, head = pruned.model.rotary_emb.inv_freq.clone(), pruned.lm_head.weight.detach().bfloat16()
+    assert size.bitmask_bytes(pruned, byte_tokenizer(), list(checkpoint.linears), torch.bfloat16) > 0
+    assert torch.equal(pruned.model.rotary_emb.inv_freq, frequencies)
+    assert torch.equal(pruned.lm_head.weight, head), "weights are measured as the file has them"
 
 
 def test_zero_shot_goes_on_where_it_stopped(tiny_checkpoint, place):

@@ -6,6 +6,7 @@ import shutil
 import sys
 import weakref
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -13,10 +14,10 @@ import torch
 from test_shells import record_of
 
 from elastic_sparsity.checkpoint import ElasticCheckpoint
-from elastic_sparsity.checkpoint_writer import write_checkpoint
+from elastic_sparsity.checkpoint_writer import add_section, config_lock, write_checkpoint
 from elastic_sparsity.errors import CheckpointError, NumericsError, OutputError, ShapeError
 from elastic_sparsity.files import atomic_folder, check_output_folder
-from elastic_sparsity.ladder import Ladder
+from elastic_sparsity.ladder import Ladder, StructuredLevel
 from elastic_sparsity.manifest import CONFIG_NAME, digest
 
 
@@ -236,3 +237,57 @@ def test_values_that_do_not_fit_the_dtype_are_refused_and_leave_nothing(tmp_path
             save_extras=lambda folder: None,
         )  # fmt: skip
     assert list(tmp_path.iterdir()) == []
+
+
+def small(folder, seed=0):
+    weight, ladder = torch.randn(4, 8, generator=torch.Generator().manual_seed(seed)), Ladder(sparsities=(0.5,))
+    write_checkpoint(
+        folder, {"w": record_of(weight, weight.abs(), ladder)}, {"norm": torch.ones(3)}, ladder=ladder, ranks=[1],
+        inheritance="shared", dtype="float32", record={}, save_extras=lambda folder: None,
+    )  # fmt: skip
+    return ElasticCheckpoint(folder)
+
+
+LESS = StructuredLevel(fraction=0.5, key_value_heads=1, channels=4, biases=False, weights=16)
+
+
+def test_a_record_keeps_what_others_added_meanwhile(tmp_path):
+    checkpoint, other = small(tmp_path / "c"), ElasticCheckpoint(tmp_path / "c")
+    other.update_record({"note": 1})
+    add_section(tmp_path / "c", LESS, {"w.weight": torch.ones(2, 8)}, {"scores": "obs"})
+    checkpoint.update_record({"quality": {"rows": []}})
+    found = ElasticCheckpoint(tmp_path / "c")
+    assert [level.name for level in found.structured] == ["structured-0.5"]
+    assert (found.config["note"], found.config["quality"]) == (1, {"rows": []}) and found.config == checkpoint.config
+    assert {x.name for x in (tmp_path / "c").iterdir()} - {CONFIG_NAME} == {
+        entry.file for entries in found.manifest.files.values() for entry in entries
+    }, "no lock is left"
+
+
+@pytest.mark.parametrize("change", ["record", "section"])
+def test_the_config_is_changed_by_one_at_a_time(tmp_path, change):
+    checkpoint = small(tmp_path / "c")
+    changes = {
+        "record": lambda: checkpoint.update_record({"note": 1}),
+        "section": lambda: add_section(tmp_path / "c", LESS, {"w.weight": torch.ones(2, 8)}, {}),
+    }
+    before = (tmp_path / "c" / CONFIG_NAME).read_bytes()
+    with ThreadPoolExecutor(1) as pool:
+        with config_lock(tmp_path / "c"):
+            waiting = pool.submit(changes[change])
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=0.3)
+            assert (tmp_path / "c" / CONFIG_NAME).read_bytes() == before
+        waiting.result(timeout=30)
+    assert (tmp_path / "c" / CONFIG_NAME).read_bytes() != before
+
+
+def test_a_record_is_not_put_into_another_checkpoint(tmp_path):
+    checkpoint = small(tmp_path / "c")
+    shutil.rmtree(tmp_path / "c")
+    with pytest.raises(CheckpointError, match="no elastic checkpoint can be opened here"):
+        checkpoint.update_record({"quality": {}})
+    small(tmp_path / "c", seed=1)
+    with pytest.raises(CheckpointError, match=r"another checkpoint \(.*\) is there now.*\(quality\)"):
+        checkpoint.update_record({"quality": {}})
+    assert "quality" not in ElasticCheckpoint(tmp_path / "c").config

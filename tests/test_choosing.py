@@ -223,3 +223,13 @@ def test_wrong_arguments(arguments, error, message, measured):
 def test_no_checkpoint(tmp_path):
     with pytest.raises(CheckpointError, match="no elastic checkpoint here"):
         choose_level(tmp_path, max_bytes=10)
+
+
+def test_a_way_that_cannot_hold_the_linears_is_not_proposed(measured):
+    """A GPU's profile is of another checkpoint; here k_proj has 16 rows, which 2:4 products do not take."""
+    mine = ElasticCheckpoint(measured).manifest.checkpoint_id
+    rows = [*((mine, level, "dense-float16", 10.0) for level in LEVELS), (mine, "2:4", "semi_structured-float16", 1.0)]
+    profile = made_up_profile(rows, ways=(("dense", "float16"), ("semi_structured", "float16")))
+    assert choose_level(measured, profile=profile, max_ms_per_token=20).runtime == "dense"
+    with pytest.raises(LevelError, match="no level decodes within 5 ms a token; the fastest, 50 % dense"):
+        choose_level(measured, profile=profile, max_ms_per_token=5)

@@ -1,6 +1,7 @@
 """The command line as a user meets it: results on stdout, one clear line and exit code 2 for a mistake."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -142,6 +143,18 @@ def test_inspect_shows_and_proves(capsys, tiny_checkpoint, tmp_path):
     (tmp_path / "c" / "shell-core.safetensors").write_bytes(b"")
     code, stdout, _ = run(capsys, "inspect", tmp_path / "c", "--verify", "--json")
     assert code == 1 and "shell-core.safetensors" in json.loads(stdout)["checks"][0]["detail"]
+
+
+def test_inspect_shows_no_figure_that_is_none(capsys, tiny_checkpoint, tmp_path):
+    shutil.copytree(tiny_checkpoint, tmp_path / "c")
+    found = {"0.5": ("12", []), "0.6": (12.5, 10**400), "0.7": (math.inf, True), "2:4": ([], {})}
+    rows = [{"level": x, "method": "elastic", "perplexity": p, "kl": kl} for x, (p, kl) in found.items()]
+    ElasticCheckpoint(tmp_path / "c").update_record({"quality": {"rows": rows}})
+    code, stdout, stderr = run(capsys, "inspect", tmp_path / "c")
+    assert code == 0 and "12.50" in stdout and "inf" in stdout, stderr
+    report = json.loads(run(capsys, "inspect", tmp_path / "c", "--json")[1])
+    shown = [(level["perplexity"], level["kl"]) for level in report["levels"]]
+    assert shown == [(None, None), (12.5, None), (math.inf, None), (None, None)]
 
 
 def test_a_device_downloads_upgrades_and_loads(capsys, tiny_checkpoint, tmp_path):

@@ -89,3 +89,48 @@ def test_the_base_model_is_known_in_the_dtype_of_its_run(capsys, text, tmp_path)
     expect_error(capsys, "--dtype is for plain models", "eval", tmp_path / "c", "--dtype", "float32", "--text", text)
     expect_error(capsys, "--dtype: 'int8' is not one of auto", "eval", tmp_path / "base", "--dtype", "int8", "--text",
                  text)  # fmt: skip
+
+
+def test_one_folder_by_two_names_is_one_model(capsys, tiny_checkpoint, text, tmp_path, monkeypatch):
+    output = tmp_path / "e.json"
+    for path, level in ((tiny_checkpoint, "0.5"), (f"{tiny_checkpoint}/", "0.6"), (tiny_checkpoint.name, "0.7")):
+        monkeypatch.chdir(tiny_checkpoint.parent)
+        assert run(capsys, "eval", path, "--text", text, "--level", level, *OPTIONS, output)[0] == 0
+    assert list(rows_of(output)) == ["0.5", "0.6", "0.7"]
+    assert run(capsys, "eval", "random:llama", "--text", text, *OPTIONS, output)[0] == 0
+    assert list(rows_of(output)) == ["dense"], "another model's file is begun anew"
+
+
+def test_two_references_of_one_name_are_not_mixed(capsys, tiny_checkpoint, text, tmp_path):
+    output = tmp_path / "e.json"
+    for parent, scale in (("a", 1), ("b", 2)):
+        model = tiny_model("llama")
+        model.model.norm.weight.data.mul_(scale)
+        model.save_pretrained(tmp_path / parent / "base")
+        byte_tokenizer().save_pretrained(tmp_path / parent / "base")
+    command = ("eval", tiny_checkpoint, "--text", text, *OPTIONS, output, "--level")
+    assert run(capsys, *command, "0.5", "--reference", tmp_path / "a" / "base")[0] == 0
+    protocol = json.loads(output.read_text())["protocol"]
+    assert protocol["reference"] == "base" and len(protocol["reference_sha256"]) == 64
+    expect_error(capsys, "name another --output", *command, "0.6", "--reference", tmp_path / "b" / "base")
+    assert run(capsys, *command, "0.6", "--reference", tmp_path / "a" / "base")[0] == 0
+
+
+def test_bytes_on_disk_are_those_of_the_files(capsys, text, tmp_path):
+    output = tmp_path / "e.json"
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    size = (tmp_path / "base" / "model.safetensors").stat().st_size
+    command = ("--text", text, "--window", "64", "--max-windows", "1", "--output", output)
+    assert run(capsys, "eval", tmp_path / "base", *command)[0] == 0
+    assert json.loads(output.read_text())["rows"][0]["bytes"] == size
+    code, stdout, stderr = run(capsys, "eval", "random:llama", *command)
+    assert code == 0 and "kB" not in stdout, stderr
+    assert json.loads(output.read_text())["rows"][0]["bytes"] is None
+
+
+def test_options_that_would_change_nothing_are_refused(capsys, tmp_path):
+    for option, value in (("--reference", "random:llama"), ("--window", "2048"), ("--max-windows", "1")):
+        expect_error(capsys, f"{option}: is for perplexity", "eval", "random:llama", "--tasks", "piqa", option, value)
+    for option, value in (("--task-limit", "3"), ("--task-batch", "8"), ("--task-data", tmp_path)):
+        expect_error(capsys, f"{option}: is for tasks; name some", "eval", "random:llama", "--text", "t", option, value)

@@ -56,6 +56,7 @@ def test_add_slice_and_inspect(capsys, tiny_checkpoint, text_file, tmp_path):
         (["--fractions", "0.5", "--scores", "best"], "--scores: 'best' is not one of"),
         (["--fractions", "0.5", "--model", "random:opt"], "it holds other weights"),
         (["--fractions", "0.5", "--damping", 0], "scores.damping"),
+        (["--fractions", "0.5", "--lr", "1e-3"], "--lr: is the rate of a tuning, and without --steps there is none"),
     ],
 )
 def test_mistakes_are_one_line(capsys, tiny_checkpoint, text_file, tmp_path, options, message):

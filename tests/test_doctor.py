@@ -7,7 +7,7 @@ import pytest
 import torch
 from machines import gpu, kernels, machine
 
-from elastic_sparsity import doctor, native
+from elastic_sparsity import ElasticModel, doctor, native
 from elastic_sparsity.device_report import machine_table
 from elastic_sparsity.doctor import (
     FEATURES,
@@ -19,6 +19,7 @@ from elastic_sparsity.doctor import (
     read_facts,
     verdicts,
 )
+from elastic_sparsity.errors import ConfigError
 
 OLD_CPU = machine(features=frozenset(), **kernels("portable", avx512="no AVX-512", avx2="no AVX2", portable=None))
 SERVER = machine(features=frozenset({"avx2", "avx512_bf16"}), **kernels("avx512", avx512=None, avx2=None))
@@ -29,6 +30,7 @@ OLD_GPU = machine(
     gpus=(gpu(architecture="sm_75", multiplies_bfloat16=False, semi_structured_problem="sm_75; needs sm_80 or newer"),)
 )
 NEW_GPU = machine(gpus=(gpu(),))
+OUTDATED = machine(gpus=(gpu(),), **kernels(None, avx2="of another build; reinstall"))
 
 # machine, way, device, levels -> here, part of the reason
 TABLE = [
@@ -57,6 +59,9 @@ TABLE = [
     (OLD_GPU, "dense-float16", "cuda", "all", True, "zeros are multiplied"),
     (NEW_GPU, "semi_structured-bfloat16", "cuda", "2:4", True, "sparse tensor cores"),
     (NEW_GPU, "packed-bfloat16", "cuda", "all", False, "no GPU kernel"),
+    (OUTDATED, "dense-float32", "cpu", "all", False, "no level can be unpacked: of another build; reinstall"),
+    (OUTDATED, "dense-float16", "cuda", "all", False, "no level can be unpacked: of another build; reinstall"),
+    (OUTDATED, "packed-bfloat16", "cuda", "all", False, "no GPU kernel"),
 ]
 
 
@@ -76,6 +81,7 @@ def test_bench_gets_only_what_certainly_exists():
     assert names(MAC, "cpu") == ["dense-float32", "packed-bfloat16", "packed-float32"], "what is unknown is not timed"
     assert names(OLD_GPU, "cuda") == ["dense-float16"]
     assert names(MAC, "cuda") == []
+    assert names(OUTDATED, "cpu") == names(OUTDATED, "cuda") == []
 
 
 def test_the_runtimes_are_asked(monkeypatch):
@@ -129,7 +135,7 @@ def test_a_system_that_tells_nothing_is_unknown(monkeypatch, tmp_path):
     assert read_facts().features == {"neon", "bf16"}
 
 
-def test_an_outdated_library_is_told_not_raised(monkeypatch):
+def test_an_outdated_library_is_told_not_raised(monkeypatch, tiny_checkpoint):
     """A pull without a new build: `doctor` must say so, and torch's code stays in reach."""
     monkeypatch.setattr(native, "_VERSION", 99)
     for name in ("_library", "library_problem"):
@@ -141,11 +147,16 @@ def test_an_outdated_library_is_told_not_raised(monkeypatch):
     assert facts.active_path is None and all("version 99" in x.problem for x in facts.instruction_paths[:-1])
     packed = [row for row in doctor.verdicts(facts) if row.way.runtime == "packed"]
     assert packed and not any(row.works for row in packed) and all("reinstall" in row.reason for row in packed)
+    dense = next(row for row in doctor.verdicts(facts) if row.way.name == "dense-float32")
+    with pytest.raises(ConfigError) as caught:
+        ElasticModel.from_pretrained(tiny_checkpoint, 0.7)
+    assert (dense.works, dense.reason) == (False, f"no level can be unpacked: {caught.value}")
     assert "none in use" in str(list(machine_table(facts).columns[1].cells))
     monkeypatch.setenv(native.VARIABLE, native.TORCH)
     facts = doctor.read_facts()
     assert facts.active_path == "torch"
     assert all(row.works for row in doctor.verdicts(facts) if row.way.runtime == "packed")
+    ElasticModel.from_pretrained(tiny_checkpoint, 0.7)
 
 
 def test_this_machine(monkeypatch):

@@ -26,6 +26,7 @@ from elastic_sparsity.errors import (
 from elastic_sparsity.exports import FORMATS, write_format
 from elastic_sparsity.packed_files import BITMASK_FILE, PACKED_FILE
 from elastic_sparsity.precision import as_integers
+from elastic_sparsity.semi_structured import pack_2of4
 from elastic_sparsity.tiny import TINY_FAMILIES, byte_tokenizer, tiny_model
 
 SHAPES = ((1, 7), (3, 33))  # neither is the size the model is traced with
@@ -309,6 +310,23 @@ def test_damaged_packed_folders_are_named(wide_checkpoint, tmp_path):
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, "model_type": "bloom"}))
 
+    def retyped(file, key, dtype):
+        def change(folder):
+            tensors = load_file(folder / file)
+            save_file({**tensors, key: tensors[key].to(dtype)}, folder / file)
+
+        return change
+
+    for dtype in (torch.uint8, torch.float64, torch.float32):
+        found = rf"first model.norm.weight: found \(64,\) {str(dtype)[6:]}, expected \(64,\) bfloat16"
+        damaged("b", retyped(BITMASK_FILE, "model.norm.weight", dtype), found)
+
+    def as_int8(folder):  # the third dtype of the layout, which no model is of
+        tensors = load_file(folder / PACKED_FILE)
+        packed, meta = pack_2of4(torch.zeros(64, 64, dtype=torch.int8))
+        save_file({**tensors, f"{name}.packed": packed, f"{name}.meta": meta}, folder / PACKED_FILE)
+
+    damaged("p", as_int8, rf"first {name}.weight: found \(64, 64\) int8, expected \(64, 64\) bfloat16")
     damaged("b", bloom, "config.json: model type 'bloom' has no row in the architecture table")
 
 

@@ -1,5 +1,6 @@
 """Writing single files: whole or not at all, and never over what is no file."""
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from elastic_sparsity.errors import OutputError
-from elastic_sparsity.files import atomic_folder, check_output_file, check_output_folder, write_json
+from elastic_sparsity.files import atomic_folder, check_output_file, check_output_folder, sync_path, write_json
 
 
 @pytest.mark.parametrize("write", [check_output_file, lambda path: write_json(path, {})])
@@ -40,3 +41,32 @@ def test_the_working_directory_is_no_output(name, tmp_path, monkeypatch):
     with atomic_folder(Path("new")) as scratch:
         (scratch / "a").write_text("b")
     assert (tmp_path / "here" / "new" / "a").read_text() == "b"
+
+
+@pytest.mark.parametrize("call", ["open", "fsync"])
+def test_a_folder_that_cannot_be_synced_is_written_all_the_same(call, tmp_path, monkeypatch):
+    """Windows opens no folder, and some file systems sync none."""
+    real = getattr(os, call)
+
+    def refusing(what, *args):
+        if os.path.isdir(what):  # noqa: PTH112  a descriptor too
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(what, *args)
+
+    monkeypatch.setattr(os, call, refusing)
+    sync_path(tmp_path)
+    with atomic_folder(tmp_path / "new") as scratch:
+        (scratch / "a").write_text("b")
+    assert (tmp_path / "new" / "a").read_text() == "b"
+
+
+def test_a_disk_that_is_full_only_when_a_file_is_synced(tmp_path, monkeypatch):
+    def full(_descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OutputError, match="No space left on device"), atomic_folder(tmp_path / "new") as scratch:
+        (scratch / "a").write_text("b")
+    with pytest.raises(OutputError, match="No space left on device"):
+        write_json(tmp_path / "c", {}, sync=True)
+    assert list(tmp_path.iterdir()) == []

@@ -309,6 +309,18 @@ def test_a_level_is_chosen_from_the_config_only(hub, tiny_checkpoint):
             **hub.options, local_files_only=True)  # fmt: skip
 
 
+@pytest.mark.parametrize("is_offline", [True, False])
+def test_without_an_answer_only_cached_levels_are_chosen(is_offline, hub, monkeypatch):
+    ElasticModel.from_pretrained(REPOSITORY, "70%", **hub.options)
+    if is_offline:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    else:
+        hub.stop()
+    choice = choose_level(REPOSITORY, max_bytes="1GB", **hub.options)
+    assert choice.level == "0.7" and "its files are not here" in choice.explanation
+    assert ElasticModel.from_pretrained(REPOSITORY, max_bytes="1GB", **hub.options).elastic_state.level.name == "0.7"
+
+
 @pytest.mark.parametrize("level", ["70%", None])
 def test_an_elastic_hub_id_is_evaluated(level, hub, common_files, tiny_checkpoint, tmp_path):
     text = tmp_path / "text.txt"

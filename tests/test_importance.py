@@ -134,6 +134,15 @@ def test_inverse_hessian_equals_a_float64_inverse():
     torch.testing.assert_close(inverse_hessian(gram, 0.1).double(), torch.linalg.inv(expected), rtol=1e-4, atol=1e-6)
 
 
+def test_weights_of_a_channel_that_was_never_active_score_0():
+    """A unit diagonal would place them above live channels of small energy; SparseGPT zeroes them."""
+    x = random(30, 4) * 1e-2
+    x[:, 1] = 0.0
+    weight = random(3, 4, seed=1)
+    scores = obs_scores(weight, x.T @ x, 0.01)
+    assert not scores[:, 1].any() and bool((scores[:, [0, 2, 3]] > 0).all())
+
+
 def test_obs_of_uncorrelated_inputs_ranks_as_wanda():
     weight, square_sum = random(4, 8), random(8, seed=2).square() + 0.1
     by_obs = obs_scores(weight, square_sum.diag(), damping=1e-9)

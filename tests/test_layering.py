@@ -49,7 +49,8 @@ ALLOWED = {
     "shells": {"torch", "numpy", "errors", "ladder", "masks", "packing", "precision"},
     "manifest": {"errors", "ladder", "shells"},
     "checkpoint": {
-        "torch", "safetensors", "errors", "files", "ladder", "manifest", "precision", "shells", "tensor_file",
+        "torch", "safetensors", "checkpoint_writer", "errors", "files", "ladder", "manifest", "precision", "shells",
+        "tensor_file",
     },
     "checkpoint_writer": {
         "torch", "errors", "files", "ladder", "manifest", "precision", "shells", "tensor_file_writer",
@@ -60,11 +61,11 @@ ALLOWED = {
     "terminal": set(),
     "records": {"files", "terminal"},
     "report": {"errors", "terminal"},
-    "ways": {"checkpoint", "ladder", "packed_weight", "precision", "shells"},
+    "ways": {"checkpoint", "ladder", "packed_weight", "precision", "semi_structured", "shells"},
     "doctor": {"torch", "native", "precision", "semi_structured", "ways"},
     "device_profile": {"checkpoint", "errors", "files", "ladder", "ways"},
     "device_report": {"device_profile", "doctor", "report", "ways"},
-    "choosing": {"checkpoint", "device_profile", "errors", "hub", "inspection", "ladder", "manifest", "report"},
+    "choosing": {"checkpoint", "device_profile", "errors", "hub", "inspection", "ladder", "manifest", "report", "ways"},
     # layer 2: know Hugging Face models
     "arch": {"torch", "transformers", "errors"},
     "tiny": {"torch", "transformers", "arch"},
@@ -96,7 +97,8 @@ ALLOWED = {
     "export_gguf": {"torch", "gguf", "arch", "errors", "gguf_vocab", "wiring"},
     "export_onnx": {"torch", "onnx", "openvino", "errors"},
     "packed_files": {
-        "torch", "safetensors", "accelerate", "arch", "bitmask", "errors", "files", "semi_structured", "sized",
+        "torch", "safetensors", "accelerate", "arch", "bitmask", "errors", "files", "precision", "semi_structured",
+        "sized",
     },
     # layer 3: stages
     "calibrate": {"torch", "activations", "arch", "blocks", "importance"},
@@ -220,9 +222,10 @@ ALLOWED = {
         "end_to_end", "errors", "files", "fused_layers", "inducing", "manifest", "preparing", "run_folder", "sharding",
         "shells", "supernet", "workers",
     },
+    "quality_record": {"checkpoint", "config", "errors", "files", "ladder", "manifest", "run_folder"},
     "measure": {
-        "baselines", "calibration_text", "checkpoint", "config", "data", "errors", "evaluate", "hub", "ladder",
-        "models", "precision", "slicing", "workers", "zero_shot",
+        "torch", "baselines", "calibration_text", "checkpoint", "config", "data", "errors", "evaluate", "files", "hub",
+        "ladder", "models", "precision", "quality_record", "slicing", "workers", "zero_shot",
     },
     "report_results": {"errors", "files", "records"},
     "report_facts": {
@@ -254,8 +257,8 @@ ALLOWED = {
     "cli": {
         "checkpoint", "choosing", "cli_device", "cli_eval", "cli_export", "cli_induce", "cli_plan",
         "cli_progress", "cli_prune", "cli_report", "cli_search", "cli_structured", "config", "errors", "files",
-        "hub", "inspection", "measure", "overlay", "peft_export", "pipeline", "precision", "report", "sized", "slicing",
-        "structured_sizes", "terminal", "transfer", "verify", "workers",
+        "hub", "inspection", "measure", "overlay", "peft_export", "pipeline", "precision", "quality_record", "report",
+        "sized", "slicing", "structured_sizes", "terminal", "transfer", "verify", "workers",
     },
 }  # fmt: skip
 WATCHED = {"torch", "numpy", "safetensors", "transformers", "peft", "datasets", "lm_eval", "accelerate", "gguf", "onnx",

@@ -17,7 +17,8 @@ from elastic_sparsity.masks import drop_levels, pattern_mask
 from elastic_sparsity.memory_plan import memory_terms, peaks
 from elastic_sparsity.model_shapes import read_shapes
 from elastic_sparsity.plan_sizes import STAGES, Choices, Sizes, checkpoint_bytes
-from elastic_sparsity.planning import choose
+from elastic_sparsity.planning import cgroup_free, choose, free_here
+from elastic_sparsity.preparing import settle
 from elastic_sparsity.tiny import TINY_FAMILIES, tiny_model
 
 GB = 10**9
@@ -162,6 +163,61 @@ def test_auto_takes_what_fits(shapes):
     assert chosen(16, 20) == ("off", "stream", "disk")
 
 
+def test_processes_of_one_machine_share_its_memory(monkeypatch):
+    """A memory in which one process can train base values is not promised to each of two."""
+    recipe = tiny_recipe(end_to_end={"trainable": "auto"})
+    shapes = read_shapes("random:llama")
+    base = Choices(weights="resident", activations="host", trainable="base", precision="float32", gpu=False)
+    (host,) = (peak.bytes for peak in peaks(memory_terms(shapes, recipe, base)) if peak.place == "host")
+
+    def trained(free, *processes):
+        monkeypatch.setattr("elastic_sparsity.preparing.free_here", lambda: {"host": free})
+        return settle(recipe, *processes[:1], {}, num_local=processes[1]).trainable
+
+    assert trained(host, 1, 1) == "base"
+    assert trained(host, 2, 2) == "off"
+    assert trained(host, 2, 1) == "base"  # on two machines
+    assert trained(2 * host, 2, 2) == "base"
+
+
+def test_memory_that_a_container_may_use(tmp_path, monkeypatch):
+    """The smallest of all groups counts, with what the kernel gives back; what is missing or "max" is no limit."""
+
+    def write(name, text):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+
+    assert cgroup_free(tmp_path) == float("inf")
+    write("proc/self/cgroup", "0::/a/b\n")
+    write("sys/fs/cgroup/a/b/memory.max", "max\n")
+    write("sys/fs/cgroup/a/b/memory.current", "70\n")
+    assert cgroup_free(tmp_path) == float("inf")
+    write("sys/fs/cgroup/a/memory.max", "100\n")
+    write("sys/fs/cgroup/a/memory.current", "70\n")
+    write("sys/fs/cgroup/a/memory.stat", "active_file 9\ninactive_file 5\n")
+    assert cgroup_free(tmp_path) == 35
+    write("proc/self/cgroup", "3:cpu,cpuacct:/d\n2:memory:/docker/x\n")  # version 1; the container sees its own as root
+    write("sys/fs/cgroup/memory/memory.limit_in_bytes", "1000\n")
+    write("sys/fs/cgroup/memory/memory.usage_in_bytes", "600\n")
+    write("sys/fs/cgroup/memory/memory.stat", "inactive_file 1\ntotal_inactive_file 50\n")
+    assert cgroup_free(tmp_path) == 450
+    write("sys/fs/cgroup/memory/memory.usage_in_bytes", "1100\n")
+    assert cgroup_free(tmp_path) == 0
+    before = free_here()["host"]
+    monkeypatch.setattr("elastic_sparsity.planning.cgroup_free", lambda: 0)
+    assert free_here()["host"] < before
+
+
+def test_what_a_run_would_refuse_late_is_refused_first(tmp_path):
+    odd = tiny_recipe(ladder={"patterns": ["2:4", "2:5"]})
+    for refuse in (lambda: plan(odd, gpu=False, probe=False), lambda: settle(odd, 1, {})):
+        with pytest.raises(ConfigError, match=r"ladder.patterns: '2:5': self_attn.q_proj .* 32 inputs.* of 5"):
+            refuse()
+    tiny_model("llama").double().save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"model.dtype: .* 8 bytes a number.* set 'float32'"):
+        plan(tiny_recipe(model={"id": str(tmp_path)}), gpu=False)
+
+
 def test_disk_holds_blocks_and_checkpoint(shapes):
     sizes = Sizes(shapes, large(), Choices(weights="stream", activations="disk", trainable="off",
                                            precision="bfloat16", gpu=True))  # fmt: skip
@@ -282,6 +338,26 @@ def test_command_as_json():
     inside = [t for t in found["terms"] if t["place"] == "device" and at_peak["stage"] in t["stages"]]
     assert at_peak["bytes"] == sum(term["bytes"] for term in inside)
     assert all(term["why"] for term in found["terms"])
+
+
+def test_the_limits_of_this_machine(monkeypatch):
+    from typer.testing import CliRunner
+
+    from elastic_sparsity.cli import app
+    from elastic_sparsity.cli_plan import limits_here
+
+    monkeypatch.setattr("elastic_sparsity.cli_plan.free_here", lambda: {"host": 1})
+    assert limits_here(None) == limits_here(False) and limits_here(False)["host"] == 1
+    assert limits_here(True) == {}  # a GPU of another machine
+    monkeypatch.setattr("elastic_sparsity.cli_plan.free_here", lambda: {"host": 1, "device": 2})
+    assert limits_here(True)["device"] == 2 and "device" not in limits_here(False)
+
+    def said(*arguments):
+        return CliRunner().invoke(app, ["plan", "smoke", "--no-probe", *map(str, arguments)]).stdout
+
+    monkeypatch.undo()
+    assert "host" in json.loads(said("--no-gpu", "--json"))["limits"]
+    assert "No limits: give" in said("--gpu", "--config", CONFIG)
 
 
 def test_bad_arguments_are_named(tmp_path):

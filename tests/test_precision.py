@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from elastic_sparsity.precision import autocast_factory, weights_in, weights_under
+from elastic_sparsity.precision import autocast_factory, cast_parameters_, weights_in, weights_under
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -35,3 +35,11 @@ def test_weights_are_what_an_autocast_would_make_of_them(precision):
     with weights_under(autocast, iter([linear])):
         assert linear.weight.dtype == getattr(torch, precision)
     assert linear.weight.dtype == torch.float32
+
+
+def test_only_parameters_are_cast_and_shared_ones_stay_shared():
+    model = nn.Sequential(nn.Embedding(3, 4), nn.Linear(4, 3, bias=False), nn.BatchNorm1d(3))
+    model[1].weight = model[0].weight
+    cast_parameters_(model, torch.bfloat16)
+    assert {x.dtype for x in model.parameters()} == {torch.bfloat16} and model[1].weight is model[0].weight
+    assert model[2].running_mean.dtype == torch.float32 and model[2].num_batches_tracked.dtype == torch.int64

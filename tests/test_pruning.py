@@ -79,6 +79,7 @@ def test_progress_and_self_calibration(tmp_path):
         (["--structured", 0.5, "--samples", 10**6], "calibration: 1800 tokens give 112 samples of 16"),
         (["--structured", 0.5, "--dtype", "int3"], "model.dtype"),
         (["--structured", 0.5, "--damping", 0], "scores.damping"),
+        (["--structured", 0.5, "--lr", "1e-3"], "--lr: is the rate of a tuning, and without --steps there is none"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(capsys, tmp_path, text_file, options, message):

@@ -18,6 +18,7 @@ from conftest import tiny_recipe
 
 import elastic_sparsity.run_folder as run_folder_module
 from elastic_sparsity import optimize, pipeline, preparing
+from elastic_sparsity.allocation_file import AllocationPlan, save_plan
 from elastic_sparsity.errors import ConfigError, NumericsError, OutputError
 from elastic_sparsity.run_folder import run_folder
 from elastic_sparsity.tiny import byte_tokenizer, tiny_model
@@ -265,6 +266,26 @@ def test_restart_begins_anew(tmp_path, monkeypatch):
     optimize(tiny_recipe(seed=5), tmp_path / "c", restart=True)
     optimize(tiny_recipe(seed=5), tmp_path / "whole")
     assert contents(tmp_path / "c") == contents(tmp_path / "whole")
+
+
+def test_the_record_is_on_disk_before_any_block_that_refers_to_it(tmp_path, monkeypatch):
+    """After a power cut a block without its record could not be used."""
+    synced = []
+    monkeypatch.setattr("elastic_sparsity.files.sync_path", lambda path: synced.append(path.name))
+    with run_folder(tmp_path / "c") as folder:
+        folder.claim({"what": 1}, {"trainable": "off"})
+        assert synced and synced[0].startswith(".run.json.partial-")
+        plan = AllocationPlan(sparsities=[], linears={}, losses={}, held_out_kl={}, finished=True, made={})
+        save_plan(folder.allocation, plan)
+    assert any(name.startswith(".allocation.json.partial-") for name in synced)
+
+
+def test_half_written_files_of_a_killed_process_are_removed(tmp_path):
+    (tmp_path / "c.run").mkdir()
+    scratch = tmp_path / "c.run" / ".block-0001.safetensors.partial-0123abcd"
+    scratch.write_bytes(b"half")
+    with run_folder(tmp_path / "c"):
+        assert not scratch.exists()
 
 
 def test_damaged_state_is_named(tmp_path, monkeypatch):

@@ -11,7 +11,8 @@ from test_checkpoint import opened_files  # noqa: F401  a fixture
 from elastic_sparsity import ElasticModel, levels, optimize, set_level, verify
 from elastic_sparsity.arch import weight_OI
 from elastic_sparsity.checkpoint import ElasticCheckpoint, OpenLevel
-from elastic_sparsity.errors import CheckpointError, ConfigError, LevelError
+from elastic_sparsity.errors import CheckpointError, ConfigError, LevelError, OutputError
+from elastic_sparsity.slicing import _return_freed_memory
 from elastic_sparsity.tiny import byte_tokenizer, tiny_model
 
 WITHOUT_TRAINING = {"block": {"steps": 0}, "end_to_end": {"trainable": "off"}}
@@ -120,11 +121,43 @@ def test_device_maps(tiny_checkpoint, tmp_path):
     assert same(weights_of(auto), weights_of(ElasticModel.from_pretrained(tiny_checkpoint, 0.7)))
     on_disk = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
     on_disk |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
-    offloaded = ElasticModel.from_pretrained(tiny_checkpoint, 0.6, device_map=on_disk, offload_folder=tmp_path)
+    sparser = ElasticModel.from_pretrained(tiny_checkpoint, 0.7)
+    offloaded, other = (
+        ElasticModel.from_pretrained(tiny_checkpoint, level, device_map=on_disk, offload_folder=tmp_path / "disk")
+        for level in (0.6, 0.7)  # in the same folder, and both alive
+    )
     with torch.no_grad():
+        assert torch.allclose(other(IDS).logits, sparser(IDS).logits, atol=1e-6)
         assert torch.allclose(offloaded(IDS).logits, plain(IDS).logits, atol=1e-6)
     with pytest.raises(ConfigError, match="offloaded"):
         set_level(offloaded, 0.5)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="offload_folder: '.*file' cannot be written"):
+        ElasticModel.from_pretrained(tiny_checkpoint, 0.6, device_map=on_disk, offload_folder=tmp_path / "file")
+
+
+def test_one_device_for_all_as_transformers_takes_it(tiny_checkpoint):
+    plain = ElasticModel.from_pretrained(tiny_checkpoint, 0.6)
+    for place in ("cpu", torch.device("cpu"), {"": torch.device("cpu")}):
+        model = ElasticModel.from_pretrained(tiny_checkpoint, 0.6, device_map=place)
+        assert same(weights_of(model), weights_of(plain))
+
+
+def test_an_automatic_map_that_needs_the_disk_is_refused_before_weights_are_read(tiny_checkpoint, monkeypatch):
+    read = []
+    monkeypatch.setattr("accelerate.infer_auto_device_map", lambda *_, **__: {"model": "cpu", "lm_head": "disk"})
+    monkeypatch.setattr(OpenLevel, "shells", lambda *_: read.append(1))
+    with pytest.raises(ConfigError, match="'auto' puts 1 modules on disk, first lm_head, .*give an `offload_folder`"):
+        ElasticModel.from_pretrained(tiny_checkpoint, 0.6, device_map="auto")
+    assert not read
+
+
+def test_a_system_whose_c_library_cannot_be_asked(monkeypatch):
+    def windows(name):
+        raise TypeError(f"argument of type {type(name).__name__} is not iterable")
+
+    monkeypatch.setattr("ctypes.CDLL", windows)
+    _return_freed_memory()
 
 
 def test_unmerged_is_the_masked_base(tiny_checkpoint):
@@ -167,6 +200,9 @@ def test_an_infinite_weight_is_named(tmp_path):
         ({"device": "meta"}, "is not on this machine"),
         ({"device": "mps"}, "is not on this machine"),
         ({"device": "xpu"}, "is not on this machine"),
+        ({"device": "auto"}, "device: 'auto' is no device"),
+        ({"device": "balanced", "runtime": "packed"}, "device: 'balanced' is no device"),
+        ({"device_map": 77}, "device: 77 is not on this machine"),
         ({"device_map": "autoo"}, "is no device; maps are auto"),
         ({"device_map": "disk"}, "needs a mapping"),
         ({"device_map": {"": "disk"}}, "needs a mapping of modules and an `offload_folder`"),

@@ -65,6 +65,23 @@ def test_hidden_states_on_disk_change_nothing(mode, tmp_path):
     assert_same_tensors(tmp_path / "host", tmp_path / "device")
 
 
+def test_fewer_samples_than_a_batch(tmp_path):
+    """Training draws a sample twice: the blocks' arguments for so many are there before the first is elastic."""
+    model = saved(tmp_path / "m", "llama")
+    for weights in ("resident", "stream"):
+        block = {"samples": 1, "batch_size": 2}
+        optimize(recipe_for(model, tmp_path / "t.txt", memory={"weights": weights}, block=block), tmp_path / weights)
+    assert_same_tensors(tmp_path / "stream", tmp_path / "resident")
+
+
+def test_a_covariance_that_does_not_factor_is_named_with_its_block(tmp_path):
+    recipe = recipe_for(
+        "random:llama", tmp_path / "t.txt", scores={"method": "obs", "damping": 1e-30}, block={"samples": 2}
+    )
+    with pytest.raises(NumericsError, match=r"^model\.layers\.0\.self_attn\.q_proj: the input covariance"):
+        optimize(recipe, tmp_path / "c")
+
+
 def test_only_one_block_is_in_memory(tmp_path):
     base = stream_base(saved(tmp_path / "m", "llama"), "auto", torch.device("cpu"))
     blocks = base.model.model.layers

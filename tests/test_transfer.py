@@ -5,7 +5,7 @@ import shutil
 import pytest
 from test_checkpoint import flip
 
-from elastic_sparsity import ElasticModel, copy_level, optimize, upgrade
+from elastic_sparsity import ElasticModel, add_structured, copy_level, optimize, upgrade
 from elastic_sparsity.errors import CheckpointError, LevelError, OutputError
 from elastic_sparsity.report import parse_bytes
 
@@ -64,6 +64,22 @@ def test_a_damaged_source_changes_nothing_that_was_whole(tiny_checkpoint, tmp_pa
     with pytest.raises(CheckpointError, match="the source is damaged"):
         copy_level(tmp_path / "source", 0.6, tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_a_level_made_apart_is_told_from_a_damaged_one(tiny_checkpoint, settings, tmp_path):
+    """Both list structured-0.5 and are the same checkpoint: nothing is copied, and nobody's file is called damaged."""
+    for name, seed in (("mine", 0), ("source", 3)):
+        shutil.copytree(tiny_checkpoint, tmp_path / name)
+        add_structured(tmp_path / name, [0.5], **{**settings, "seed": seed})
+    copy_level(tmp_path / "mine", "structured-0.5", tmp_path / "device")
+    assert upgrade(tmp_path / "device", tmp_path / "source", "structured-0.5") == [], "it is whole"
+    (tmp_path / "device" / "structured-0.5.safetensors").unlink()
+    before = contents(tmp_path / "device")
+    for source in ("source", tiny_checkpoint):  # the second has no such level
+        with pytest.raises(CheckpointError, match=r"its structured-0.5\S* is not that of .* added to them apart"):
+            upgrade(tmp_path / "device", tmp_path / source, "structured-0.5")
+        assert contents(tmp_path / "device") == before
+    assert upgrade(tmp_path / "device", tmp_path / "mine", "structured-0.5") == ["structured-0.5.safetensors"]
 
 
 def test_taken_output_and_unknown_level(tiny_checkpoint, tmp_path):

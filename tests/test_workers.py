@@ -44,6 +44,28 @@ if any("gloo" in name for name in threads):
 """
 
 
+SHARD = """
+import torch
+from elastic_sparsity.adapters import ElasticLinear
+from elastic_sparsity.arch import decoder_blocks
+from elastic_sparsity.ladder import Ladder
+from elastic_sparsity.sharding import shard_block_, whole_tensors
+from elastic_sparsity.tiny import tiny_model
+
+torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+block = decoder_blocks(tiny_model("gpt2"))[0]
+given = block.mlp.c_fc.weight.detach().T
+block.mlp.c_fc = ElasticLinear(
+    block.mlp.c_fc, Ladder(sparsities=(0.5,)), [1], inheritance="shared", pattern_masks=[], train_base=False,
+    drop_level_OI=torch.zeros(given.shape, dtype=torch.uint8), teacher_dtype=torch.float32,
+    generator=torch.Generator(),
+)
+shard_block_(block, 1, "cpu")
+assert torch.equal(dict(whole_tensors(block))["mlp.c_fc.weight"], given)
+torch.distributed.destroy_process_group()
+"""
+
+
 def run(folder, sections, processes, tmp_path):
     script = tmp_path / "run.py"
     script.write_text(RUN)
@@ -96,6 +118,12 @@ def test_two_processes_equal_one(sections, tmp_path):
     assert json.loads((tmp_path / "2" / "run.json").read_text())["workers"] == 2
 
 
+def test_a_frozen_conv1d_can_be_shared_out():
+    """Its weight is the transposed view of what GPT-2 stores; with a trained base it would be a copy."""
+    done = subprocess.run([sys.executable, "-c", SHARD], capture_output=True, text=True, check=False, timeout=120)
+    assert not done.returncode, errors(done)
+
+
 def test_a_sharded_model_is_never_whole(tmp_path):
     """Blocks go from disk to shards; the values are those of one process that has the whole model."""
     tiny_model("gpt2").save_pretrained(tmp_path / "m")
@@ -145,6 +173,7 @@ def test_shares_are_checked_before_any_work():
 def test_a_worker_of_its_own():
     alone = Workers()
     assert (alone.rank, alone.count, alone.is_main) == (0, 1, True)
+    assert alone.local == 1 and alone.of_main("mine") == "mine"
     assert alone.places(5, "x") == range(5)
     tensors = [torch.ones(2)]
     alone.sum_(tensors)

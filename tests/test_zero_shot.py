@@ -419,6 +419,17 @@ def test_rows_of_tasks_before_the_failing_one_are_kept(capsys, tiny_checkpoint, 
     )  # fmt: skip
 
 
+def test_rows_on_other_documents_are_not_mixed(capsys, tiny_checkpoint, three, tmp_path):
+    result = tmp_path / "r.json"
+    command = tasks_command(tiny_checkpoint, three, "--tasks", "piqa", "--output", result, "--level")
+    assert run(capsys, *command, "0.5")[0] == 0
+    before = result.read_bytes()
+    write(three, "piqa", choice_documents(10))
+    expect_error(capsys, "r.json: task 'piqa': 50 % elastic answered documents of sha256", *command, "0.6")
+    assert result.read_bytes() == before
+    assert run(capsys, *command, "0.5")[0] == 0, "the only row is replaced"
+
+
 def test_mistakes_on_the_command_line(capsys, three):
     expect_error(capsys, "nothing to measure; give --text, --tasks or both", "eval", "random:llama")
     expect_error(capsys, "--task-data: is for tasks", "eval", "random:llama", "--text", "t", "--task-data", three)
