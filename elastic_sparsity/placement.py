@@ -49,11 +49,14 @@ def check_placement(device: Any, device_map: Any, offload_folder: Any) -> None:
             continue
         if place == "disk":
             raise ConfigError('device_map: "disk" needs a mapping of modules and an `offload_folder`.')
+        is_number = isinstance(place, int) and not isinstance(place, bool) and place >= 0  # of an accelerator
         try:
-            wanted_device = torch.device(place)
+            is_here = _is_here(torch.device(place))
         except (RuntimeError, TypeError, ValueError):
-            raise ConfigError(f"device: {brief(place)} is no device; maps are {', '.join(AUTOMATIC)}.") from None
-        if not _is_here(wanted_device):
+            if not is_number:
+                raise ConfigError(f"device: {brief(place)} is no device; maps are {', '.join(AUTOMATIC)}.") from None
+            is_here = False  # torch without any accelerator knows no numbers
+        if not is_here:
             raise ConfigError(f"device: {brief(place)} is not on this machine.")
 
 
