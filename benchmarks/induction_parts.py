@@ -78,7 +78,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--induced", type=Path, help="folder of `elastic-sparsity induce`, for --generate and --plot")
     parser.add_argument("--restart", action="store_true", help="measure all again; what lies in --work stays")
     add_place(parser, "induction_parts")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.induced and not (args.generate or args.plot):
+        parser.error("--induced: is what --generate and --plot look at; give one of them.")
+    return args
 
 
 def main() -> None:
@@ -188,9 +191,10 @@ class Bench:
     def look_at_induced(self) -> None:
         """Greedy text and pictures of all that is exact, absorbed; what is there already is not made again."""
         prompts, picture = self.args.generate, self.file.with_suffix(".png")
-        asked = {"prompts": prompts, "of": self.args.induced.name if self.args.induced else "all"}
-        compare = prompts and self.result.get("greedy", {}) | asked != self.result.get("greedy")
-        plot = self.args.plot and not ("plot" in self.result and picture.is_file())
+        of = self.args.induced.name if self.args.induced else "all"
+        greedy, drawn = self.result.get("greedy", {}), self.result.get("plot", {})
+        compare = prompts and (greedy.get("prompts"), greedy.get("of")) != (prompts, of)
+        plot = self.args.plot and not (drawn.get("of") == of and picture.is_file())
         if not compare and not plot:
             return
         if self.args.induced:
@@ -204,14 +208,15 @@ class Bench:
                 for m in (self.base.model, induced)
             ]
             same = sum(bool(torch.equal(a, b)) for a, b in zip(*texts, strict=True))
-            self.result["greedy"] = {**asked, "tokens": GREEDY_TOKENS, "identical": same, **stamp(self.args.seed)}
+            self.result["greedy"] = {"prompts": prompts, "of": of, "tokens": GREEDY_TOKENS, "identical": same,
+                                     **stamp(self.args.seed)}  # fmt: skip
             self.result["induced_dense"] = self.perplexity(induced)
             write_json(self.file, self.result)
             log(f"greedy text identical for {same} of {prompts}")
             log(f"dense perplexity {self.result['induced_dense']:.4f} against {self.result['dense']:.4f}")
         if plot:
             draw(self.base.model, induced, self.ids_ST[: self.args.samples], picture)
-            self.result["plot"] = stamp(self.args.seed)
+            self.result["plot"] = {"of": of, **stamp(self.args.seed)}
 
 
 if __name__ == "__main__":

@@ -8,17 +8,15 @@ from typing import Any
 import torch
 from induction_made import COSTS, Source
 from induction_table import EVERY_PAIR
-from refresh import norms_anew
 from spent import spent, together
 from torch import Tensor
 
-from elastic_sparsity.arch import linears_of
 from elastic_sparsity.config import Recipe
 from elastic_sparsity.errors import AbsorptionError
 from elastic_sparsity.fold_choice import FOLDS, ORDERS, RESIDUAL_ORDER
 from elastic_sparsity.folding import relative_error
 from elastic_sparsity.head_basis import principal_basis
-from elastic_sparsity.inducing import absorb_importance_, only_patterns
+from elastic_sparsity.inducing import absorb_importance_, input_norms, only_patterns
 from elastic_sparsity.ladder import Level
 from elastic_sparsity.models import BaseModel
 from elastic_sparsity.precision import autocast_factory
@@ -144,7 +142,7 @@ class Inducer:
                 scales = None
         elif row.scores == "norms":
             with spent() as cost:
-                importance = {name: x.sqrt() for name, x in self._square_sums(base.model).items()}
+                importance = input_norms(base.model, self.source.ids_ST[: self.samples], 1, self.source.precision)
                 absorb_importance_(base.model, importance, rows_apart=variant == EVERY_PAIR)
             note["scores"] = cost
         costs = [{key: part[key] for key in COSTS if key in part} for part in note.values()]
@@ -156,11 +154,6 @@ class Inducer:
     def _logits(self, model: Any) -> Tensor:
         logits: Tensor = model(self.source.ids_ST[:1, :TRIED_TOKENS], use_cache=False).logits
         return logits
-
-    @torch.no_grad()
-    def _square_sums(self, model: Any) -> dict[str, Tensor]:
-        found = norms_anew(model, linears_of(model), self.source.ids_ST[: self.samples])
-        return {name: statistics.checked(name).square_sum_I for name, statistics in found.items()}
 
     def _rotate_residual_(self, model: Any) -> dict[str, Any]:
         """Principal axes lie side by side, strong ones first, which N:M cannot use: they get an order too."""

@@ -21,7 +21,8 @@ from elastic_sparsity.calibration_text import calibration_tokens
 from elastic_sparsity.config import Recipe
 from elastic_sparsity.errors import ConfigError
 from elastic_sparsity.ladder import Level
-from elastic_sparsity.model_shapes import read_shapes
+from elastic_sparsity.measure import as_shipped
+from elastic_sparsity.model_shapes import ModelShapes, read_shapes
 from elastic_sparsity.models import BaseModel
 from elastic_sparsity.precision import cast_parameters_
 from elastic_sparsity.slicing import load_level
@@ -89,6 +90,10 @@ class Maker:
     def names(self) -> list[str]:
         return [size.name for size in linear_sizes(self.base.model)]
 
+    @cached_property
+    def shapes(self) -> ModelShapes:
+        return read_shapes(self.recipe.model.id, self.recipe.model.dtype)
+
     def make(self, cell: Cell) -> Subject:
         if cell.method == "dense":
             return Subject(self.base.model, {"bytes": self.base.model.num_parameters() * self.stored.itemsize})
@@ -113,7 +118,7 @@ class Maker:
 
     def tuned(self, level: Level, cell: Cell) -> Subject:
         checkpoint, sittings = self.checkpoint(level, cell)
-        model = load_level(checkpoint, checkpoint.find(level.name), checkpoint.dtype)
+        level = checkpoint.find(level.name)
         facts = {
             "seconds": round(sum(sitting["seconds"] for sitting in sittings), 1) if sittings else None,
             "sittings": sittings,
@@ -122,8 +127,8 @@ class Maker:
         }
         if cell.method.startswith("elastic"):
             sizes = {"bytes": checkpoint.bytes_of(level), "bytes_all": checkpoint.total_bytes()}
-            cast_parameters_(model, self.base.model.dtype)
-            return Subject(model.to(self.base.model.device), {**facts, **sizes})
+            return Subject(as_shipped(checkpoint, level, self.base.model), {**facts, **sizes})
+        model = load_level(checkpoint, level, checkpoint.dtype)
         return self.shipped(model.to(self.base.model.device), facts)
 
     def checkpoint(self, level: Level, cell: Cell) -> tuple[ElasticCheckpoint, list[dict[str, Any]]]:
@@ -138,11 +143,10 @@ class Maker:
         recipe = schedules.elastic(self.recipe, cell.seed)
         if cell.method == "elastic":
             return recipe
-        shapes = read_shapes(recipe.model.id, recipe.model.dtype)
         if cell.method == "elastic-uninduced":
-            return schedules.without_induction(recipe, shapes)
+            return schedules.without_induction(recipe, self.shapes)
         if cell.kind.startswith("epts"):
-            return schedules.epts(recipe, shapes, official=cell.kind == "epts-official")
+            return schedules.epts(recipe, self.shapes, official=cell.kind == "epts-official")
         if cell.kind.startswith("independent-full"):
             lr = self.lr_of(cell)
             return schedules.full_weight(recipe, level, lr, block_phase_only=cell.kind.endswith("block"))

@@ -28,11 +28,11 @@ from elastic_sparsity.config import Recipe, make_recipe
 from elastic_sparsity.data import token_hash
 from elastic_sparsity.errors import ConfigError, NumericsError
 from elastic_sparsity.files import write_json
-from elastic_sparsity.measure import zero_shot_protocol
+from elastic_sparsity.measure import as_shipped, zero_shot_protocol
 from elastic_sparsity.models import BaseModel, load_base
-from elastic_sparsity.precision import autocast_factory, cast_parameters_
+from elastic_sparsity.precision import autocast_factory
 from elastic_sparsity.report import check_documents, plot_tasks, task_means, tasks_table
-from elastic_sparsity.slicing import load_level, load_tokenizer
+from elastic_sparsity.slicing import load_tokenizer
 from elastic_sparsity.task_files import load_tasks
 from elastic_sparsity.zero_shot import check_amounts, score_task
 
@@ -153,9 +153,7 @@ def models(
         return held["base"]
 
     def elastic(level: Any) -> Any:
-        model = load_level(checkpoint, level, checkpoint.dtype).to(base().model.device)
-        cast_parameters_(model, base().model.dtype)
-        return model
+        return as_shipped(checkpoint, level, base().model)
 
     def one_shot(level: Any, method: str) -> Any:
         if "tokens" not in held:

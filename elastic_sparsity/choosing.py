@@ -9,7 +9,7 @@ from elastic_sparsity.checkpoint import ElasticCheckpoint
 from elastic_sparsity.device_profile import Prediction, Profile, predict_fastest, read_profile
 from elastic_sparsity.errors import ConfigError, LevelError, brief
 from elastic_sparsity.hub import can_fetch, checkpoint_folder
-from elastic_sparsity.inspection import level_info
+from elastic_sparsity.inspection import is_number, level_info
 from elastic_sparsity.ladder import AnyLevel, StructuredLevel
 from elastic_sparsity.manifest import by_density
 from elastic_sparsity.report import human_bytes, parse_bytes
@@ -143,7 +143,7 @@ def _check_budget(profile: Any, max_bytes: Any, max_ms_per_token: Any, min_quali
     if max_bytes is None and max_ms_per_token is None and min_quality is None:
         raise ConfigError("choose_level: no budget; give max_bytes, max_ms_per_token or min_quality.")
     for name, value in (("max_ms_per_token", max_ms_per_token), ("min_quality", min_quality)):
-        if value is not None and not (_is_number(value) and value > 0):
+        if value is not None and not (is_number(value) and value > 0):
             raise ConfigError(f"{name}: {brief(value)} is not a number above 0.")
     if max_ms_per_token is not None and profile is None:
         raise ConfigError(
@@ -154,10 +154,6 @@ def _check_budget(profile: Any, max_bytes: Any, max_ms_per_token: Any, min_quali
     if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size <= 0):
         raise ConfigError(f"max_bytes: {brief(max_bytes)} is not a whole number above 0, nor a size such as 60MB.")
     return _Budget(max_bytes=size, max_ms_per_token=max_ms_per_token, min_quality=min_quality)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def _fitting(device: Profile, checkpoint: ElasticCheckpoint) -> Profile:
@@ -187,7 +183,7 @@ def _candidate(checkpoint: ElasticCheckpoint, level: AnyLevel, device: Profile |
 
 def _perplexity(value: Any) -> float | None:
     """A record's number, if it is one: records are not checked when a checkpoint is opened."""
-    return float(value) if _is_number(value) and value > 0 else None
+    return float(value) if is_number(value) and value > 0 else None
 
 
 def _dense_perplexity(checkpoint: ElasticCheckpoint) -> float | None:

@@ -220,11 +220,10 @@ class _Chooser:
                 balanced_basis(gram.sum(0), read.flatten(0, 1)) for gram, read in zip(grams, readers, strict=True)
             ],
         }
-        for name, matrices in closed.items():
-            if (
-                torch.linalg.cond(torch.stack(matrices)) < MAX_CONDITION / 2
-            ).all():  # else no fold, and so no candidate
-                yield self._mixed(name, torch.stack(matrices), patterns)
+        for name, of_heads in closed.items():
+            matrices_KCC = torch.stack(of_heads)
+            if float(torch.linalg.cond(matrices_KCC).max()) < MAX_CONDITION / 2:  # else no fold, and so no candidate
+                yield self._mixed(name, matrices_KCC, patterns)
         if turn_steps:
             energy_D = self.square_sums[self.row.value].cpu()
             with torch.enable_grad():

@@ -39,7 +39,7 @@ from elastic_sparsity.induction import Induced, InductionSettings, input_statist
 from elastic_sparsity.induction_file import save_scales
 from elastic_sparsity.ladder import Level
 from elastic_sparsity.models import BaseModel, load_base
-from elastic_sparsity.precision import autocast_factory, resolve_precision
+from elastic_sparsity.precision import autocast_factory, cast_parameters_, resolve_precision
 from elastic_sparsity.residual_order import choose_residual_order_
 from elastic_sparsity.wiring import check_equal_blocks
 from elastic_sparsity.workers import Workers
@@ -147,28 +147,22 @@ def _function_kept(model: Any, token_ids_ST: Tensor, dtype: torch.dtype) -> Iter
 
     Raises: AbsorptionError: on leaving, if they moved. NumericsError: a weight that `dtype` cannot hold.
     """
-    _cast_weights_(model, torch.float32)
+    cast_parameters_(model, torch.float32)
     before = _logits(model, token_ids_ST)
     yield
     error = check_function_kept(before, _logits(model, token_ids_ST), torch.float32)
     log.info("induction: absorbed; the logits moved by %.1e of their largest, which is rounding", error)
     if dtype != torch.float32:  # the base model's weights were exact in it, those made of them are not
-        _cast_weights_(model, dtype)
+        cast_parameters_(model, dtype)
         if bad := not_finite(model):
             raise NumericsError(
                 f"induction: {', '.join(bad[:5])}: folding gives weights that {dtype} cannot hold; give model.dtype = "
                 "'float32' or 'bfloat16'."
             )
-        _cast_weights_(model, torch.float32)
+        cast_parameters_(model, torch.float32)
         rounded = relative_error(before, _logits(model, token_ids_ST))
         log.info("induction: rounding to %s, as the base model is stored, moves the logits by %.1e", dtype, rounded)
-        _cast_weights_(model, dtype)
-
-
-def _cast_weights_(model: Any, dtype: torch.dtype) -> None:
-    """Of the parameters alone: rotary frequencies are buffers, which stay float32 in a model of any dtype."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+        cast_parameters_(model, dtype)
 
 
 def induce(recipe: Recipe, output: str | Path, progress: Progress = silent) -> Induced:
@@ -231,9 +225,10 @@ def input_norms(model: Any, token_ids_ST: Tensor, batch_size: int, precision: st
 def _check_can_induce(recipe: Recipe) -> None:
     if not recipe.induction.is_asked:
         raise ConfigError("induction.steps: 0 steps learn nothing; expected 1 or more, or some induction.folds.")
-    if recipe.induction.reading != "norms":
+    if recipe.induction.reading == "norms":
+        check_kinds(recipe.induction.folds, recipe.build_ladder(), (RESIDUAL_ORDER, *FOLDS))
+    else:
         check_stages(recipe)
-    check_kinds(recipe.induction.folds, recipe.build_ladder(), (RESIDUAL_ORDER, *FOLDS))
     learns = recipe.induction.reading == "scores" and recipe.induction.steps > 0
     if learns and recipe.scores.method == "magnitude":
         raise ConfigError("scores.method: 'magnitude' would learn scales that know no input; use 'wanda'.")
@@ -274,8 +269,8 @@ def fold(
     samples_ST = _few(token_ids_ST, wanted.samples, wanted.held_out)
     autocast = autocast_factory(precision, base.model.device.type)
     of_blocks = [kind for kind in wanted.folds if kind != RESIDUAL_ORDER]
-    check_exact_folds(base.model, of_blocks)
     if RESIDUAL_ORDER in wanted.folds:
+        check_exact_folds(base.model, of_blocks)  # which `choose_folds_` does only behind it
         found.append(choose_residual_order_(base.model, samples_ST, ladder, wanted.held_out, autocast))
     if of_blocks:
         settings = FoldSettings(held_out=wanted.held_out)

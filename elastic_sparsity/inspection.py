@@ -75,11 +75,14 @@ def level_info(checkpoint: ElasticCheckpoint, level: AnyLevel) -> LevelInfo:
     )
 
 
+def is_number(value: Any) -> bool:
+    """Whether what anybody may have written is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+
+
 def _number(value: Any) -> float | None:
     """A recorded number (infinite of weights that are broken enough); None for what else a record may hold."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value) if abs(value) < 1e300 or value == math.inf else None
+    return float(value) if is_number(value) or value == math.inf else None
 
 
 def _tuning_steps(config: dict[str, Any], level: str) -> int:

@@ -142,7 +142,7 @@ class _Bench:
         if method == DENSE:
             return self.dense
         if method == ELASTIC:
-            return _as_shipped(self.checkpoint, level, self.dense)
+            return as_shipped(self.checkpoint, level, self.dense)
         assert isinstance(level, Level), f"{level.name} has no masks, which baselines make"
         model = copy.deepcopy(self.dense)
         prune_one_shot_(
@@ -187,7 +187,7 @@ class _Bench:
         return found, errors
 
 
-def _as_shipped(checkpoint: ElasticCheckpoint, level: AnyLevel, base_model: Any) -> Any:
+def as_shipped(checkpoint: ElasticCheckpoint, level: AnyLevel, base_model: Any) -> Any:
     """A level's weights, rounded as a user gets them, in a model that computes in the base model's dtype."""
     model = load_level(checkpoint, level, checkpoint.dtype).to(base_model.device)
     cast_parameters_(model, base_model.dtype)

@@ -1,5 +1,10 @@
 """Shared fixtures: the smallest recipe, and a trained tiny checkpoint made once a session."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -40,6 +45,20 @@ def merging_tokenizer(size=290, pre_tokenizer=None, text="", ignore_merges=False
     tokenizer.train_from_iterator(["zeros that stay zero in the sparse weights of the fox " * 20, text * 20], trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|end|>", bos_token="<|end|>", pad_token="<|end|>"
+    )
+
+
+def in_processes(count, script, *arguments):
+    """Runs a script from the repository's root, in several processes by torchrun, and gives what came of it."""
+    several = ["-m", "torch.distributed.run", "--nproc-per-node", str(count), "--standalone"] if count > 1 else []
+    return subprocess.run(
+        [sys.executable, *several, *map(str, (script, *arguments))],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
     )
 
 

@@ -171,6 +171,8 @@ def test_a_model_that_induce_wrote_is_compared_with_the_original(few, tmp_path):
     assert not found["cells"] and found["greedy"].items() >= {"of": "it", "prompts": 2, "identical": 2}.items()
     assert found["induced_dense"] == pytest.approx(found["dense"], rel=1e-5)
     assert found["induced_dense"] != found["dense"]
+    _, stopped = start(induction_parts, *few[:-2], "--induced", tmp_path / "it")
+    assert stopped is not None and "--induced: is what --generate and --plot look at" in stopped
 
 
 def test_parts_refuse_what_the_model_has_no_exact_form_of(few, tmp_path):

@@ -1,15 +1,11 @@
 """What a run measures of its checkpoint: the models as shipped, rows that no later failure loses, and going on."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_recipe
+from conftest import in_processes, tiny_recipe
 from test_cli import expect_error, run
 
 from elastic_sparsity import ElasticCheckpoint, measure, optimize, pipeline
@@ -242,15 +238,7 @@ def test_several_workers_go_on_together(tmp_path):
     """Also if a baseline breaks down in one of them alone."""
     script, out = tmp_path / "run.py", tmp_path / "c"
     script.write_text(WORKERS)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(script), str(out)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+    done = in_processes(2, script, out)
     assert not done.returncode, done.stderr[-6000:]
     quality = quality_of(out)
     rows = [json.loads((tmp_path / f"c-{rank}.json").read_text()) for rank in (0, 1)]

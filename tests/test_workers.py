@@ -1,14 +1,12 @@
 """Two processes do the run of one: same samples, equal masks, losses and values within rounding."""
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_recipe
+from conftest import in_processes, tiny_recipe
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -69,18 +67,7 @@ torch.distributed.destroy_process_group()
 def run(folder, sections, processes, tmp_path):
     script = tmp_path / "run.py"
     script.write_text(RUN)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    if processes == 1:
-        command = [sys.executable]
-    return subprocess.run(
-        [*command, str(script), str(folder), json.dumps(sections)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+    return in_processes(processes, script, folder, json.dumps(sections))
 
 
 def errors(done):
