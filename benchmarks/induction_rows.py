@@ -61,6 +61,7 @@ ROWS: dict[str, Row] = {
     "scales": Row(scores="norms"),
     **{kind: Row(folds=(kind,)) for kind in FOLDS},
     "folds": Row(folds=FOLDS),
+    **{f"folds but {kind}": Row(folds=tuple(x for x in FOLDS if x != kind)) for kind in FOLDS},
     RESIDUAL_ORDER: Row(folds=(RESIDUAL_ORDER,)),
     "residual rotation": Row(rotated=True),
     "residual_order, folds": Row(folds=(RESIDUAL_ORDER, *FOLDS)),
