@@ -7,7 +7,8 @@ left out); `scores` (reading B, eq. 11); `gains` (reading C, tuned after masking
 magnitude); every fold of `fold_choice`; `folds` (all of these); `residual_order` (of the whole stream, for N:M), alone
 and before `folds`; `residual rotation` (to principal axes; it unties a head whose norm has gains, and is marked if it
 adds parameters);
-`all` (folds, then scores); `all, gains`. A row that the model has no exact form of is marked as refused.
+`auto folds` (those that `induce` makes unless told otherwise), `default` (these, then scores: all that it does); `all`
+(folds, then scores); `all, gains`. A row that the model has no exact form of is marked as refused.
 
 Every cell says perplexity, and seconds and the process's peak memory of its induction. Cells go into the JSON as soon
 as they are measured and are not measured again; what was learned or folded stays in --work and is not made again: an
@@ -95,7 +96,8 @@ def main() -> None:
         for row in args.rows:
             bench.measure(row)
         bench.look_at_induced()
-    result["summary"] = parts_summary(result["cells"], result["rows"], result["dense"])
+    default = [name for name, row in ROWS.items() if row.is_default]
+    result["summary"] = parts_summary(result["cells"], result["rows"], result["dense"], default)
     write_json(file, result)
     count, length, taken = result["windows"]
     title = f"{Path(args.evaluation).name}, {count} windows of {length} tokens ({taken}), dense {result['dense']:.2f}"

@@ -11,7 +11,7 @@ from induction_table import EVERY_PAIR
 from spent import spent, together
 from torch import Tensor
 
-from elastic_sparsity.config import Recipe
+from elastic_sparsity.config import AUTO_FOLDS, Recipe
 from elastic_sparsity.errors import AbsorptionError
 from elastic_sparsity.fold_choice import FOLDS, ORDERS, RESIDUAL_ORDER
 from elastic_sparsity.folding import relative_error
@@ -49,6 +49,12 @@ class Row:
         """Whether nothing of it means anything without an N:M level."""
         return bool(self.folds and set(self.folds) <= set(ORDERS))
 
+    @property
+    def is_default(self) -> bool:
+        """Whether `elastic-sparsity induce` does all of it without being asked."""
+        asked = self.rotated or self.absorbed is not None or self.gains or self.scores == "norms"
+        return self != Row() and not asked and set(self.folds) <= set(AUTO_FOLDS)
+
 
 ROWS: dict[str, Row] = {
     "none": Row(),
@@ -65,6 +71,8 @@ ROWS: dict[str, Row] = {
     RESIDUAL_ORDER: Row(folds=(RESIDUAL_ORDER,)),
     "residual rotation": Row(rotated=True),
     "residual_order, folds": Row(folds=(RESIDUAL_ORDER, *FOLDS)),
+    "auto folds": Row(folds=AUTO_FOLDS),
+    "default": Row(folds=AUTO_FOLDS, scores="learned"),
     "all": Row(folds=FOLDS, scores="learned"),
     "all, gains": Row(folds=FOLDS, scores="learned", gains=True),
 }

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,9 +149,12 @@ def plot(rows: Sequence[Row], dense: float, path: Path) -> None:
     pyplot.close(figure)
 
 
-def parts_summary(cells: Mapping[str, Row], rows: Mapping[str, Row], dense: float) -> list[dict[str, Any]]:
+def parts_summary(
+    cells: Mapping[str, Row], rows: Mapping[str, Row], dense: float, default: Collection[str] = ()
+) -> list[dict[str, Any]]:
     """One row a method and part: perplexity and gap closed by level against "none" of the same method, and costs.
 
+    default: whether `elastic-sparsity induce` does all of the part without being asked; the argument names them.
     lower: levels whose perplexity is below that of "none"; compared: levels that have both. seconds, cpu_seconds,
     peak_bytes, added_bytes: of the induction behind one cell, the largest of the levels (see `spent`).
     added_parameters: if there are any it is not zero-overhead. logits_moved: the dense model's, relative to the
@@ -174,6 +177,7 @@ def parts_summary(cells: Mapping[str, Row], rows: Mapping[str, Row], dense: floa
             {
                 "method": method,
                 "part": part,
+                "default": part in default,
                 "perplexity": {level: cell["perplexity"] for level, cell in by_level.items()},
                 "gap_closed": {level: gap_closed([x], [y], dense) for level, (x, y) in pairs.items()},
                 "lower": sum(after < before for before, after in pairs.values()),
@@ -199,8 +203,9 @@ def parts_table(summary: Sequence[Row], title: str) -> Table:
     moved = {row["part"]: row["logits_moved"] for row in measured if (row["logits_moved"] or 0) > limit}
     notes += [f"{part}: moved the dense logits by {error:.1e}, above {limit:.0e}" for part, error in moved.items()]
     found = Table(title=f"{title}: perplexity (share of the log gap to dense closed)", caption="\n".join(notes) or None)
-    for column in ("method", "part", *map(level_title, levels), "lower at", "seconds", "CPU s", "peak", "added"):
-        found.add_column(column, justify="left" if column in ("method", "part") else "right")
+    words = ("method", "part", "default")
+    for column in (*words, *map(level_title, levels), "lower at", "seconds", "CPU s", "peak", "added"):
+        found.add_column(column, justify="left" if column in words else "right")
     for method in dict.fromkeys(row["method"] for row in measured):
         found.add_section()
         for row in (row for row in measured if row["method"] == method):
@@ -211,5 +216,6 @@ def parts_table(summary: Sequence[Row], title: str) -> Table:
             lower = f"{row['lower']} of {row['compared']}" if row["compared"] else ""
             memory = [human_bytes(row["peak_bytes"]), human_bytes(row["added_bytes"])]
             cost = [f"{row['seconds']:,.0f}", f"{row['cpu_seconds']:,.0f}", *memory]
-            found.add_row(method, mark + row["part"], *shown, lower, *(cost if row["peak_bytes"] else [""] * 4))
+            name = (mark + row["part"], "yes" if row["default"] else "")
+            found.add_row(method, *name, *shown, lower, *(cost if row["peak_bytes"] else [""] * 4))
     return found

@@ -9,8 +9,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from elastic_sparsity.config import make_recipe, number_or_text
-from elastic_sparsity.terminal import plain, say
+from elastic_sparsity.config import make_recipe
+from elastic_sparsity.terminal import number_or_text, plain, say
 
 
 def show_blocks(results: Sequence[Any]) -> None:
@@ -43,9 +43,10 @@ def register(app: typer.Typer, progress: Callable[[bool], AbstractContextManager
         folds: Annotated[
             str,
             typer.Option(
-                help="Beyond the paper: residual_order, values, query_key, value_order, mlp_order, commas between."
+                help="Beyond the paper: residual_order, values, query_key, value_order, mlp_order, commas between; "
+                'auto: values, and for N:M levels mlp_order; "": none.'
             ),
-        ] = "",
+        ] = "auto",
         start: Annotated[str, typer.Option(help="Where absorbed scales begin: medians (eq. 5) or ones.")] = "medians",
         penalty: Annotated[
             str, typer.Option(help="Beside the error of absorbed scales: spectral (eq. 8) or entropy.")
@@ -78,7 +79,7 @@ def register(app: typer.Typer, progress: Callable[[bool], AbstractContextManager
                     "reading": reading,
                     "start": start,
                     "penalty": penalty,
-                    "folds": [name.strip() for name in folds.split(",") if name.strip()],
+                    "folds": "auto" if folds.strip() == "auto" else [x.strip() for x in folds.split(",") if x.strip()],
                     "steps": steps,
                     "samples": min(64, samples),
                     "held_out": max(1, min(8, samples // 4)),

@@ -10,11 +10,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from elastic_sparsity.config import make_recipe, number_or_text
+from elastic_sparsity.config import make_recipe
 from elastic_sparsity.descent import DescentSettings
 from elastic_sparsity.errors import ConfigError
 from elastic_sparsity.search import SearchSettings
-from elastic_sparsity.terminal import say
+from elastic_sparsity.terminal import number_or_text, say
 
 PRESETS = {
     "fast": (DescentSettings(), SearchSettings(generations=0)),

@@ -16,6 +16,7 @@ from elastic_sparsity.errors import ConfigError
 from elastic_sparsity.ladder import Ladder
 
 MAX_RECIPE_BYTES = 1_000_000
+AUTO_FOLDS = ("values", "mlp_order")  # exact in every architecture; what the others add: benchmarks/README.md
 Positive = Annotated[int, Field(gt=0, lt=2**31, strict=True)]
 NonNegative = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
 Length = Annotated[int, Field(gt=7, lt=2**31, strict=True)]
@@ -101,7 +102,8 @@ class InductionSection(_Section):
     nothing and is for `induce` alone: weights times the norms of their inputs, for pruners that go by magnitude."""
     folds: tuple[Literal["residual_order", "values", "query_key", "value_order", "mlp_order"], ...] = ()
     """Beyond the paper, chosen where held-out error falls, before the reading: an order of the residual channels for
-    N:M; block by block a matrix per value head, an angle per RoPE pair, orders of channels. Nothing is added."""
+    N:M; block by block a matrix per value head, an angle per RoPE pair, orders of channels. Nothing is added. "auto" =
+    values, and for a ladder with an N:M level mlp_order."""
     spectral: Rate = 0.01
     """Weight of the penalty (lambda of eq. 6) of `reading = "absorbed"`."""
     penalty: Literal["spectral", "entropy"] = "spectral"
@@ -248,6 +250,17 @@ class Recipe(_Section):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of matrix products; auto = bfloat16 where the device has it natively, else float32. Masters stay float32."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _resolved(cls, data: Any) -> Any:
+        """With the folds that "auto" means for its ladder."""
+        sections = [data.get(name) if isinstance(data, dict) else None for name in ("induction", "ladder")]
+        induction, ladder = (x if isinstance(x, dict) else {} for x in sections)
+        if induction.get("folds") != "auto":
+            return data
+        folds = AUTO_FOLDS if ladder.get("patterns") else AUTO_FOLDS[:1]
+        return {**data, "induction": {**induction, "folds": folds}}
+
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
         ladder = self.build_ladder()
@@ -347,14 +360,6 @@ class Recipe(_Section):
 
     def mixer_weights(self) -> tuple[float, ...]:
         return self.mixer.weights or (1.0,) * self.build_ladder().num_groups
-
-
-def number_or_text(text: str) -> float | str:
-    """A number of a command line; what is none goes on as text to the recipe's own check, which names it."""
-    try:
-        return float(text)
-    except ValueError:
-        return text.strip()
 
 
 def make_recipe(data: dict[str, Any], where: str = "recipe") -> Recipe:

@@ -1,4 +1,4 @@
-"""Text on its way to a terminal: file names and messages as they are, but nothing in them that acts there."""
+"""Text to and from a terminal: file names and messages as they are, but nothing in them that acts there."""
 
 from rich.console import Console
 from rich.markup import escape
@@ -17,3 +17,11 @@ def title(text: str) -> str:
 def say(text: str) -> None:
     """Prints one result to stdout, unwrapped; brackets are no markup."""
     Console(emoji=False, soft_wrap=True).print(plain(text), markup=False)
+
+
+def number_or_text(text: str) -> float | str:
+    """A number of a command line; what is none goes on as text to the recipe's own check, which names it."""
+    try:
+        return float(text)
+    except ValueError:
+        return text.strip()

@@ -18,6 +18,7 @@ from induction_rows import EVERY_PAIR, ROWS, Row, residual_axes, variant_of  # i
 from induction_work import WorkFolder, code_of, code_sha256, work_folder  # isort: skip
 from spent import spent, together  # isort: skip
 
+from elastic_sparsity.config import AUTO_FOLDS
 from elastic_sparsity.evaluate import evaluate
 from elastic_sparsity.inducing import induce
 from elastic_sparsity.ladder import Ladder
@@ -135,9 +136,10 @@ def test_parts_make_every_piece_once_and_go_on(few, tmp_path, made):
     cells = found["cells"]
     assert {name: cells[name] for name in before["cells"]} == before["cells"]
     assert len(cells) == 4 * len(ROWS) - 2, "the closed form is for magnitude alone"
-    # A fold a kind, the whole set, it without each kind, the residual order alone and before them; scores with and
-    # without folds; four forms of reading A for two kinds of scores.
-    assert {name: made[name] for name in ("fold", "learn", "absorb")} == {"fold": 11, "learn": 2, "absorb": 8}
+    # A fold a kind, the whole set, it without each kind, the default's, the residual order alone and before them;
+    # scores with and without folds (the default's and all give this model the same weights); four forms of reading A
+    # for two kinds of scores.
+    assert {name: made[name] for name in ("fold", "learn", "absorb")} == {"fold": 12, "learn": 2, "absorb": 8}
     for name, cell in cells.items():
         assert cell.keys() >= STAMP and cell["induction"].keys() >= COST and cell["seed"] == 0
         assert (cell["induction"]["peak_bytes"] > 0) == (not name.startswith("none/"))
@@ -308,6 +310,8 @@ def test_rows_and_their_variants():
     assert [variant_of(ROWS["all"], "magnitude", level) for level in (half, pattern)] == ["magnitude", EVERY_PAIR]
     assert Row(folds=("mlp_order",)).needs_pattern and not Row(folds=("mlp_order", "values")).needs_pattern
     assert not ROWS["none"].needs_pattern and ROWS["residual_order"].needs_pattern
+    by_default = {name for name, row in ROWS.items() if row.is_default}
+    assert by_default == {"scores", *AUTO_FOLDS, "auto folds", "default"}
 
 
 @pytest.fixture

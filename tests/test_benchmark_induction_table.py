@@ -110,8 +110,9 @@ def test_parts_by_hand():
         "gains/any": {},
         "values/any": {"refused": "no form"},
     }
-    rows = parts_summary(given, notes, 10.0)
+    rows = parts_summary(given, notes, 10.0, ["gains"])
     none, gains, rotation, refused = rows
+    assert [row["default"] for row in (none, gains, rotation)] == [False, True, False]
     assert none["gap_closed"] == {} and none["compared"] == 0
     assert gains["gap_closed"]["0.5"] == pytest.approx(0.5) and gains["gap_closed"]["2:4"] < 0
     assert (gains["lower"], gains["compared"], gains["seconds"], gains["peak_bytes"]) == (1, 2, 4.0, 5_000_000)
@@ -120,6 +121,7 @@ def test_parts_by_hand():
     console = Console(width=150, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
     console.print(parts_table(rows, "a title"))
     shown = console.export_text()
+    assert shown.count(" yes ") == 1
     assert "20.0 (50 %)" in shown and "1 of 2" in shown and "5.0 MB" in shown and "2.5 MB" in shown
     assert "rotation: moved the dense logits by 2.0e-05, above 1e-05" in shown and "gains: moved" not in shown
     assert "*residual rotation" in shown and "adds 1,234 parameters" in shown and "values: refused: no form" in shown

@@ -93,6 +93,30 @@ def test_train_slice_eval(capsys, tmp_path, quick_recipe, text_file):
     assert seen == pytest.approx([seen[0]] * 3, rel=1e-2), "elastic, one level of it, and the slice disagree"
 
 
+@pytest.mark.parametrize(
+    ("options", "folds"),
+    [
+        ((), {"values", "mlp_order"}),
+        (("--levels", "0.5,0.7"), {"values"}),
+        (("--folds", ""), set()),
+        (("--folds", "mlp_order"), {"mlp_order"}),
+    ],
+    ids=["as it is", "no N:M level", "none", "one"],
+)
+def test_induce_folds_what_any_architecture_can_unless_told_otherwise(capsys, tmp_path, text_file, options, folds):
+    """OPT has no RoPE: one fold is not for it, and has to be asked for."""
+    command = ("induce", "random:opt", "--output", tmp_path / "out", "--calibration", text_file, "--steps", 1)
+    code, out, _ = run(capsys, *command, "--samples", 8, "--length", 16, "-q", *options)
+    assert code == 0
+    rows = [line.split("\u2502")[1].strip() for line in out.splitlines() if line.count("\u2502") == 5]
+    assert {"values", "query_key", "value_order", "mlp_order"} & set(rows) == folds
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids).logits
+        wanted = tiny_model("opt")(ids).logits
+    assert torch.allclose(found, wanted, atol=1e-5)
+
+
 def test_float32_means_float32_of_a_model_in_bfloat16_too(tmp_path, text_file):
     model = tiny_model("llama").bfloat16()
     for name, dtype in (("half", torch.bfloat16), ("whole", torch.float32)):

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from elastic_sparsity.config import Recipe, make_recipe, read_recipe
 from elastic_sparsity.errors import ConfigError
+from elastic_sparsity.fold_choice import check_kinds
 
 
 def test_defaults_need_only_model_calibration_and_ladder():
@@ -46,6 +47,24 @@ def test_defaults_need_only_model_calibration_and_ladder():
 def test_wrong_fields_are_named(section, fields, message):
     with pytest.raises(ConfigError, match=message):
         tiny_recipe(**{section: fields})
+
+
+@pytest.mark.parametrize(
+    ("patterns", "folds"), [(["2:4"], ("values", "mlp_order")), ([], ("values",))], ids=["N:M", "none"]
+)
+def test_auto_folds_are_those_that_the_ladder_can_use(patterns, folds):
+    ladder = {"sparsities": [0.5, 0.7], "patterns": patterns}
+    recipe = tiny_recipe(induction={"folds": "auto", "samples": 3, "held_out": 1}, ladder=ladder)
+    assert recipe.induction.folds == folds
+    check_kinds(folds, recipe.build_ladder())
+    assert make_recipe(recipe.model_dump()) == recipe  # as a checkpoint keeps it
+    assert tiny_recipe().induction.folds == ()
+
+
+@pytest.mark.parametrize("folds", ["all", ["auto"]])
+def test_other_words_are_no_folds(folds):
+    with pytest.raises(ConfigError, match=r"induction\.folds.*(all|auto)"):
+        tiny_recipe(induction={"folds": folds})
 
 
 def test_a_missing_section_is_named():
