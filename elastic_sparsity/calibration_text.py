@@ -28,11 +28,11 @@ from elastic_sparsity.data import (
 from elastic_sparsity.errors import ConfigError, DataError
 from elastic_sparsity.files import is_file
 from elastic_sparsity.models import BaseModel, cache_folder
-from elastic_sparsity.precision import DTYPES, resolve_precision
+from elastic_sparsity.precision import DTYPES, cast_parameters_, resolve_precision
 
 log = logging.getLogger(__name__)
 
-SAMPLER = 3  # another number whenever the same seed gives other text, so that what was kept is not taken for it
+SAMPLER = 4  # another number whenever the same seed gives other text, so that what was kept is not taken for it
 HELD_OUT_SEED = 1_000_003  # added to the recipe's seed: text that calibration never sees, whatever its amount
 
 Progress = Callable[[str, int, int], None]
@@ -96,7 +96,10 @@ def _self_sampled(recipe: Recipe, base: BaseModel, samples: int, seed: int, prog
         except (SafetensorError, KeyError):
             log.warning("%s is damaged; sampling again", path)
     # A cast copy: under autocast every generated token would cast all float32 weights again, half of its time.
-    sampler = copy.deepcopy(base.model).to(DTYPES[precision]) if base.model.dtype != DTYPES[precision] else base.model
+    sampler = base.model
+    if sampler.dtype != DTYPES[precision]:
+        sampler = copy.deepcopy(sampler)
+        cast_parameters_(sampler, DTYPES[precision])  # not its rotary frequencies, which `.to` would round
     ids = sample_from_model(
         sampler,
         samples,

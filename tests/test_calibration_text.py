@@ -52,6 +52,18 @@ def test_a_share_is_the_models_own_text_among_the_given_one(base, recipe):
     assert torch.equal(mixed[1::3], own_ST), "every third"
 
 
+def test_text_sampled_in_bfloat16_turns_by_exact_angles(base, recipe, monkeypatch):
+    """Rotary frequencies are buffers, which a model in bfloat16 has in float32: rounded, far positions turn wrongly."""
+    seen = []
+    monkeypatch.setattr(
+        calibration_text, "sample_from_model", lambda model, *_, **__: seen.append(model) or torch.zeros(2, 16).long()
+    )
+    calibration_tokens(recipe(source="self").model_copy(update={"precision": "bfloat16"}), base)
+    assert {x.dtype for x in seen[0].parameters()} == {torch.bfloat16} != {x.dtype for x in base.model.parameters()}
+    frequencies = dict(base.model.named_buffers())
+    assert frequencies and all(torch.equal(x, frequencies[name]) for name, x in seen[0].named_buffers())
+
+
 def test_without_a_share_all_samples_are_of_the_text(base, recipe):
     found, _ = calibration_tokens(recipe(), base)
     ids = tokenize(base.tokenizer, Path(recipe().calibration.source).read_text())
