@@ -59,7 +59,7 @@ def register(app: typer.Typer, progress: Callable[[bool], AbstractContextManager
         seed: Annotated[int, typer.Option(help="Of the samples and of the order of levels.")] = 0,
         quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No bars and no log, only the result.")] = False,
     ) -> None:
-        """Learn how much every input channel counts, and write a plain Hugging Face model that computes the same.
+        """Fold blocks, learn what every input channel counts, write a plain Hugging Face model that computes the same.
 
         Its weights' magnitudes follow what was learned; elastic runs that score by activations read it from a file
         beside them.

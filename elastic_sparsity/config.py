@@ -258,7 +258,7 @@ class Recipe(_Section):
         induction, ladder = (x if isinstance(x, dict) else {} for x in sections)
         if induction.get("folds") != "auto":
             return data
-        folds = AUTO_FOLDS if ladder.get("patterns") else AUTO_FOLDS[:1]
+        folds = [kind for kind in AUTO_FOLDS if ladder.get("patterns") or kind != "mlp_order"]  # for N:M alone
         return {**data, "induction": {**induction, "folds": folds}}
 
     @model_validator(mode="after")
