@@ -19,6 +19,7 @@ from elastic_sparsity.ladder import AnyLevel, Level, StructuredLevel
 from elastic_sparsity.manifest import (
     CONFIG_NAME,
     FileEntry,
+    Manifest,
     by_density,
     read_manifest,
 )
@@ -53,8 +54,15 @@ class ElasticCheckpoint:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder).absolute()  # a live model opens more files later, perhaps from elsewhere
-        self.manifest, self.config = read_manifest(self.folder)
+        where = Path(folder).absolute()  # a live model opens more files later, perhaps from elsewhere
+        self.__setstate__((where, *read_manifest(where)))
+
+    def __getstate__(self) -> tuple[Path, Manifest, dict[str, Any]]:
+        """A pickled model keeps what it knows of its checkpoint: another one there later must not pass for it."""
+        return self.folder, self.manifest, self.config
+
+    def __setstate__(self, state: tuple[Path, Manifest, dict[str, Any]]) -> None:
+        self.folder, self.manifest, self.config = state
         self.ladder = self.manifest.build_ladder()
         self.structured = self.manifest.structured_levels()
         self.ranks = self.manifest.ranks
@@ -65,9 +73,6 @@ class ElasticCheckpoint:
 
     def __deepcopy__(self, memo: Any) -> "ElasticCheckpoint":
         return self  # models carry it, and open files cannot be copied
-
-    def __reduce__(self) -> Any:
-        return ElasticCheckpoint, (self.folder,)
 
     def files_of(self, level: AnyLevel) -> list[FileEntry]:
         """Every tensor file a level reads."""
@@ -284,7 +289,7 @@ class ElasticCheckpoint:
                     f"record ({', '.join(changes)}); open it again."
                 )
             config |= changes
-            write_json(self.folder / CONFIG_NAME, config)
+            write_json(self.folder / CONFIG_NAME, config, sync=True)  # over the only copy of all hashes and counts
         self.config = config
 
 

@@ -4,8 +4,6 @@ import dataclasses
 import itertools
 import logging
 import math
-import os
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -15,7 +13,7 @@ import torch
 from torch import Tensor
 
 from elastic_sparsity.errors import CheckpointError, NumericsError
-from elastic_sparsity.files import atomic_file, atomic_folder, file_sha256, sync_path, write_json
+from elastic_sparsity.files import atomic_file, atomic_folder, file_sha256, folder_lock, sync_path, write_json
 from elastic_sparsity.ladder import Ladder, StructuredLevel
 from elastic_sparsity.manifest import (
     CONFIG_NAME,
@@ -106,31 +104,16 @@ def write_checkpoint(
 
 @contextmanager
 def config_lock(folder: Path) -> Iterator[None]:
-    """Inside, nobody else who takes it replaces a checkpoint's elastic_config.json: what is read can be written back.
-
-    It is on the folder itself, so that no file is left for a reader or an upload to find, and ends with its process.
-    Windows has no such lock, and some network drives neither (a warning says so): do not change one checkpoint from
-    two processes at a time there.
+    """Inside, nobody else who takes it replaces a checkpoint's elastic_config.json. See `folder_lock`.
 
     Raises: CheckpointError: if there is no such folder.
     """
-    if sys.platform == "win32":
-        yield
-        return
-    import fcntl  # not on Windows
-
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise CheckpointError(f"{folder}: no elastic checkpoint can be opened here: {error}.") from error
-    try:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            stack.enter_context(folder_lock(folder))
         except OSError as error:
-            log.warning("%s: cannot be locked (%s); let no other process change the checkpoint now", folder, error)
+            raise CheckpointError(f"{folder}: no elastic checkpoint can be opened here: {error}.") from error
         yield
-    finally:
-        os.close(descriptor)
 
 
 def add_section(

@@ -5,15 +5,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from elastic_sparsity.checkpoint import ElasticCheckpoint
 from elastic_sparsity.device_profile import Prediction, Profile, predict_fastest, read_profile
-from elastic_sparsity.errors import ConfigError, LevelError, brief
+from elastic_sparsity.errors import ConfigError, LevelError, ProfileError, brief
 from elastic_sparsity.hub import can_fetch, checkpoint_folder
 from elastic_sparsity.inspection import is_number, level_info
 from elastic_sparsity.ladder import AnyLevel, StructuredLevel
 from elastic_sparsity.manifest import by_density
+from elastic_sparsity.placement import check_runtime_name, resolve_dtype
 from elastic_sparsity.report import human_bytes, parse_bytes
-from elastic_sparsity.ways import misfit
+from elastic_sparsity.ways import DENSE, RUNTIMES, Way, misfit
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,8 +25,9 @@ class Choice:
 
     Attributes:
         level: its name, as `ElasticModel.from_pretrained` takes it.
-        runtime: "dense", "packed" or "semi_structured"; "dense" if no profile was given.
-        dtype: by name, of the way that was predicted; None = the checkpoint's (no profile was given).
+        runtime: "dense", "packed" or "semi_structured"; without a profile the one asked for, else "dense".
+        dtype: by name, of the way that was predicted; without a profile the one asked for, None = the checkpoint's.
+        device: "cpu" or "cuda", what the profile is of; None without a profile.
         ms_per_token: at batch 1; None without a profile.
         how: "measured", "predicted" or "estimate, not measured"; None without a profile.
         bytes: of every file of its download.
@@ -34,6 +38,7 @@ class Choice:
     level: str
     runtime: str
     dtype: str | None
+    device: str | None
     ms_per_token: float | None
     how: str | None
     bytes: int
@@ -87,6 +92,32 @@ class _Budget:
         return missed
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Wanted:
+    """How a model is going to be loaded; None = not decided."""
+
+    runtime: str | None
+    dtype: str | None
+
+    @classmethod
+    def checked(cls, runtime: str | None, dtype: torch.dtype | str | None, stored: torch.dtype) -> "_Wanted":
+        """Raises: ConfigError."""
+        if runtime is not None:
+            check_runtime_name(runtime)
+        return cls(runtime=runtime, dtype=None if dtype is None else _name(resolve_dtype(dtype, stored)))
+
+    def allows(self, way: Way) -> bool:
+        return self.runtime in (None, way.runtime) and self.dtype in (None, way.dtype)
+
+    def __str__(self) -> str:
+        asked = [f"{name} {value}" for name, value in (("runtime", self.runtime), ("dtype", self.dtype)) if value]
+        return " and ".join(asked) or "any runtime"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def choose_level(
     path: str | Path,
     *,
@@ -94,6 +125,8 @@ def choose_level(
     max_bytes: int | str | None = None,
     max_ms_per_token: float | None = None,
     min_quality: float | None = None,
+    runtime: str | None = None,
+    dtype: torch.dtype | str | None = None,
     **hub: Any,
 ) -> Choice:
     """The best level under the budgets; with `min_quality` alone, the one of fewest bytes that reaches it.
@@ -108,14 +141,17 @@ def choose_level(
         max_bytes: of all files of the download, also as "60MB".
         max_ms_per_token: at batch 1; needs `profile`.
         min_quality: dense perplexity / the level's perplexity, as recorded: 1 is as good as dense.
+        runtime, dtype: how it is going to be loaded, as `ElasticModel.from_pretrained` takes them; None = whichever is
+            fastest. Levels that cannot be loaded so, and milliseconds of other ways, do not count.
     Raises: LevelError: no level meets the budgets; it names the nearest. ConfigError: no budget or a wrong one.
-        ProfileError, CheckpointError.
+        ProfileError: the profile has no way of this runtime and dtype. CheckpointError.
     """
     budget = _check_budget(profile, max_bytes, max_ms_per_token, min_quality)
     device = profile if profile is None or isinstance(profile, Profile) else read_profile(profile)
     checkpoint = ElasticCheckpoint(checkpoint_folder(path, None, **hub))
-    device = None if device is None else _fitting(device, checkpoint)
-    levels = by_density(checkpoint.ladder, _runnable(checkpoint, device))
+    wanted = _Wanted.checked(runtime, dtype, checkpoint.dtype)
+    device = None if device is None else _fitting(device, checkpoint, wanted)
+    levels = _runnable(checkpoint, device, wanted)
     offers_all = not all(checkpoint.is_complete(level) for level in levels) and can_fetch(path, **hub)
     candidates = [_candidate(checkpoint, level, device, offers_all) for level in levels]
     if not any(found.available for found in candidates):
@@ -129,8 +165,9 @@ def choose_level(
     better = ranked[: ranked.index(chosen)]
     return Choice(
         level=chosen.level.name,
-        runtime=chosen.prediction.way.runtime if chosen.prediction else "dense",
-        dtype=chosen.prediction.way.dtype if chosen.prediction else None,
+        runtime=chosen.prediction.way.runtime if chosen.prediction else wanted.runtime or DENSE,
+        dtype=chosen.prediction.way.dtype if chosen.prediction else wanted.dtype,
+        device=None if device is None else device.device.kind,
         ms_per_token=chosen.ms_per_token,
         how=chosen.prediction.how_text if chosen.prediction else None,
         bytes=chosen.bytes,
@@ -156,16 +193,31 @@ def _check_budget(profile: Any, max_bytes: Any, max_ms_per_token: Any, min_quali
     return _Budget(max_bytes=size, max_ms_per_token=max_ms_per_token, min_quality=min_quality)
 
 
-def _fitting(device: Profile, checkpoint: ElasticCheckpoint) -> Profile:
-    """The profile without the ways that cannot hold this checkpoint's linears: it may be measured on another's."""
-    ways = {name: entry for name, entry in device.ways.items() if misfit(checkpoint.linears, entry.way) is None}
+def _fitting(device: Profile, checkpoint: ElasticCheckpoint, wanted: _Wanted) -> Profile:
+    """The profile without the ways that nobody wants or that cannot hold this checkpoint's linears.
+
+    It may be measured on another checkpoint's.
+    """
+    fitting = {name: entry for name, entry in device.ways.items() if misfit(checkpoint.linears, entry.way) is None}
+    ways = {name: entry for name, entry in fitting.items() if wanted.allows(entry.way)}
+    if not ways:
+        known = ", ".join(fitting) or "none that fits these shapes"
+        raise ProfileError(f"profile {device.name!r}: no way of {wanted}; it has {known}.")
     return device.model_copy(update={"ways": ways})
 
 
-def _runnable(checkpoint: ElasticCheckpoint, device: Profile | None) -> list[StructuredLevel]:
-    """The structured levels, unless the device's profile knows no way for a dense model."""
-    ways = [] if device is None else [entry.way for entry in device.ways.values()]
-    return [x for x in checkpoint.structured if device is None or any(way.serves(x) for way in ways)]
+def _runnable(checkpoint: ElasticCheckpoint, device: Profile | None, wanted: _Wanted) -> list[AnyLevel]:
+    """Densest first, the levels that a way of the device's profile (without one: the runtime wanted) can hold."""
+    levels = by_density(checkpoint.ladder, checkpoint.structured)
+    if device is not None:
+        ways = [entry.way for entry in device.ways.values()]
+    else:
+        runtimes = RUNTIMES if wanted.runtime is None else (wanted.runtime,)
+        ways = [Way(runtime=runtime, dtype=wanted.dtype or _name(checkpoint.dtype)) for runtime in runtimes]
+    found = [level for level in levels if any(way.serves(level) for way in ways)]
+    if not found:
+        raise LevelError(f"{checkpoint.folder}: no level of this checkpoint runs by {wanted}.")
+    return found
 
 
 def _candidate(checkpoint: ElasticCheckpoint, level: AnyLevel, device: Profile | None, offered: bool) -> _Candidate:

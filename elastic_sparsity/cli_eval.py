@@ -1,7 +1,8 @@
 """The command that measures: perplexity and KL on a text, zero-shot accuracy on tasks."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +11,7 @@ import typer
 from rich.console import Console
 
 from elastic_sparsity.errors import ConfigError
-from elastic_sparsity.files import check_output_file, is_file, is_folder, write_json
+from elastic_sparsity.files import check_output_file, folder_lock, is_file, is_folder, write_json
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 DTYPES = (*PRECISIONS, "float16")
@@ -102,63 +103,85 @@ def _tasks(tasks: str, folder: Path | None, data: Path | None, limit: int | None
 class Record:
     """The output file: the model, `protocol` and `rows` of perplexity, and the same of tasks under `zero_shot`.
 
-    It is written at every result, each with its date and device; `report --results` reads it. What it holds of this
-    model stays, unless it is measured anew.
+    It is read and written at every result, each with its date and device; `report --results` reads it. What it holds of
+    this model stays, unless it is measured anew; that may also come from other processes meanwhile.
 
-    Raises: ConfigError: if it holds zero-shot rows of another model. OutputError: if it cannot be made.
+    Raises: ConfigError: if it holds anything else. OutputError: if it cannot be made.
     """
 
     def __init__(self, output: Path | None, path: str) -> None:
-        self.output, self.data = output, dict[str, Any](model=path)
-        self.device = _device()
-        if output is None:
-            return
-        check_output_file(output)
-        held = _held(output) if is_file(output) else {}
-        if _is_same(held.get("model"), path):
-            self.data = held
-        elif "zero_shot" in held:
-            raise ConfigError(f"{output}: holds zero-shot results of {held.get('model')!r}; name another --output.")
+        self.output, self.path, self.device = output, path, _device()
+        self.text_protocol, self.task_protocol = dict[str, Any](), dict[str, Any]()
+        if output is not None:
+            check_output_file(output)
+            self._read()
 
     def start_text(self, protocol: dict[str, Any], origin: dict[str, str]) -> None:
         """Raises: ConfigError: if the file's other perplexities are of another protocol or of other weights."""
-        held = self.data.get("rows") or []
-        if held:
-            self._check_protocol("perplexities", self.data.get("protocol"), protocol)
-        if any(row.get(key) != origin.get(key) for row in held for key in ORIGIN):
-            raise ConfigError(
-                f"{self.output}: its perplexities are of other weights that were at this path, or do not tell; name "
-                "another --output."
-            )
-        self.data |= {"protocol": protocol, "rows": held}
+        self.text_protocol = protocol
+        self._text_rows(self._read(), origin)
 
     def add_text(self, row: dict[str, Any]) -> None:
-        kept = [x for x in self.data["rows"] if any(x.get(key) != row[key] for key in CELL[:2])]
-        self._write({**self.data, "rows": [*kept, self._stamped(row)]})
+        """Raises: ConfigError: as `start_text`, if another process has changed the file."""
+        with self._changed() as data:
+            kept = [x for x in self._text_rows(data, row) if any(x.get(key) != row[key] for key in CELL[:2])]
+            data |= {"protocol": self.text_protocol, "rows": [*kept, self._stamped(row)]}
 
     def start_tasks(self, limit: int | None, precision: str) -> None:
         """Raises: ConfigError: if the file's other tasks were measured by another protocol."""
         from elastic_sparsity.measure import zero_shot_protocol
 
-        protocol = zero_shot_protocol(limit, precision)
-        held = self.data.setdefault("zero_shot", {"protocol": protocol, "rows": []})
-        self._check_protocol("zero-shot rows", held["protocol"], protocol)
+        self.task_protocol = zero_shot_protocol(limit, precision)
+        self._task_rows(self._read())
 
     def add_task(self, row: dict[str, Any]) -> None:
         """Raises: ConfigError: if the file's others are of other weights that were at this path, or other documents."""
         from elastic_sparsity.report import check_documents
 
-        held = self.data["zero_shot"]
-        kept = [x for x in held["rows"] if any(x[key] != row[key] for key in CELL)]
-        if any(x.get(key) != row.get(key) for x in kept for key in ORIGIN):
+        with self._changed() as data:
+            kept = [x for x in self._task_rows(data) if any(x[key] != row[key] for key in CELL)]
+            if any(x.get(key) != row.get(key) for x in kept for key in ORIGIN):
+                raise ConfigError(
+                    f"{self.output}: its zero-shot rows are of other weights, or do not tell; name another --output."
+                )
+            try:
+                check_documents([*kept, row])
+            except ConfigError as error:
+                raise ConfigError(f"{self.output}: {error} Or name another --output.") from None
+            data["zero_shot"] = {"protocol": self.task_protocol, "rows": [*kept, self._stamped(row)]}
+
+    def _text_rows(self, data: dict[str, Any], origin: dict[str, Any]) -> list[dict[str, Any]]:
+        rows = data.get("rows") or []
+        if rows:
+            self._check_protocol("perplexities", data.get("protocol"), self.text_protocol)
+        if any(row.get(key) != origin.get(key) for row in rows for key in ORIGIN):
             raise ConfigError(
-                f"{self.output}: its zero-shot rows are of other weights, or do not tell; name another --output."
+                f"{self.output}: its perplexities are of other weights that were at this path, or do not tell; name "
+                "another --output."
             )
-        try:
-            check_documents([*kept, row])
-        except ConfigError as error:
-            raise ConfigError(f"{self.output}: {error} Or name another --output.") from None
-        self._write({**self.data, "zero_shot": {**held, "rows": [*kept, self._stamped(row)]}})
+        return rows
+
+    def _task_rows(self, data: dict[str, Any]) -> list[dict[str, Any]]:
+        held = data.get("zero_shot", {"protocol": self.task_protocol, "rows": []})
+        self._check_protocol("zero-shot rows", held["protocol"], self.task_protocol)
+        return held["rows"]
+
+    def _read(self) -> dict[str, Any]:
+        held = {} if self.output is None else _held(self.output)
+        if held and not _is_same(held.get("model"), self.path):
+            raise ConfigError(f"{self.output}: holds results of {held.get('model')!r}; name another --output.")
+        return held or {"model": self.path}
+
+    @contextmanager
+    def _changed(self) -> Iterator[dict[str, Any]]:
+        """The file's content, to change; it is written at the end. Other processes wait."""
+        if self.output is None:
+            yield self._read()
+            return
+        with folder_lock(self.output.parent):
+            data = self._read()
+            yield data
+            write_json(self.output, data)
 
     def _check_protocol(self, what: str, held: Any, wanted: dict[str, Any]) -> None:
         if held != wanted:
@@ -168,11 +191,6 @@ class Record:
 
     def _stamped(self, row: dict[str, Any]) -> dict[str, Any]:
         return row | {"date": date.today().isoformat(), "device": self.device}
-
-    def _write(self, data: dict[str, Any]) -> None:
-        self.data = data
-        if self.output is not None:
-            write_json(self.output, data)
 
 
 def _device() -> str:
@@ -192,15 +210,25 @@ def _is_same(held: Any, path: str) -> bool:
 
 
 def _held(output: Path) -> dict[str, Any]:
-    """What an earlier `eval` wrote there; nothing if that was another program."""
+    """What an earlier `eval` wrote there; nothing if nothing is there.
+
+    Raises: ConfigError: if that was another program.
+    """
+    if not is_file(output) or output.stat().st_size == 0:
+        return {}
     try:
         data = json.loads(output.read_text(encoding="utf-8"))
+        is_ours = isinstance(data["model"], str)
         tasks = data.get("zero_shot", {"protocol": {}, "rows": []})
-        is_ours = isinstance(tasks["protocol"], dict) and all(key in row for row in tasks["rows"] for key in CELL)
+        is_ours = (
+            is_ours and isinstance(tasks["protocol"], dict) and all(key in row for row in tasks["rows"] for key in CELL)
+        )
         is_ours = is_ours and all(isinstance(row, dict) for row in data.get("rows", []))
     except (OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError):
-        return {}
-    return data if is_ours else {}
+        is_ours = False
+    if not is_ours:
+        raise ConfigError(f"{output}: holds what no `eval` wrote, and stays as it is; name another --output.")
+    return data
 
 
 def _perplexity(path: str, text: str, record: Record, **options: Any) -> None:

@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import logging
 import os
 import shutil
+import sys
 import uuid
 import zlib
 from collections.abc import Iterator
@@ -14,6 +16,8 @@ from typing import Any
 from safetensors import SafetensorError
 
 from elastic_sparsity.errors import OutputError
+
+log = logging.getLogger(__name__)
 
 
 def is_file(path: str | Path) -> bool:
@@ -167,6 +171,32 @@ def check_output_file(path: Path) -> None:
         raise
     except (OSError, ValueError) as error:
         raise OutputError(f"{path}: cannot be made: {error}.") from error
+
+
+@contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Inside, nobody else who takes it changes what it is taken for: what is read from the folder can be written back.
+
+    It is on the folder itself, so that no file is left for a reader or an upload to find, and ends with its process.
+    Windows has no such lock, and some network drives neither (a warning says so): do not change one file from two
+    processes at a time there.
+
+    Raises: OSError: if there is no such folder.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl  # not on Windows
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            log.warning("%s: cannot be locked (%s); let no other process change what is in it now", folder, error)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def sync_path(path: Path) -> None:

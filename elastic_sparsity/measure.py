@@ -251,6 +251,7 @@ def evaluate_path(
         protocol |= {"reference": Path(reference).name, "reference_sha256": teacher.identity["sha256"]}
     on_start(protocol, origin)
     for name, method, size, load in jobs:
+        model = None  # two levels need not fit
         model = load().to(device)
         check_length("--window", window, model)
         check_vocabulary(ids, model.config.vocab_size)
@@ -297,6 +298,7 @@ def zero_shot_path(
     resolved = resolve_precision(precision, device)
     rows: list[dict[str, Any]] = []
     for level_name, method, _, load in jobs:
+        model = None  # two levels need not fit
         model = load().to(device)
         if resolved == "float32":  # products of bfloat16 weights too; emulated ones would be slow besides
             model = model.float()

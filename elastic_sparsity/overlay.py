@@ -157,7 +157,7 @@ def _from_base(model: Any, checkpoint: ElasticCheckpoint, masks: Sections) -> Se
         for name, spec in checkpoint.linears.items():
             weight = weights.pop(f"{name}.weight").to(dtype)
             flat = (weight.T if spec.transposed else weight).reshape(spec.size)
-            covered = torch.zeros(spec.size, dtype=torch.bool)
+            covered = torch.zeros(spec.size, dtype=torch.bool, device="cpu")
             for number, shell in enumerate(shell_names(checkpoint.ladder)):
                 listed = listed_mask(shell_of(masks[f"shell-{shell}"], name, spec, number), spec, number)
                 found[f"shell-{shell}"][f"{name}.values"] = flat[positions_of(listed & ~covered)]

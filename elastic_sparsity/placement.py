@@ -72,13 +72,18 @@ def _is_here(device: torch.device) -> bool:
     return True
 
 
+def check_runtime_name(runtime: str) -> None:
+    """Raises: ConfigError."""
+    if runtime not in RUNTIMES:
+        raise ConfigError(f"runtime: {brief(runtime)} is not one of {', '.join(RUNTIMES)}.")
+
+
 def check_runtime(runtime: str, device: Any, device_map: Any, dtype: torch.dtype | str | None) -> None:
     """That a runtime is known and can serve the place and dtype a user names. (None as dtype says nothing.)
 
     Raises: ConfigError.
     """
-    if runtime not in RUNTIMES:
-        raise ConfigError(f"runtime: {brief(runtime)} is not one of {', '.join(RUNTIMES)}.")
+    check_runtime_name(runtime)
     if runtime == DENSE:
         return
     if runtime == SEMI_STRUCTURED:
@@ -94,15 +99,36 @@ def check_runtime(runtime: str, device: Any, device_map: Any, dtype: torch.dtype
         raise ConfigError(f'runtime: {brief(runtime)} has no float16; use dtype="bfloat16" or "float32".')
 
 
+def place_of_profile(kind: str | None, device: Any) -> Any:
+    """The device for a level that was chosen by a profile of `kind`, "cpu" or "cuda"; None = chosen without one.
+
+    Raises: ConfigError: if the device is of another kind, or this machine has none of it: its milliseconds are others.
+    """
+    if kind is None:
+        return device
+    if device is not None and torch.device(device).type != kind:
+        raise ConfigError(
+            f"device: {brief(device)}, but device_profile is of a {kind} device; give a profile of this one, or take "
+            "what `choose_level` says as `level`."
+        )
+    if kind != "cpu" and not _is_here(torch.device(kind)):
+        raise ConfigError(
+            f"device_profile: is of a {kind} device, which is not on this machine; to load its level here, take what "
+            "`choose_level` says as `level`."
+        )
+    return device if device is not None or kind == "cpu" else kind
+
+
 def find_places(model: nn.Module, device_map: DeviceMap | None, offload_folder: str | Path | None) -> Places | None:
     """Device of every module by name prefix; None = everything on the CPU.
 
-    Raises: ConfigError: if a map leaves out a parameter, or an automatic one needs an `offload_folder`.
+    Raises: ConfigError: if a map leaves out a parameter or buffer, or an automatic one needs an `offload_folder`.
     """
     if device_map is None:
         return None
     if isinstance(device_map, Mapping):
-        left_out = [name for name, _ in model.named_parameters() if _prefix(device_map, name) is None]
+        # Tied ones by all their names, and buffers, as accelerate asks for them.
+        left_out = [name for name in model.state_dict() if _prefix(device_map, name) is None]
         if left_out:
             raise ConfigError(f"device_map: names no place for {left_out[0]}; add its module, or '' for all the rest.")
         return device_map
@@ -123,7 +149,8 @@ def _automatic(model: nn.Module, device_map: str) -> Places:
     from accelerate import infer_auto_device_map  # slow imports, only here
     from accelerate.utils import get_balanced_memory
 
-    whole: Any = getattr(model, "_no_split_modules", None)
+    # A set in transformers 5, which accelerate before 1.14 takes for the name of one class.
+    whole: Any = list(getattr(model, "_no_split_modules", None) or ())
     memory: Any = None
     if device_map != "sequential":
         low: Any = device_map == "balanced_low_0"

@@ -139,7 +139,7 @@ def spec_of(record: LinearRecord, ladder: Ladder) -> LinearSpec:
         if counts.min() != counts.max():
             raise ShapeError(f"level {level}: rows keep {int(counts.min())} to {int(counts.max())} weights.")
         kept.append(int(counts[0]))
-    covered = torch.zeros(record.weight_OI.shape, dtype=torch.bool)
+    covered = torch.zeros(record.weight_OI.shape, dtype=torch.bool, device="cpu")
     if record.drop_level_OI is not None:
         covered |= mask_at(record.drop_level_OI.cpu(), 0)
     new = []
@@ -158,7 +158,7 @@ def encode_shells(record: LinearRecord, ladder: Ladder, dtype: torch.dtype) -> l
     """
     spec = spec_of(record, ladder)
     weight = record.weight_OI.detach().cpu().to(dtype).flatten()
-    covered = torch.zeros(spec.size, dtype=torch.bool)
+    covered = torch.zeros(spec.size, dtype=torch.bool, device="cpu")
     shells = []
     for number, level in enumerate(reversed(range(ladder.num_unstructured))):
         assert record.drop_level_OI is not None
@@ -188,7 +188,7 @@ def listed_mask(shell: Shell, spec: LinearSpec, number: int) -> Tensor:
     """
     if spec.is_bitmap(number):
         return unpack_bits(shell["mask"], spec.size)
-    listed = torch.zeros(spec.size, dtype=torch.bool)
+    listed = torch.zeros(spec.size, dtype=torch.bool, device="cpu")  # whatever torch's default device is
     return listed.index_fill_(0, unpack_positions(shell["positions"], spec.num_values(number), spec.size), True)
 
 
@@ -202,8 +202,8 @@ def decode_shells(shells: Sequence[Shell], spec: LinearSpec, level: Level, where
     Returns: (O, I) in the values' dtype, (O, I) bool.
     Raises: CheckpointError: if bits and values disagree, shells overlap, or a row's count is not the promised one.
     """
-    weight = torch.zeros(spec.size, dtype=shells[0]["values"].dtype)
-    covered = torch.zeros(0, dtype=torch.bool)
+    weight = torch.zeros(spec.size, dtype=shells[0]["values"].dtype, device="cpu")
+    covered = torch.zeros(0, dtype=torch.bool, device="cpu")
     mask = covered
     for number, shell in enumerate(shells):
         try:

@@ -45,7 +45,7 @@ def skeleton(checkpoint: ElasticCheckpoint, files: OpenLevel, dtype: torch.dtype
         generation = generation_config(folder)
         with torch.device("meta"):  # takes no memory, whatever sizes config.json claims
             _check_fit(causal_lm(config, dtype), whole, checkpoint, files)
-        with init_empty_weights():  # computes the buffers, e.g. rotary frequencies
+        with torch.device("cpu"), init_empty_weights():  # computes the buffers, e.g. rotary frequencies
             model = causal_lm(config, dtype)
         model.tie_weights()
     except ElasticSparsityError:

@@ -32,6 +32,7 @@ from elastic_sparsity.placement import (
     dispatched,
     find_places,
     place_of,
+    place_of_profile,
     resolve_dtype,
 )
 from elastic_sparsity.semi_structured import to_semi_structured_
@@ -109,7 +110,7 @@ class ElasticModel:
                 smaller and, for few tokens, faster; on the CPU, in float32 or bfloat16, for inference. Or
                 "semi_structured": torch's 2:4 products on an NVIDIA GPU from Ampere on (level 2:4, for inference).
             device_profile, max_bytes, max_ms_per_token, min_quality: with level "auto", the best level within these
-                budgets, see `choose_level`; a profile also decides dtype and runtime where they are not given.
+                budgets, see `choose_level`; a profile also decides dtype, runtime and device where they are not given.
             **hub: `revision`, `cache_dir`, `token`, `endpoint`, `local_files_only` for a hub id.
         Not beside other threads that use torch: its number of threads is changed for the time of the call. (Several
         threads may load and switch: they wait for each other.)
@@ -121,16 +122,22 @@ class ElasticModel:
         if any(x is not None for x in (device_profile, max_bytes, max_ms_per_token, min_quality)):
             if level != "auto":
                 raise ConfigError(f'from_pretrained: level {level!r} leaves nothing to choose; budgets go with "auto".')
+            if max_ms_per_token is not None and device_map is not None:
+                raise ConfigError("max_ms_per_token: a profile is of one device; give `device`, not `device_map`.")
             choice = choose_level(
                 path,
                 profile=device_profile,
                 max_bytes=max_bytes,
                 max_ms_per_token=max_ms_per_token,
                 min_quality=min_quality,
+                runtime=runtime,
+                dtype=dtype,
                 **hub,
             )
             logging.getLogger(__name__).info(choice.explanation)
-            level, dtype, runtime = choice.level, dtype or choice.dtype, runtime or choice.runtime
+            level, dtype, runtime = choice.level, choice.dtype, choice.runtime
+            if device_map is None:
+                device = place_of_profile(choice.device, device)
         runtime = runtime or DENSE
         check_runtime(runtime, device, device_map, dtype)
         resolve_dtype(dtype, torch.float32)  # before a download

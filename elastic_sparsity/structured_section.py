@@ -45,7 +45,7 @@ def section_tensors(small: Any, kept: Sequence[Kept], sizes: Sizes) -> dict[str,
     totals["mlp"] = sizes.num_channels
     for index, block in enumerate(kept):
         for branch, units_U in block.items():
-            stays = torch.zeros(totals[branch], dtype=torch.bool)
+            stays = torch.zeros(totals[branch], dtype=torch.bool, device="cpu")
             stays[units_U] = True
             found[f"{prefix}.{index}.{paths[branch]}.units"] = pack_bits(stays)
     return found

@@ -138,8 +138,9 @@ class _Reading:
     def level(self, name: str, level: Level) -> tuple[Tensor, Tensor]:
         """Base values and mask of one linear, (O, I)."""
         spec = self.checkpoint.linears[name]
-        weight = torch.zeros(spec.size, dtype=self.checkpoint.dtype)
-        held, mask = torch.zeros(spec.size, dtype=torch.bool), torch.zeros(spec.size, dtype=torch.bool)
+        weight = torch.zeros(spec.size, dtype=self.checkpoint.dtype, device="cpu")
+        held = torch.zeros(spec.size, dtype=torch.bool, device="cpu")
+        mask = held
         for number in range(num_shells(self.checkpoint.ladder, level)):
             listed, values = self.shell(name, number)
             new = listed & ~held

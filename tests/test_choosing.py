@@ -1,14 +1,16 @@
 """Budgets -> a level and why: by a table, by an oracle, and in the words of every refusal."""
 
 import itertools
+import json
 import math
 import shutil
 
 import pytest
+import torch
 from conftest import tiny_recipe
-from machines import made_up_profile
+from machines import made_up_profile, profile_data
 
-from elastic_sparsity import ElasticCheckpoint, choose_level, copy_level, optimize
+from elastic_sparsity import ElasticCheckpoint, ElasticModel, choose_level, copy_level, optimize
 from elastic_sparsity.errors import CheckpointError, ConfigError, LevelError, ProfileError
 
 PERPLEXITY = {"dense": 10.0, "0.5": 12.5, "0.6": 20.0, "0.7": 40.0, "2:4": 16.0}  # qualities 0.8, 0.5, 0.25, 0.625
@@ -212,6 +214,8 @@ def test_another_checkpoint_is_predicted(measured):
         ({"min_quality": float("nan")}, ConfigError, "min_quality: nan"),
         ({"max_ms_per_token": "5", "profile": "phone"}, ConfigError, "max_ms_per_token: '5'"),
         ({"max_bytes": 10, "profile": "toaster"}, ProfileError, "'toaster': no such file; profiles of the package"),
+        ({"max_bytes": 10, "runtime": "fast"}, ConfigError, "runtime: 'fast' is not one of dense, packed"),
+        ({"max_bytes": 10, "dtype": "int4"}, ConfigError, "dtype: 'int4' is not one of float32"),
         ({"max_bytes": 10, "branch": "x"}, ConfigError, "unknown argument 'branch'"),
     ],
 )
@@ -223,6 +227,47 @@ def test_wrong_arguments(arguments, error, message, measured):
 def test_no_checkpoint(tmp_path):
     with pytest.raises(CheckpointError, match="no elastic checkpoint here"):
         choose_level(tmp_path, max_bytes=10)
+
+
+def test_a_runtime_and_dtype_that_are_given_are_what_is_predicted(measured, profile, quick_dense):
+    """The milliseconds of the fastest way say nothing of another one."""
+    assert choose_level(measured, profile=profile, max_ms_per_token=9).runtime == "packed"
+    with pytest.raises(LevelError, match="no level decodes within 9 ms a token; the fastest, 50 % dense, is measured"):
+        choose_level(measured, profile=profile, max_ms_per_token=9, runtime="dense")
+    packed = choose_level(measured, profile=quick_dense, max_ms_per_token=5, runtime="packed", dtype=torch.float32)
+    assert (packed.level, packed.runtime, packed.dtype, packed.device) == ("0.7", "packed", "float32", "cpu")
+    with pytest.raises(
+        ProfileError, match="no way of runtime packed and dtype bfloat16; it has dense-float32, packed-"
+    ):
+        choose_level(measured, profile=profile, max_ms_per_token=9, runtime="packed", dtype="bfloat16")
+    assert choose_level(measured, profile=profile, max_ms_per_token=9, dtype="auto").dtype == "float32"
+
+
+def test_levels_that_a_given_runtime_cannot_hold_are_not_offered(measured, tmp_path):
+    choice = choose_level(measured, max_bytes="1GB", runtime="semi_structured", dtype="bfloat16")
+    assert (choice.level, choice.runtime, choice.dtype, choice.device) == ("2:4", "semi_structured", "bfloat16", None)
+    patternless = tiny_recipe(ladder={"patterns": []}, block={"steps": 0}, end_to_end={"trainable": "off"})
+    optimize(patternless, tmp_path / "checkpoint")
+    with pytest.raises(LevelError, match="no level of this checkpoint runs by runtime semi_structured"):
+        choose_level(tmp_path / "checkpoint", max_bytes="1GB", runtime="semi_structured")
+
+
+def test_a_profile_is_of_a_device(measured, tmp_path):
+    rows = [(ElasticCheckpoint(measured).manifest.checkpoint_id, level, "dense-float32", 1.0) for level in LEVELS]
+    of_gpu = profile_data(rows)
+    of_gpu["device"]["kind"] = "cuda"
+    (tmp_path / "gpu.json").write_text(json.dumps(of_gpu))
+    budget = {"device_profile": tmp_path / "gpu.json", "max_ms_per_token": 2}
+    assert choose_level(measured, profile=tmp_path / "gpu.json", max_ms_per_token=2).device == "cuda"
+    with pytest.raises(ConfigError, match="device: 'cpu', but device_profile is of a cuda device"):
+        ElasticModel.from_pretrained(measured, device="cpu", **budget)
+    with pytest.raises(ConfigError, match="max_ms_per_token: a profile is of one device"):
+        ElasticModel.from_pretrained(measured, device_map="auto", **budget)
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="device_profile: is of a cuda device, which is not on this machine"):
+            ElasticModel.from_pretrained(measured, **budget)
+    on_cpu = ElasticModel.from_pretrained(measured, device="cpu", device_profile="phone", max_ms_per_token=1000)
+    assert on_cpu.device.type == "cpu"
 
 
 def test_a_way_that_cannot_hold_the_linears_is_not_proposed(measured):

@@ -1,14 +1,20 @@
 """What `eval --output` keeps, and which levels it measures of a folder that does not hold all."""
 
+import gc
 import json
 import shutil
+import weakref
 
 import pytest
 from conftest import tiny_recipe
 from test_cli import expect_error, run
+from test_zero_shot import TASKS, choice_documents, write
 
 from elastic_sparsity import copy_level, measure, optimize
 from elastic_sparsity.bench import bench
+from elastic_sparsity.cli_eval import Record
+from elastic_sparsity.errors import ConfigError
+from elastic_sparsity.task_files import load_tasks
 from elastic_sparsity.tiny import byte_tokenizer, tiny_model
 
 OPTIONS = ("--window", "64", "--max-windows", "1", "-q", "--output")
@@ -97,8 +103,62 @@ def test_one_folder_by_two_names_is_one_model(capsys, tiny_checkpoint, text, tmp
         monkeypatch.chdir(tiny_checkpoint.parent)
         assert run(capsys, "eval", path, "--text", text, "--level", level, *OPTIONS, output)[0] == 0
     assert list(rows_of(output)) == ["0.5", "0.6", "0.7"]
-    assert run(capsys, "eval", "random:llama", "--text", text, *OPTIONS, output)[0] == 0
-    assert list(rows_of(output)) == ["dense"], "another model's file is begun anew"
+
+
+@pytest.mark.parametrize("held", ['{"model": "another", "rows": []}', '{"rows": []}', "[1]", "{", "notes", "\xff"])
+def test_what_an_output_holds_of_another_model_or_program_stays(capsys, tiny_checkpoint, text, tmp_path, held):
+    output = tmp_path / "e.json"
+    output.write_text(held, encoding="latin-1")
+    message = "holds results of 'another'" if "another" in held else "holds what no `eval` wrote"
+    expect_error(capsys, message, "eval", tiny_checkpoint, "--text", text, *OPTIONS, output)
+    assert output.read_text(encoding="latin-1") == held
+    output.write_text("")  # as mktemp makes it
+    assert run(capsys, "eval", tiny_checkpoint, "--level", "0.5", "--text", text, *OPTIONS, output)[0] == 0
+
+
+def test_two_processes_with_one_output_keep_each_others_rows(tmp_path):
+    output, protocol, weights = tmp_path / "e.json", {"text": "t"}, {"checkpoint_id": "c"}
+    records = [Record(output, "model") for _ in range(2)]
+    for record in records:
+        record.start_text(protocol, weights)
+        record.start_tasks(None, "float32")
+    row = {"method": "elastic", **weights}
+    for record, level in zip(records, ("0.5", "0.6"), strict=True):
+        record.add_text({"level": level, "perplexity": 2.0, **row})
+        record.add_task({"level": level, "task": "piqa", "sha256": "d", **row})
+    assert list(rows_of(output)) == ["0.5", "0.6"]
+    assert [x["level"] for x in json.loads(output.read_text())["zero_shot"]["rows"]] == ["0.5", "0.6"]
+    late = Record(output, "model")
+    late.start_text(protocol, weights)
+    before = output.read_bytes()
+    records[0].text_protocol = {"text": "another"}
+    with pytest.raises(ConfigError, match="have the protocol"):
+        records[0].add_text({"level": "0.7", "perplexity": 2.0, **row})
+    assert output.read_bytes() == before
+
+
+def test_levels_are_not_in_memory_together(tiny_checkpoint, text, monkeypatch):
+    """A second one need not fit beside the first."""
+    alive = weakref.WeakSet()
+    load = measure.load_level
+
+    def counted(*args, **options):
+        gc.collect()
+        found.append(len(alive))
+        model = load(*args, **options)
+        alive.add(model)
+        return model
+
+    monkeypatch.setattr(measure, "load_level", counted)
+    write(text.parent, "piqa", choice_documents(4))
+    tasks = load_tasks(["piqa"], folder=TASKS, data=text.parent, limit=1)
+    for measure_all in (
+        lambda: measure.evaluate_path(str(tiny_checkpoint), text, window=32, max_windows=1),
+        lambda: measure.zero_shot_path(str(tiny_checkpoint), tasks, limit=1),
+    ):
+        found = []
+        measure_all()
+        assert found == [0] * 4
 
 
 def test_two_references_of_one_name_are_not_mixed(capsys, tiny_checkpoint, text, tmp_path):
@@ -124,6 +184,7 @@ def test_bytes_on_disk_are_those_of_the_files(capsys, text, tmp_path):
     command = ("--text", text, "--window", "64", "--max-windows", "1", "--output", output)
     assert run(capsys, "eval", tmp_path / "base", *command)[0] == 0
     assert json.loads(output.read_text())["rows"][0]["bytes"] == size
+    output.unlink()
     code, stdout, stderr = run(capsys, "eval", "random:llama", *command)
     assert code == 0 and "kB" not in stdout, stderr
     assert json.loads(output.read_text())["rows"][0]["bytes"] is None

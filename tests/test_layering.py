@@ -65,7 +65,10 @@ ALLOWED = {
     "doctor": {"torch", "native", "precision", "semi_structured", "ways"},
     "device_profile": {"checkpoint", "errors", "files", "ladder", "ways"},
     "device_report": {"device_profile", "doctor", "report", "ways"},
-    "choosing": {"checkpoint", "device_profile", "errors", "hub", "inspection", "ladder", "manifest", "report", "ways"},
+    "choosing": {
+        "torch", "checkpoint", "device_profile", "errors", "hub", "inspection", "ladder", "manifest", "placement",
+        "report", "ways",
+    },
     # layer 2: know Hugging Face models
     "arch": {"torch", "transformers", "errors"},
     "tiny": {"torch", "transformers", "arch"},

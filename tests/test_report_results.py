@@ -100,6 +100,7 @@ def test_what_eval_writes_is_what_report_reads(capsys, tiny_checkpoint, tmp_path
     code, _, stderr = run(capsys, "report", folder, "--results", levels, "--results", base)
     assert code == 0, stderr
     assert [row.level for row in read(folder, levels, base).quality[0].rows] == ["dense", "0.5", "0.6", "0.7", "2:4"]
+    base.unlink()
     assert run(capsys, "eval", "random:opt", *options, base)[0] == 0
     expect_error(capsys, "dense.json: 'dense' is about weights", "report", folder, "--results", base)
 

@@ -2,13 +2,14 @@
 
 import copy
 import pickle
+import shutil
 
 import pytest
 import torch
 from conftest import tiny_recipe
 from test_checkpoint import opened_files  # noqa: F401  a fixture
 
-from elastic_sparsity import ElasticModel, levels, optimize, set_level, verify
+from elastic_sparsity import ElasticModel, levels, optimize, reapply_masks_, set_level, verify
 from elastic_sparsity.arch import weight_OI
 from elastic_sparsity.checkpoint import ElasticCheckpoint, OpenLevel
 from elastic_sparsity.errors import CheckpointError, ConfigError, LevelError, OutputError
@@ -150,6 +151,62 @@ def test_an_automatic_map_that_needs_the_disk_is_refused_before_weights_are_read
     with pytest.raises(ConfigError, match="'auto' puts 1 modules on disk, first lm_head, .*give an `offload_folder`"):
         ElasticModel.from_pretrained(tiny_checkpoint, 0.6, device_map="auto")
     assert not read
+
+
+def test_a_map_that_leaves_out_a_tied_weight_is_refused_before_weights_are_read(tmp_path, monkeypatch):
+    optimize(tiny_recipe(model={"id": "random:opt"}, **WITHOUT_TRAINING), tmp_path / "tied")
+    checkpoint = ElasticCheckpoint(tmp_path / "tied")
+    whole = ElasticModel.from_pretrained(tmp_path / "tied", 0.6, device_map={"model": "cpu", "lm_head": "cpu"})
+    assert whole.lm_head.weight is whole.get_input_embeddings().weight
+    read = []
+    monkeypatch.setattr(OpenLevel, "shells", lambda *_: read.append(1))
+    with pytest.raises(ConfigError, match="device_map: names no place for lm_head.weight; add its module"):
+        ElasticModel.from_pretrained(checkpoint.folder, 0.6, device_map={"model": "cpu"})
+    assert not read
+
+
+def test_what_must_stay_whole_goes_to_accelerate_as_a_list(tiny_checkpoint, monkeypatch):
+    """accelerate before 1.14 takes transformers' set for the name of one class, and splits the blocks."""
+    seen = []
+    places = {"infer_auto_device_map": {"": "cpu"}, "utils.get_balanced_memory": None}
+    for name, answer in places.items():
+        monkeypatch.setattr(f"accelerate.{name}", lambda *_, answer=answer, no_split_module_classes, **__: (
+            seen.append(no_split_module_classes), answer)[1])  # fmt: skip
+    ElasticModel.from_pretrained(tiny_checkpoint, 0.6, device_map="auto")
+    assert seen == [["LlamaDecoderLayer"]] * 2
+
+
+def test_torchs_default_device_changes_nothing(tiny_checkpoint):
+    """Notebooks set it to "cuda"; "meta" here, where nothing could be computed."""
+    expected = ElasticModel.from_pretrained(tiny_checkpoint, 0.6)
+    for runtime in ("dense", "packed"):
+        with torch.device("meta"):
+            verify(tiny_checkpoint)
+            model = ElasticModel.from_pretrained(tiny_checkpoint, 0.7, runtime=runtime)
+            set_level(model, 0.6)
+            if runtime == "dense":
+                reapply_masks_(model, tiny_checkpoint, 0.6)
+        assert all(buffer.device.type == "cpu" for buffer in model.buffers())
+        with torch.no_grad():
+            assert torch.allclose(model(IDS).logits, expected(IDS).logits, atol=1e-5)
+
+
+def test_a_pickled_model_does_not_take_another_checkpoint_for_its_own(tmp_path):
+    folder = tmp_path / "checkpoint"
+    optimize(tiny_recipe(**WITHOUT_TRAINING), folder)
+    pickled = pickle.dumps(ElasticModel.from_pretrained(folder, 0.6))
+    half = weights_of(ElasticModel.from_pretrained(folder, 0.5))
+    again = pickle.loads(pickled)
+    set_level(again, 0.5)
+    assert same(weights_of(again), half)
+    shutil.move(folder, tmp_path / "kept")
+    weights = weights_of(pickle.loads(pickled))
+    assert same(weights, weights_of(ElasticModel.from_pretrained(tmp_path / "kept", 0.6))), "it needs no folder"
+    optimize(tiny_recipe(seed=1, **WITHOUT_TRAINING), folder)
+    other = pickle.loads(pickled)
+    with pytest.raises(CheckpointError, match="sha256|bytes"):
+        set_level(other, 0.5)
+    assert same(weights_of(other), weights)
 
 
 def test_a_system_whose_c_library_cannot_be_asked(monkeypatch):
