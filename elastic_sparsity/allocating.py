@@ -44,7 +44,7 @@ from elastic_sparsity.errors import ConfigError, OutputError
 from elastic_sparsity.files import check_output_file
 from elastic_sparsity.fused_layers import fused_layers
 from elastic_sparsity.models import BaseModel, load_base
-from elastic_sparsity.precision import autocast_factory, resolve_precision
+from elastic_sparsity.precision import autocast_factory, resolve_precision, to_computing_dtype_
 from elastic_sparsity.search import Generation, Judge, SearchSettings, evolve
 from elastic_sparsity.supernet import Supernet, TopKL
 from elastic_sparsity.wiring import check_equal_blocks
@@ -97,8 +97,7 @@ def allocate(recipe: Recipe, wanted: Allocating, output: Path, progress: Progres
     check_equal_blocks(base.model.config, "search")
     token_ids_ST, _ = calibration_tokens(recipe, base, progress)
     dtype = base.model.dtype
-    if resolve_precision(recipe.precision, base.model.device.type) == "float32":
-        base.model.float()  # as a run does
+    to_computing_dtype_(base.model, resolve_precision(recipe.precision, base.model.device.type))  # as a run does
     scales = base.scales_of(recipe.scores.method)
     return allocate_on(base, token_ids_ST, recipe, wanted, output, begun, progress, dtype=dtype, channel_scales=scales)
 

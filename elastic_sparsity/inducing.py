@@ -39,7 +39,7 @@ from elastic_sparsity.induction import Induced, InductionSettings, input_statist
 from elastic_sparsity.induction_file import save_scales
 from elastic_sparsity.ladder import Level
 from elastic_sparsity.models import BaseModel, load_base
-from elastic_sparsity.precision import autocast_factory, cast_parameters_, resolve_precision
+from elastic_sparsity.precision import autocast_factory, cast_parameters_, resolve_precision, to_computing_dtype_
 from elastic_sparsity.residual_order import choose_residual_order_
 from elastic_sparsity.wiring import check_equal_blocks
 from elastic_sparsity.workers import Workers
@@ -189,8 +189,7 @@ def induce(recipe: Recipe, output: str | Path, progress: Progress = silent) -> I
     token_ids_ST, model = token_ids_ST.to(base.model.device), base.model
     precision, dtype, blocks = resolve_precision(recipe.precision, model.device.type), model.dtype, []
     learns, closed = wanted.reading == "scores" and wanted.steps > 0, wanted.reading == "norms"
-    if precision == "float32":
-        model.float()
+    to_computing_dtype_(model, precision)
     if wanted.changes_weights:
         behind = model.dtype if learns or closed else dtype  # rounded once, at the end
         blocks = change_weights_(recipe, base, token_ids_ST, precision, progress, behind)

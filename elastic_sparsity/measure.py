@@ -22,7 +22,13 @@ from elastic_sparsity.files import is_file, is_folder
 from elastic_sparsity.hub import elastic_folder, fetch_levels, is_hub_id
 from elastic_sparsity.ladder import AnyLevel, Level
 from elastic_sparsity.models import PACKAGED_MODELS, load_base, packaged_model_folder
-from elastic_sparsity.precision import autocast_factory, cast_parameters_, default_device, resolve_precision
+from elastic_sparsity.precision import (
+    autocast_factory,
+    cast_parameters_,
+    default_device,
+    resolve_precision,
+    to_computing_dtype_,
+)
 from elastic_sparsity.quality_record import (
     DENSE,
     ELASTIC,
@@ -66,8 +72,7 @@ def measure(
         check_same(checkpoint, base.identity["sha256"], token_hash(token_ids))
     windows_ST, protocol = evaluation_windows(recipe, base, held_out)
     precision = resolve_precision(recipe.precision, base.model.device.type)
-    if precision == "float32":  # also of weights in 16 bits: the protocol says what was computed
-        base.model.float()
+    to_computing_dtype_(base.model, precision)  # also of weights in 16 bits: the protocol says what was computed
     protocol = {**protocol, "precision": precision}
     bench = _Bench(
         recipe=recipe,
@@ -241,8 +246,8 @@ def evaluate_path(
     device = default_device()
     resolved = resolve_precision(precision, device)
     teacher = None if reference is None else load_base(reference)
-    if teacher is not None and resolved == "float32":
-        teacher.model.float()
+    if teacher is not None:
+        to_computing_dtype_(teacher.model, resolved)
     rows: list[dict[str, Any]] = []
     tokenizer, origin, jobs = _jobs(path, level, dtype, hub)
     ids = windows(tokenize(tokenizer, read_text(text)), window, max_windows)
@@ -255,8 +260,7 @@ def evaluate_path(
         model = load().to(device)
         check_length("--window", window, model)
         check_vocabulary(ids, model.config.vocab_size)
-        if resolved == "float32":  # also of weights in 16 bits: the protocol says what was computed
-            model = model.float()
+        to_computing_dtype_(model, resolved)  # also of weights in 16 bits: the protocol says what was computed
         found = evaluate(
             {method: model},
             ids,
@@ -300,8 +304,7 @@ def zero_shot_path(
     for level_name, method, _, load in jobs:
         model = None  # two levels need not fit
         model = load().to(device)
-        if resolved == "float32":  # products of bfloat16 weights too; emulated ones would be slow besides
-            model = model.float()
+        to_computing_dtype_(model, resolved)  # emulated products of bfloat16 weights would be slow besides
         for name, task in tasks.items():
             score = score_task(
                 model,

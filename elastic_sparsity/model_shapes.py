@@ -46,7 +46,7 @@ class ModelShapes:
         norms: of a block, over its whole width; head_norms: whether queries and keys have some of their own.
         heads: attention heads; kv_heads: heads of keys and values; head_dim: width of one.
         has_weights: whether the weights are there to be read, on this machine.
-        stored: bytes a number as the model loads it.
+        dtype: as the model loads it, by torch's name.
     """
 
     name: str
@@ -63,7 +63,12 @@ class ModelShapes:
     kv_heads: int
     head_dim: int
     has_weights: bool
-    stored: int
+    dtype: str
+
+    @property
+    def stored(self) -> int:
+        """Bytes a number as the model loads it."""
+        return getattr(torch, self.dtype).itemsize
 
     @property
     def block_linears(self) -> int:
@@ -105,7 +110,7 @@ def read_shapes(model_id: str, dtype: str = "auto", config_file: Path | None = N
     """
     if model_id.startswith("random:") and config_file is None:
         model = tiny_model(model_id.removeprefix("random:"))
-        return _shapes_of(model, model_id, model.dtype.itemsize, has_weights=True)
+        return _shapes_of(model, model_id, has_weights=True)
     source = f"model.id: {model_id!r}" if config_file is None else f"--config: {str(config_file)!r}"
     try:
         config = model_config(model_id, config_file)
@@ -116,7 +121,7 @@ def read_shapes(model_id: str, dtype: str = "auto", config_file: Path | None = N
             stored = DTYPES[str(stored)]
         model = _empty(config, stored)
         has_weights = config_file is None and any(_folder(model_id).glob("*.safetensors"))
-        return _shapes_of(model, model_id, stored.itemsize, has_weights or is_file(model_id))
+        return _shapes_of(model, model_id, has_weights or is_file(model_id))
     except ElasticSparsityError:
         raise
     except Exception as error:  # transformers and the hub raise many types for one cause
@@ -178,7 +183,7 @@ def _empty(config: Any, dtype: torch.dtype) -> Any:
     return model
 
 
-def _shapes_of(model: Any, name: str, stored: int, has_weights: bool) -> ModelShapes:
+def _shapes_of(model: Any, name: str, has_weights: bool) -> ModelShapes:
     blocks = decoder_blocks(model)
     row = architecture_of(model.config.model_type)
     block: nn.Module = max(blocks, key=_numbers)
@@ -203,7 +208,7 @@ def _shapes_of(model: Any, name: str, stored: int, has_weights: bool) -> ModelSh
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         has_weights=has_weights,
-        stored=stored,
+        dtype=str(model.dtype).removeprefix("torch."),
     )
 
 

@@ -2,11 +2,14 @@
 
 from dataclasses import dataclass
 
+import torch
+
 from elastic_sparsity.allocation import TOP
 from elastic_sparsity.config import Recipe
 from elastic_sparsity.data import rows_together
 from elastic_sparsity.ladder import keep_count
 from elastic_sparsity.model_shapes import ModelShapes
+from elastic_sparsity.precision import computing_dtype
 from elastic_sparsity.shells import LinearSpec
 
 STAGES = (
@@ -94,7 +97,8 @@ class Sizes:
 
     @property
     def weight(self) -> int:
-        return 4 if self.choices.precision == "float32" else self.shapes.stored
+        stored, device = getattr(torch, self.shapes.dtype), "cuda" if self.choices.gpu else "cpu"
+        return computing_dtype(stored, self.choices.precision, device).itemsize
 
     @property
     def moves_base(self) -> bool:

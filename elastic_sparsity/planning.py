@@ -18,7 +18,7 @@ from elastic_sparsity.errors import ConfigError, MemoryPlanError
 from elastic_sparsity.memory_plan import memory_terms, peaks
 from elastic_sparsity.model_shapes import ModelShapes, model_config, read_shapes, shapes_model
 from elastic_sparsity.plan_sizes import Choices, Peak, Sizes, Term, Work
-from elastic_sparsity.precision import DTYPES, default_device, resolve_precision
+from elastic_sparsity.precision import DTYPES, computing_dtype, default_device, resolve_precision
 from elastic_sparsity.supernet import linear_sizes
 from elastic_sparsity.work_plan import Timing, seconds_of, work_of
 
@@ -246,8 +246,7 @@ def _precision(recipe: Recipe, gpu: bool) -> str:
 def _probe(recipe: Recipe, shapes: ModelShapes, choices: Choices, config_file: Path | None) -> Timing:
     from elastic_sparsity.probe import probe  # slow import, only here
 
-    stored = {2: torch.bfloat16, 4: torch.float32}[shapes.stored]
-    dtype = torch.float32 if choices.precision == "float32" else DTYPES.get(recipe.model.dtype, stored)
+    dtype = computing_dtype(DTYPES[shapes.dtype], choices.precision, "cuda" if choices.gpu else "cpu")
     one = replace(choices, weights="stream", activations="disk", trainable="off")
     needed = max(p.bytes for p in peaks(memory_terms(shapes, recipe, one)) if p.place != "disk")
     if needed > free_here()["host"]:

@@ -31,6 +31,23 @@ def resolve_precision(precision: str, device_type: str) -> str:
     return "bfloat16" if multiplies_bfloat16(device_type) else "float32"
 
 
+def computing_dtype(stored: torch.dtype, precision: str, device_type: str) -> torch.dtype:
+    """The dtype of a model's weights while it is trained or measured, of a resolved precision.
+
+    float32 for float32 products, else as stored. But float16 becomes float32 on a CPU, whose norms refuse it where
+    products in bfloat16 have made the hidden states float32.
+    """
+    if precision == "float32" or (stored == torch.float16 and device_type == "cpu"):
+        return torch.float32
+    return stored
+
+
+def to_computing_dtype_(model: Any, precision: str) -> None:
+    """Casts a model to `computing_dtype`, which loses nothing."""
+    if computing_dtype(model.dtype, precision, model.device.type) != model.dtype:
+        model.float()
+
+
 def autocast_factory(precision: str, device_type: str) -> Callable[[], Any]:
     """A function that makes the autocast context of a resolved precision."""
     return partial(torch.autocast, device_type, dtype=torch.bfloat16, enabled=precision == "bfloat16")

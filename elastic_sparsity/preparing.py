@@ -25,7 +25,7 @@ from elastic_sparsity.model_shapes import read_shapes
 from elastic_sparsity.models import BaseModel, load_base, stream_base
 from elastic_sparsity.plan_sizes import Choices
 from elastic_sparsity.planning import check_patterns, choose, free_here, structured_misfits
-from elastic_sparsity.precision import DTYPES, default_device, resolve_precision
+from elastic_sparsity.precision import DTYPES, default_device, resolve_precision, to_computing_dtype_
 from elastic_sparsity.run_folder import RunFolder
 from elastic_sparsity.supernet import linear_depths, linear_sizes
 from elastic_sparsity.workers import Workers
@@ -60,10 +60,9 @@ def prepare(
         token_ids, _ = calibration_tokens(recipe, base, progress)
     model, stored_dtype = base.model, base.model.dtype
     precision = resolve_precision(recipe.precision, model.device.type)
-    if precision == "float32":
-        model.float()
-        if base.stream is not None:
-            base.stream.dtype = torch.float32
+    to_computing_dtype_(model, precision)
+    if base.stream is not None:
+        base.stream.dtype = model.dtype
     identity = {
         "base_model": base.identity,
         "recipe": recipe.model_dump(mode="json", exclude={"memory"}),

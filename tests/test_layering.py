@@ -200,7 +200,7 @@ ALLOWED = {
     "evaluate": {"torch", "arch", "errors"},
     "task_files": {"torch", "numpy", "transformers", "datasets", "lm_eval", "errors", "files"},
     "zero_shot": {"torch", "numpy", "lm_eval", "errors", "precision", "report", "task_files"},
-    "plan_sizes": {"allocation", "config", "data", "ladder", "model_shapes", "shells"},
+    "plan_sizes": {"torch", "allocation", "config", "data", "ladder", "model_shapes", "precision", "shells"},
     "structured_plan": {"descent", "model_shapes", "plan_sizes", "structured_sizes", "wiring"},
     "fold_plan": {"fold_choice", "plan_sizes"},
     "memory_plan": {"config", "files", "fold_plan", "masks", "model_shapes", "plan_sizes", "structured_plan"},
