@@ -255,6 +255,28 @@ def _multiply_(draft: Draft, side: Side, factors: Tensor) -> None:
         bias.mul_(factors_O)
 
 
+def round_gains_(block: nn.Module, config: Any, dtype: torch.dtype) -> None:
+    """Rounds the gains of a block's norms to a narrower dtype; the linears that read them take up what that changes.
+
+    Rounded without it, a small gain of Gemma, stored as gain - 1, would lose most of its digits, or all.
+
+    Args:
+        block: in float32 or float64. Its other parameters are not rounded.
+    """
+    for pair in scale_pairs(block, config):
+        if pair.kind != "norm":
+            continue
+        (side,) = pair.divided
+        stored = block.get_parameter(f"{side.path}.weight").detach().double()
+        narrow = stored.to(dtype)
+        gains, rounded = stored + side.gain_offset, narrow.double() + side.gain_offset
+        lost = (rounded == 0) & (gains != 0)  # the next number on the gain's side is not zero
+        beside = torch.nextafter(narrow, narrow + gains.sign().to(dtype)).double() + side.gain_offset
+        rounded = torch.where(lost, beside, rounded)
+        kept = (gains != 0) & rounded.isfinite()
+        scale_pair_(block, pair, torch.where(kept, gains / rounded, 1.0))
+
+
 def shift_pair_(block: nn.Module, pair: Pair, shifts: Tensor) -> None:
     """Folds a shift of the consumers' input into the biases: producer's - shift, consumers' + W shift (eq. 3).
 

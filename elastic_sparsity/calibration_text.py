@@ -129,6 +129,8 @@ def evaluation_windows(recipe: Recipe, base: BaseModel, held_out: Tensor | None)
         if held_out is None:
             raise DataError("evaluation.source: missing; without self-sampled calibration name a text to measure on.")
         return held_out, {"text": "self-sampled, held out", "windows": list(held_out.shape)}
+    if not is_file(wanted.source):  # of a hub data set it would be the training split
+        raise DataError(f"evaluation.source: {wanted.source!r}: no such file; name a text to measure on.")
     text = read_text(wanted.source)
     check_length("evaluation.window", wanted.window, base.model)
     ids = windows(tokenize(base.tokenizer, text), wanted.window, wanted.max_windows)

@@ -127,10 +127,7 @@ def check_kinds(kinds: Sequence[str], ladder: Ladder, known: Sequence[str] = FOL
 
 
 def check_exact_folds(model: Any, kinds: Sequence[str]) -> None:
-    """That the architecture has an exact form of every kind: before hours of statistics, not in the middle.
-
-    Raises: AbsorptionError.
-    """
+    """Raises: AbsorptionError: if the architecture has no exact form of one of the kinds."""
     block, config = copy.deepcopy(decoder_blocks(model)[0]), model.config
     heads = heads_of(block, config)
     num_kv, size = heads.value_KC.shape

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from elastic_sparsity.absorbed_stage import absorb_learned_, check_method
-from elastic_sparsity.absorption import Pair, scale_pair_, scale_pairs
+from elastic_sparsity.absorption import Pair, round_gains_, scale_pair_, scale_pairs
 from elastic_sparsity.arch import architecture_of, decoder_blocks, head_function, not_finite
 from elastic_sparsity.attention import training_attention
 from elastic_sparsity.calibration_text import Progress, calibration_tokens, silent
@@ -40,6 +40,7 @@ from elastic_sparsity.induction_file import save_scales
 from elastic_sparsity.ladder import Level
 from elastic_sparsity.models import BaseModel, load_base
 from elastic_sparsity.precision import autocast_factory, cast_parameters_, resolve_precision, to_computing_dtype_
+from elastic_sparsity.residual import check_residual
 from elastic_sparsity.residual_order import choose_residual_order_
 from elastic_sparsity.wiring import check_equal_blocks
 from elastic_sparsity.workers import Workers
@@ -83,9 +84,9 @@ def learn(
 
 
 def check_base_model(recipe: Recipe, base: BaseModel) -> None:
-    """That a run can do with its model what its `induction` section asks for.
+    """That a run can do with its model what its `induction` section asks for: before hours of work, not in the middle.
 
-    Raises: ConfigError, UnsupportedModelError.
+    Raises: ConfigError, UnsupportedModelError. AbsorptionError: if the architecture has no exact form of a fold.
     """
     if recipe.induction.changes_weights:
         check_equal_blocks(base.model.config, "induction")
@@ -94,6 +95,9 @@ def check_base_model(recipe: Recipe, base: BaseModel) -> None:
                 f"{base.identity['id']}: holds scales that were learned for its weights as they are, which "
                 "induction.folds and reading = 'absorbed' would change; leave these out, or give the original model."
             )
+        check_exact_folds(base.model, recipe.induction.folds)
+        if RESIDUAL_ORDER in recipe.induction.folds:
+            check_residual(base.model)
 
 
 def change_weights_(
@@ -153,6 +157,8 @@ def _function_kept(model: Any, token_ids_ST: Tensor, dtype: torch.dtype) -> Iter
     error = check_function_kept(before, _logits(model, token_ids_ST), torch.float32)
     log.info("induction: absorbed; the logits moved by %.1e of their largest, which is rounding", error)
     if dtype != torch.float32:  # the base model's weights were exact in it, those made of them are not
+        for block in decoder_blocks(model):
+            round_gains_(block, model.config, dtype)
         cast_parameters_(model, dtype)
         if bad := not_finite(model):
             raise NumericsError(

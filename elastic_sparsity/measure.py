@@ -21,10 +21,14 @@ from elastic_sparsity.evaluate import Quality, evaluate
 from elastic_sparsity.files import is_file, is_folder
 from elastic_sparsity.hub import elastic_folder, fetch_levels, is_hub_id
 from elastic_sparsity.ladder import AnyLevel, Level
+from elastic_sparsity.model_shapes import read_shapes
 from elastic_sparsity.models import PACKAGED_MODELS, load_base, packaged_model_folder
+from elastic_sparsity.planning import free_here
 from elastic_sparsity.precision import (
+    DTYPES,
     autocast_factory,
     cast_parameters_,
+    computing_dtype,
     default_device,
     resolve_precision,
     to_computing_dtype_,
@@ -37,6 +41,7 @@ from elastic_sparsity.quality_record import (
     Row,
     cells_of,
     check_same,
+    measures_quality,
     recorded_quality,
 )
 from elastic_sparsity.slicing import load_level, load_tokenizer
@@ -204,9 +209,9 @@ def _row(level: str, method: str, quality: Quality, num_bytes: int | None) -> Ro
 
 
 def check_memory(recipe: Recipe) -> None:
-    """Raises: ConfigError: if quality is to be measured of a model that is never whole in memory by the recipe's word.
+    """Warns if the models that a run's quality is measured of do not fit: the dense one, a level, every baseline.
 
-    The dense model is evaluated beside every level, so that after a long run this would fail.
+    Raises: ConfigError: if one is never whole in memory by the recipe's word, so that after a long run this would fail.
     """
     if recipe.evaluation.source is not None and recipe.memory.weights == "stream":
         raise ConfigError(
@@ -214,6 +219,17 @@ def check_memory(recipe: Recipe) -> None:
             "memory; leave the evaluation out, and measure the checkpoint with `elastic-sparsity eval` on a machine "
             "that holds the model."
         )
+    if not measures_quality(recipe):
+        return
+    device, shapes = default_device(), read_shapes(recipe.model.id, recipe.model.dtype)
+    dtype = computing_dtype(DTYPES[shapes.dtype], resolve_precision(recipe.precision, device), device)
+    count = 2 + len(recipe.evaluation.baselines)
+    needed, free = count * shapes.total * dtype.itemsize, free_here()["device" if device == "cuda" else "host"]
+    if needed > free:
+        log.warning(
+            "measuring the checkpoint, after the run, may not fit: %d whole models take %.1f GB of %.1f GB; name fewer "
+            "evaluation.baselines, or measure with `elastic-sparsity eval` instead", count, needed / 1e9, free / 1e9,
+        )  # fmt: skip
 
 
 def evaluate_path(

@@ -153,7 +153,9 @@ def weights_folder(model_id: str) -> Path:
     from huggingface_hub import snapshot_download  # slow import, only here
 
     try:
-        return Path(snapshot_download(model_id, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
+        wanted = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt"]
+        unwanted = ["consolidated*", "original/*"]  # the same weights once more, in their makers' own layout
+        return Path(snapshot_download(model_id, allow_patterns=wanted, ignore_patterns=unwanted))
     except Exception as error:  # the hub raises many types for one cause
         raise ConfigError(f"model.id: {model_id!r} cannot be downloaded: {type(error).__name__}: {error}") from error
 

@@ -158,7 +158,8 @@ def run_end_to_end_(job: Job) -> dict[str, float]:
     )
     snapshots = None  # of a model in parts nothing is kept before it is trained
     if not job.sharded:
-        snapshots = Snapshots(load=job.folder.load_snapshot, save=job.folder.save_snapshot)
+        own = wanted.model_dump(mode="json")
+        snapshots = Snapshots(load=partial(job.folder.load_snapshot, own), save=partial(job.folder.save_snapshot, own))
     found = train_end_to_end_(
         model,
         head,

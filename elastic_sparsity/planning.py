@@ -181,15 +181,13 @@ def fits(recipe: Recipe, shapes: ModelShapes, choices: Choices, limits: dict[str
     Structured levels come after all that is chosen, and need what they need whatever it is: they are left out.
     """
     alone = recipe.model_copy(update={"structured": StructuredSection()})
-    found = peaks(memory_terms(shapes, alone, choices))
-    return all(peak.bytes <= limits.get(peak.place, peak.bytes) for peak in found)
+    return not misfits(alone, shapes, choices, limits)
 
 
-def structured_misfits(recipe: Recipe, shapes: ModelShapes, choices: Choices, limits: dict[str, int]) -> list[Peak]:
-    """Peaks beyond their limit in the stages of structured levels, which `choose` passes over."""
+def misfits(recipe: Recipe, shapes: ModelShapes, choices: Choices, limits: dict[str, int]) -> list[Peak]:
+    """Peaks beyond their limit."""
     found = peaks(memory_terms(shapes, recipe, choices))
-    late = [peak for peak in found if peak.stage in ("structured", "tuning")]
-    return [peak for peak in late if peak.bytes > limits.get(peak.place, peak.bytes)]
+    return [peak for peak in found if peak.bytes > limits.get(peak.place, peak.bytes)]
 
 
 def free_here() -> dict[str, int]:

@@ -21,10 +21,10 @@ from elastic_sparsity.data import token_hash
 from elastic_sparsity.errors import ConfigError, OutputError
 from elastic_sparsity.inducing import check_base_model, check_stages
 from elastic_sparsity.manifest import read_manifest
-from elastic_sparsity.model_shapes import read_shapes
+from elastic_sparsity.model_shapes import ModelShapes, read_shapes
 from elastic_sparsity.models import BaseModel, load_base, stream_base
 from elastic_sparsity.plan_sizes import Choices
-from elastic_sparsity.planning import check_patterns, choose, free_here, structured_misfits
+from elastic_sparsity.planning import check_patterns, choose, free_here, misfits
 from elastic_sparsity.precision import DTYPES, default_device, resolve_precision, to_computing_dtype_
 from elastic_sparsity.run_folder import RunFolder
 from elastic_sparsity.supernet import linear_depths, linear_sizes
@@ -53,6 +53,7 @@ def prepare(
         if base.model.dtype not in DTYPES.values():
             raise ConfigError(f"model.dtype: the weights are {base.model.dtype}, which no stage takes; set 'float32'.")
         check_base_model(recipe, base)
+        check_stored_range(recipe, base)
         allocation = _allocation(with_trainable(recipe, planned.trainable), base, plan)
         check_structured(recipe, base.model)
         if recipe.evaluation.source is not None:
@@ -71,6 +72,7 @@ def prepare(
     }
     with workers.main_first():
         began = {**identity, "precision": precision, "device": model.device.type, "allocation": allocation}
+        began["recipe"] = binding(recipe)
         began["config"] = function_config(model.config)
         choices = folder.claim(began, {"trainable": planned.trainable})
     job = Job(
@@ -94,6 +96,18 @@ def prepare(
     return job, stored_dtype, {**identity, "resolved": {"precision": precision, "trainable": job.trainable}}
 
 
+def binding(recipe: Recipe) -> dict[str, Any]:
+    """What of a recipe an interrupted run cannot change: all that its finished blocks depend on.
+
+    Not how well the end-to-end phase behind them trains (a snapshot of it is of its own settings), in which dtype the
+    checkpoint is written, and what is measured of it: what an error there advises can be done without losing hours.
+    """
+    found = recipe.model_dump(mode="json", exclude={"memory", "evaluation", "checkpoint"})
+    wanted = recipe.end_to_end
+    found["end_to_end"] = {"trainable": wanted.trainable, "shard": wanted.shard, "is_on": wanted.steps > 0}
+    return found
+
+
 def settle(recipe: Recipe, num_workers: int, decided: Mapping[str, Any], *, num_local: int = 1) -> Choices:
     """What "auto" becomes, by the plan's figures and the memory that is free.
 
@@ -114,13 +128,22 @@ def settle(recipe: Recipe, num_workers: int, decided: Mapping[str, Any], *, num_
     if choices.trainable == "off" and recipe.end_to_end.trainable == "auto" and recipe.end_to_end.steps:
         why = "weights are streamed" if recipe.memory.weights == "stream" else "its training does not fit into memory"
         log.warning("end-to-end phase is off: %s; `elastic-sparsity plan` says more", why)
-    for peak in structured_misfits(recipe, shapes, choices, limits):
-        log.warning(
-            "structured levels, made last, may not fit: %s memory, stage %s, needs %.1f GB of %.1f GB; "
-            "`elastic-sparsity plan` says what helps (structured.steps = 0 leaves out their tuning)",
-            peak.place, peak.stage, peak.bytes / 1e9, limits[peak.place] / 1e9,
-        )  # fmt: skip
+    elif choices.trainable == "adapters" and recipe.end_to_end.trainable == "auto":
+        log.warning("end-to-end phase trains the adapters alone: base weights too do not fit into memory")
+    warn_of_misfits(recipe, shapes, choices, limits)
     return choices
+
+
+def warn_of_misfits(recipe: Recipe, shapes: ModelShapes, choices: Choices, limits: dict[str, int]) -> None:
+    """Warns of stages that need more memory than is free; hours later they would end the run."""
+    for peak in misfits(recipe, shapes, choices, limits):
+        late = peak.stage in ("structured", "tuning")
+        log.warning(
+            "%s may not fit: %s memory, stage %s, needs %.1f GB of %.1f GB; `elastic-sparsity plan` says what helps%s",
+            "structured levels, made last," if late else "the run",
+            peak.place, peak.stage, peak.bytes / 1e9, limits[peak.place] / 1e9,
+            " (structured.steps = 0 leaves out their tuning)" if late else "",
+        )  # fmt: skip
 
 
 def with_trainable(recipe: Recipe, trainable: str) -> Recipe:
@@ -157,6 +180,20 @@ def open_base(recipe: Recipe, weights: str) -> BaseModel:
         return stream_base(recipe.model.id, recipe.model.dtype, torch.device(default_device()))
     keep_freed_tensors_()
     return load_base(recipe.model.id, recipe.model.dtype)
+
+
+def check_stored_range(recipe: Recipe, base: BaseModel) -> None:
+    """Raises: ConfigError: if `checkpoint.dtype` cannot hold the base model's weights, before anything is trained."""
+    wanted = DTYPES.get(recipe.checkpoint.dtype)
+    if wanted is None or torch.finfo(wanted).max >= torch.finfo(base.model.dtype).max or base.stream is not None:
+        return
+    limit = torch.finfo(wanted).max
+    beyond = [name for name, weight in base.model.named_parameters() if float(weight.detach().abs().max()) > limit]
+    if beyond:
+        raise ConfigError(
+            f"checkpoint.dtype: {recipe.checkpoint.dtype} holds at most {limit:g}, which {len(beyond)} parameters of "
+            f"the base model exceed, first {beyond[0]}; choose bfloat16 or float32."
+        )
 
 
 def _allocation(recipe: Recipe, base: BaseModel, plan: AllocationPlan | None) -> dict[str, tuple[int, ...]]:

@@ -174,14 +174,23 @@ class RunFolder:
         """What `save_trained` kept."""
         return TensorFile(self.path / f"trained-{name}.safetensors")
 
-    def save_snapshot(self, tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> None:
-        """Replaces the end-to-end phase's snapshot."""
-        self._save(self.path / "end-to-end.safetensors", tensors, note)
+    def save_snapshot(
+        self, settings: Mapping[str, Any], tensors: Mapping[str, Tensor], note: Mapping[str, Any]
+    ) -> None:
+        """Replaces the end-to-end phase's snapshot; `settings`, plain values, are those of the phase."""
+        self._save(self.path / "end-to-end.safetensors", tensors, {**note, "settings": settings})
 
-    def load_snapshot(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The end-to-end phase's snapshot, if there is one."""
+    def load_snapshot(self, settings: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The end-to-end phase's snapshot, if there is one of these settings."""
         path = self.path / "end-to-end.safetensors"
-        return self._load(path) if is_file(path) else None
+        if not is_file(path):
+            return None
+        tensors, note = self._load(path)
+        begun = note.pop("settings", None)
+        if differing := list(_differences(begun, dict(settings), "end_to_end")):
+            log.warning("the end-to-end phase begins anew: it differs in %s", "; ".join(differing))
+            return None
+        return tensors, note
 
     def _save(self, path: Path, tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> None:
         if not self.writes:

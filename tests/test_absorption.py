@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from elastic_sparsity.absorption import (
     PAIR_NAMES,
     pair_named,
+    round_gains_,
     scale_pair_,
     scale_pairs,
     shift_pair_,
@@ -26,6 +27,26 @@ from elastic_sparsity.importance import InputStatistics, magnitude_scores, wanda
 from elastic_sparsity.masks import drop_levels
 from elastic_sparsity.tiny import TINY_FAMILIES, tiny_model
 from elastic_sparsity.wiring import WIRINGS, wiring_of
+
+
+def test_a_small_gain_is_rounded_without_loss():
+    """Gemma stores gain - 1, which a narrow dtype cannot tell from -1; its linears take the rest up."""
+    for family in ("gemma2", "llama", "opt"):
+        model = model_of(family)
+        offset = WIRINGS[family].gain_offset
+        with torch.no_grad():
+            for block in decoder_blocks(model):
+                norm = block.get_submodule(WIRINGS[family].attention_norm)
+                norm.weight.copy_(random(32))
+                norm.weight[:4] = torch.tensor([0.03, 1e-3, -1e-3, 0.0], dtype=torch.float64) - offset
+        before, narrow = logits(model), torch.bfloat16
+        for block in decoder_blocks(model):
+            round_gains_(block, model.config, narrow)
+            weight = block.get_submodule(WIRINGS[family].attention_norm).weight
+            assert torch.allclose(weight.to(narrow).double(), weight, rtol=0, atol=1e-12), family
+            assert ((weight + offset).sign()[:4] == torch.tensor([1, 1, -1, 0])).all()
+        check_function_kept(before, logits(model), torch.float64)
+
 
 GLU = {"norm_qkv": 32, "q_k": 8, "v_o": 16, "norm_mlp": 32, "up_down": 64}
 NO_QK = {name: count for name, count in GLU.items() if name != "q_k"}

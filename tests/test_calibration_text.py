@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic_sparsity import calibration_text, data
-from elastic_sparsity.calibration_text import calibration_tokens, interleave
+from elastic_sparsity.calibration_text import calibration_tokens, evaluation_windows, interleave
 from elastic_sparsity.data import rows_together, sample_from_model, sample_windows, tokenize
-from elastic_sparsity.errors import ConfigError
+from elastic_sparsity.errors import ConfigError, DataError
 from elastic_sparsity.models import load_base
 from elastic_sparsity.tiny import tiny_model
 
@@ -29,6 +29,13 @@ def recipe(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(" ".join(str(i) for i in range(400)))
     return lambda **fields: tiny_recipe(calibration={"source": str(text), "samples": 8, "length": 16, **fields})
+
+
+def test_a_hub_data_set_is_no_text_to_measure_on(base, monkeypatch):
+    """It would be its training split, whole."""
+    monkeypatch.setattr(calibration_text, "read_text", lambda *_: pytest.fail("read"))
+    with pytest.raises(DataError, match="evaluation.source: 'wikitext': no such file; name a text"):
+        evaluation_windows(tiny_recipe(evaluation={"source": "wikitext"}), base, None)
 
 
 @given(st.integers(0, 40), st.integers(0, 40))

@@ -82,7 +82,7 @@ def test_train_slice_eval(capsys, tmp_path, quick_recipe, text_file):
 
     seen = []
     for target, options in ((out, ["--level", "0.7"]), (out, []), (tmp_path / "sliced", [])):
-        result = tmp_path / "eval.json"
+        result = tmp_path / f"{target.name}.json"
         code, stdout, stderr = run(
             capsys, "eval", target, "--text", text_file, "--window", "64", "--precision", "float32", "--output", result,
             "-q", *options,

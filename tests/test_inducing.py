@@ -16,7 +16,7 @@ from elastic_sparsity.absorption import scale_pairs
 from elastic_sparsity.adding import add_structured
 from elastic_sparsity.arch import architecture_of, decoder_blocks, linears_of, weight_OI
 from elastic_sparsity.config import make_recipe
-from elastic_sparsity.errors import CheckpointError, ConfigError, NumericsError, OutputError
+from elastic_sparsity.errors import AbsorptionError, CheckpointError, ConfigError, NumericsError, OutputError
 from elastic_sparsity.feature_stage import better
 from elastic_sparsity.fold_choice import FoldResult
 from elastic_sparsity.inducing import absorb_importance_, change_weights_, induce
@@ -252,6 +252,18 @@ def test_what_induce_refuses(tmp_path):
         induce(recipe(), full)
     assert [p.name for p in tmp_path.iterdir()] == ["full"]
     assert make_recipe(recipe().model_dump()).induction.steps == 6
+
+
+@pytest.mark.parametrize(
+    ("model", "fold", "message"),
+    [("qwen3", "query_key", "norms on queries and keys"), ("opt-350m", "residual_order", "embeddings")],
+)
+def test_a_fold_that_is_not_exact_is_refused_before_text_is_sampled(model, fold, message, tmp_path, monkeypatch):
+    monkeypatch.setattr("elastic_sparsity.calibration_text.sample_from_model", lambda *_, **__: pytest.fail("sampled"))
+    wanted = recipe(model={"id": f"random:{model}"}, induction={**FOLDED, "folds": [fold]})
+    for start in (optimize, induce):
+        with pytest.raises(AbsorptionError, match=message):
+            start(wanted, tmp_path / "x")
 
 
 FOLDS = ["residual_order", "values", "query_key", "value_order", "mlp_order"]

@@ -130,7 +130,7 @@ ALLOWED = {
     "inducing": {
         "torch", "absorbed_stage", "absorption", "arch", "attention", "calibration_text", "config", "distill",
         "errors", "feature_stage", "files", "fold_choice", "folding", "fused_layers", "induction",
-        "induction_file", "ladder", "models", "precision", "residual_order", "wiring", "workers",
+        "induction_file", "ladder", "models", "precision", "residual", "residual_order", "wiring", "workers",
     },
     "block_phase": {
         "torch", "activations", "adapters", "arch", "block_state", "blocks", "calibrate", "config", "distill", "errors",
@@ -228,7 +228,8 @@ ALLOWED = {
     "quality_record": {"checkpoint", "config", "errors", "files", "ladder", "manifest", "run_folder"},
     "measure": {
         "torch", "baselines", "calibration_text", "checkpoint", "config", "data", "errors", "evaluate", "files", "hub",
-        "ladder", "models", "precision", "quality_record", "slicing", "workers", "zero_shot",
+        "ladder", "model_shapes", "models", "planning", "precision", "quality_record", "slicing", "workers",
+        "zero_shot",
     },
     "report_results": {"errors", "files", "records"},
     "report_facts": {

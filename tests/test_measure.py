@@ -194,6 +194,17 @@ def test_a_base_model_that_stays_in_its_files_cannot_be_evaluated(capsys, recipe
     )  # fmt: skip
 
 
+def test_models_that_do_not_fit_are_told_before_the_run(caplog, monkeypatch):
+    """1 dense, 1 level, 2 baselines of float32."""
+    size = 4 * sum(parameter.numel() for parameter in tiny_model("llama").parameters())
+    wanted = tiny_recipe(evaluation={"baselines": ["wanda", "magnitude"]})
+    for free, expected in ((4 * size, 0), (4 * size - 1, 1)):
+        monkeypatch.setattr(measure, "free_here", lambda free=free: {"host": free, "device": free})
+        measure.check_memory(wanted)
+        assert len(caplog.records) == expected
+    assert "4 whole models take" in caplog.text
+
+
 WORKERS = """
 import json, sys
 from pathlib import Path

@@ -180,6 +180,30 @@ def test_processes_of_one_machine_share_its_memory(monkeypatch):
     assert trained(2 * host, 2, 2) == "base"
 
 
+def test_a_run_says_what_may_not_fit_and_what_it_leaves_out(monkeypatch, caplog):
+    """A recipe's own wish is done as it says, whatever is free: hours before the memory ends, the log says so."""
+    shapes = read_shapes("random:llama")
+
+    def warnings(trainable, free):
+        monkeypatch.setattr("elastic_sparsity.preparing.free_here", lambda: {"host": free})
+        caplog.clear()
+        settle(tiny_recipe(end_to_end={"trainable": trainable}), 1, {})
+        return [record.message for record in caplog.records]
+
+    def host(trainable):
+        choices = Choices(weights="resident", activations="disk", trainable=trainable, precision="float32", gpu=False)
+        recipe = tiny_recipe(end_to_end={"trainable": trainable}, memory={"activations": "disk"})
+        return next(peak.bytes for peak in peaks(memory_terms(shapes, recipe, choices)) if peak.place == "host")
+
+    assert warnings("base", 10**12) == warnings("auto", 10**12) == []
+    (found,) = warnings("base", host("base") // 2)
+    assert "the run may not fit: host memory, stage " in found and "`elastic-sparsity plan` says what helps" in found
+    assert host("adapters") < host("base")
+    assert warnings("auto", host("adapters")) == [
+        "end-to-end phase trains the adapters alone: base weights too do not fit into memory"
+    ]
+
+
 def test_memory_that_a_container_may_use(tmp_path, monkeypatch):
     """The smallest of all groups counts, with what the kernel gives back; what is missing or "max" is no limit."""
 
@@ -282,7 +306,7 @@ def test_activations_kept_for_the_backward_pass(family, product):
 def shapes_of(model):
     from elastic_sparsity.model_shapes import _shapes_of
 
-    return _shapes_of(model, "tiny", 4, True)
+    return _shapes_of(model, "tiny", True)
 
 
 def test_a_slice_of_rows_is_sorted_like_all(monkeypatch):

@@ -175,6 +175,48 @@ def test_another_recipe_does_not_go_on(tmp_path, monkeypatch):
     optimize(tiny_recipe(memory={"activations": "disk"}), tmp_path / "c")  # where data lives may change
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"checkpoint": {"dtype": "bfloat16"}},
+        {"evaluation": {"max_windows": 1, "baselines": ["magnitude"]}},
+        {"end_to_end": {"steps": 3, "adapter_lr": 1e-4, "base_lr": 1e-5, "clip_norm": 0.5, "batch_size": 1}},
+    ],
+    ids=str,
+)
+def test_what_no_block_depends_on_may_change(changes, tmp_path, monkeypatch):
+    """As errors behind hours of blocks advise: what is finished is kept, and the rest is the new recipe's."""
+    real = pipeline.Snapshots
+    monkeypatch.setattr(pipeline, "Snapshots", lambda **fields: real(**fields, seconds=0, share=math.inf))
+    unfinished(tmp_path / "c", monkeypatch)
+    assert (tmp_path / "c.run" / "end-to-end.safetensors").exists()
+    other = tiny_recipe(**changes)
+    optimize(other, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr("elastic_sparsity.block_phase.train_block_", lambda *_, **__: pytest.fail("done already"))
+        optimize(other, tmp_path / "c")
+    assert contents(tmp_path / "c") == contents(tmp_path / "whole")
+
+
+def test_whether_the_end_to_end_phase_is_on_may_not_change(tmp_path, monkeypatch):
+    """A plan's strength follows it, and with it the masks of finished blocks."""
+    unfinished(tmp_path / "c", monkeypatch)
+    for field, value in (("is_on", {"steps": 0}), ("trainable", {"trainable": "adapters"})):
+        with pytest.raises(ConfigError, match=rf"recipe\.end_to_end\.{field}"):
+            optimize(tiny_recipe(end_to_end=value), tmp_path / "c")
+
+
+def test_weights_beyond_the_checkpoints_dtype_are_refused_first(tmp_path):
+    model = tiny_model("llama")
+    model.model.norm.weight.data[0] = 7e4
+    model.save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    sections = {"model": {"id": str(tmp_path / "base")}, "checkpoint": {"dtype": "float16"}}
+    with pytest.raises(ConfigError, match=r"checkpoint.dtype: float16 holds at most 65504.* first model.norm.weight"):
+        optimize(tiny_recipe(**sections), tmp_path / "c")
+    assert not (tmp_path / "c.run").exists()
+
+
 def test_other_text_does_not_go_on(tmp_path, monkeypatch):
     text = tmp_path / "t.txt"
     text.write_text("The fox jumps over zeros. " * 30)

@@ -1,5 +1,6 @@
 """A base model read block by block gives the bits of one that is whole in memory, in every family and placement."""
 
+import fnmatch
 import json
 
 import pytest
@@ -9,7 +10,7 @@ from conftest import tiny_recipe
 from elastic_sparsity import optimize
 from elastic_sparsity.arch import decoder_blocks
 from elastic_sparsity.errors import ConfigError, NumericsError, UnsupportedModelError
-from elastic_sparsity.models import load_base, stream_base
+from elastic_sparsity.models import load_base, stream_base, weights_folder
 from elastic_sparsity.preparing import settle
 from elastic_sparsity.tensor_file import TensorFile
 from elastic_sparsity.tiny import TINY_FAMILIES, byte_tokenizer, tiny_model
@@ -182,6 +183,22 @@ def test_auto_streams_only_what_can_be_streamed(tmp_path, monkeypatch):
     assert [settle(recipe, 1, {}).weights for recipe in (text, from_itself, mixed, trained_whole)] == [
         "stream", "resident", "resident", "resident",
     ]  # fmt: skip
+
+
+def test_what_is_downloaded_of_a_hub_model(monkeypatch):
+    """With its chat template; not its makers' own copy of the weights."""
+    asked = {}
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **patterns: asked.update(patterns) or "here")
+    weights_folder("someone/model")
+
+    def is_wanted(name):
+        fits = (any(fnmatch.fnmatch(name, x) for x in asked[key]) for key in ("allow_patterns", "ignore_patterns"))
+        return list(fits) == [True, False]
+
+    wanted = ["config.json", "model-00001-of-00002.safetensors", "tokenizer.model", "merges.txt", "chat_template.jinja",
+              "additional_chat_templates/rag.jinja"]  # fmt: skip
+    assert all(map(is_wanted, wanted))
+    assert not any(map(is_wanted, ["consolidated.safetensors", "original/params.json", "pytorch_model.bin", "x.py"]))
 
 
 def test_self_sampled_text_needs_the_whole_model(tmp_path):
