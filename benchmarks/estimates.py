@@ -9,13 +9,14 @@ import tempfile
 from pathlib import Path
 
 from cells import exit_on_error
-from format import LEVELS, make_checkpoint, random_llama
 from rich.console import Console
 from rich.table import Table
+from size import LLAMA_7B, make_checkpoint, random_llama
 
 from elastic_sparsity import ElasticCheckpoint
 from elastic_sparsity.device_profile import predict, read_profile
 
+LEVELS = ("0.5", "0.6", "0.7", "2:4")
 PROFILES = ("laptop-avx2", "server-avx512", "server-amx", "phone", "gpu-datacenter")
 
 
@@ -41,7 +42,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.checkpoint or Path(scratch) / "elastic"
         if args.checkpoint is None:
-            make_checkpoint(folder, str(random_llama(Path(scratch) / "dense")))
+            make_checkpoint(folder, str(random_llama(Path(scratch) / "dense", LLAMA_7B)))
         checkpoint = ElasticCheckpoint(folder)
         for name in PROFILES:
             table.add_row(name, *(speedup(checkpoint, name, level) for level in LEVELS))

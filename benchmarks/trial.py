@@ -9,7 +9,7 @@ A trial is `smollm2-135m` with few samples and steps (options), two samples a st
 perplexity on every n-th window of the evaluation text (not the full protocol), KL to dense over the last quarter of the
 run on its own text, and what the run took. For comparing, not for quoting: two block phases that should be alike ended
 1 to 2 % apart. Trials go into one JSON, a name each, and are not run again; interrupted, the run of a trial goes on if
---work names a folder.
+--work names a folder, and has no cost then.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from elastic_sparsity.errors import ConfigError
 from elastic_sparsity.evaluate import evaluate
 from elastic_sparsity.files import is_file, write_json
 from elastic_sparsity.precision import autocast_factory, default_device
+from elastic_sparsity.run_folder import is_unfinished
 from elastic_sparsity.slicing import load_tokenizer
 
 
@@ -92,6 +93,7 @@ def recipe_of(args: argparse.Namespace, seed: int) -> Recipe:
 
 def run(recipe: Recipe, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Trains, if no finished checkpoint is there, and measures every level."""
+    is_begun = is_unfinished(folder) or (folder / "run.json").is_file()  # what it took before is not known here
     with spent() as cost:
         made = ElasticCheckpoint(folder) if (folder / "run.json").is_file() else optimize(recipe, folder)
     ids = tokenize(load_tokenizer(folder), read_text(args.evaluation))
@@ -104,7 +106,7 @@ def run(recipe: Recipe, folder: Path, args: argparse.Namespace) -> dict[str, Any
         perplexity[level.name] = evaluate({"it": model}, windows_ST, autocast=autocast)["it"].perplexity
     measured = f"every {args.every} of {len(all_ST)} windows of {args.window} tokens"
     return {"perplexity": perplexity, "kl_on_its_text": made.config["training"]["end_to_end_kl"], "measured": measured,
-            **cost}  # fmt: skip
+            **(dict.fromkeys(cost) if is_begun else cost)}  # fmt: skip
 
 
 def main() -> None:
@@ -139,7 +141,7 @@ def show(result: dict[str, Any]) -> None:
     for name, seed, row in rows:
         figures = [f"{row['perplexity'][x]:.2f}" if x in row["perplexity"] else "" for x in levels]
         figures += [f"{row['kl_on_its_text'][x]:.3f}" if x in row["kl_on_its_text"] else "" for x in levels]
-        table.add_row(name, seed, *figures, f"{row['cpu_seconds']:.0f}")
+        table.add_row(name, seed, *figures, "" if row["cpu_seconds"] is None else f"{row['cpu_seconds']:.0f}")
     Console(width=170).print(table)
 
 

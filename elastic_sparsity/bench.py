@@ -192,7 +192,7 @@ class _Run:
 
     def _check_memory(self, ways: Sequence[Way], level: Level, facts: Facts) -> None:
         needed = sum(streamed_bytes(self.checkpoint, level, way) for way in ways)
-        free = facts.gpus[0].memory_bytes if self.device == "cuda" else facts.free_bytes
+        free = facts.gpus[0].free_bytes if self.device == "cuda" else facts.free_bytes
         if needed > free:
             raise ConfigError(
                 f"bench: {', '.join(way.name for way in ways)} at {level.title} need {needed} bytes side by side, "
@@ -337,17 +337,22 @@ class _Run:
     def _fit(self, name: str) -> WayEntry:
         runtime, _, dtype = name.rpartition("-")
         way = Way(runtime=runtime, dtype=dtype)
-        specs = {spec.shape: spec for spec in self.checkpoint.linears.values()}
+        specs = defaultdict(list)
+        for spec in self.checkpoint.linears.values():
+            specs[spec.shape].append(spec)
+
+        def bytes_of(shape: tuple[int, int], level: str) -> float:
+            """Mean over a shape's linears, as their time is: an allocation lets each keep another number."""
+            found = self.checkpoint.ladder.find(level)
+            return statistics.mean(linear_bytes(spec, found, way) for spec in specs[shape])
+
         whole = [
             (row["linears"], row["streamed_bytes"], next(x["step_s"] for x in row["decode"] if x["batch"] == 1))
             for row in self.measurements
             if row["way"] == name
         ]
         single = [
-            (
-                linear_bytes(specs[(x["outputs"], x["inputs"])], self.checkpoint.ladder.find(x["level"]), way),
-                x["seconds"],
-            )
+            (bytes_of((x["outputs"], x["inputs"]), x["level"]), x["seconds"])
             for x in self.shapes
             if x["way"] == name and x["tokens"] == 1
         ]

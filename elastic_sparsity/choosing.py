@@ -213,7 +213,8 @@ def _runnable(checkpoint: ElasticCheckpoint, device: Profile | None, wanted: _Wa
         ways = [entry.way for entry in device.ways.values()]
     else:
         runtimes = RUNTIMES if wanted.runtime is None else (wanted.runtime,)
-        ways = [Way(runtime=runtime, dtype=wanted.dtype or _name(checkpoint.dtype)) for runtime in runtimes]
+        named = (Way(runtime=runtime, dtype=wanted.dtype or _name(checkpoint.dtype)) for runtime in runtimes)
+        ways = [way for way in named if misfit(checkpoint.linears, way) is None]
     found = [level for level in levels if any(way.serves(level) for way in ways)]
     if not found:
         raise LevelError(f"{checkpoint.folder}: no level of this checkpoint runs by {wanted}.")

@@ -104,7 +104,7 @@ def train(
 
 def _run(recipe: Recipe, output: Path, quiet: bool, restart: bool) -> None:
     from elastic_sparsity.files import write_json
-    from elastic_sparsity.measure import check_memory, measure
+    from elastic_sparsity.measure import check_memory, measure, warn_of_memory
     from elastic_sparsity.pipeline import optimize
     from elastic_sparsity.quality_record import measures_quality, unmeasured
     from elastic_sparsity.report import human_bytes, plot_results, results_table
@@ -113,6 +113,7 @@ def _run(recipe: Recipe, output: Path, quiet: bool, restart: bool) -> None:
     check_memory(recipe)
     workers = Workers()
     with progress_shown(quiet or not workers.is_main) as progress:
+        warn_of_memory(recipe, workers)
         made = None if restart else unmeasured(recipe, output)
         checkpoint = optimize(recipe, output, progress, restart=restart) if made is None else made
         rows = []

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from elastic_sparsity.errors import ConfigError
+from elastic_sparsity.errors import ConfigError, OutputError
 from elastic_sparsity.files import check_output_file, folder_lock, is_file, is_folder, write_json
 
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -178,7 +178,12 @@ class Record:
         if self.output is None:
             yield self._read()
             return
-        with folder_lock(self.output.parent):
+        with ExitStack() as stack:
+            try:
+                self.output.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(folder_lock(self.output.parent))
+            except OSError as error:
+                raise OutputError(f"{self.output}: cannot be made: {error}.") from error
             data = self._read()
             yield data
             write_json(self.output, data)
@@ -255,4 +260,4 @@ def _zero_shot(path: str, tasks: dict[str, Any], record: Record, limit: int | No
     finally:  # also after an error or Ctrl-C: what is done took long
         documents = "all documents" if limit is None else f"the first {limit} documents"
         if rows:
-            Console(emoji=False).print(tasks_table(rows, f"zero-shot, % right ± standard error, {documents}"))
+            Console(emoji=False).print(tasks_table(rows, f"zero-shot, shares in % ± standard error, {documents}"))

@@ -13,8 +13,9 @@ from rich.table import Table
 
 from elastic_sparsity.config import read_recipe
 from elastic_sparsity.errors import ConfigError
+from elastic_sparsity.free_memory import free_here
 from elastic_sparsity.plan_sizes import STAGES
-from elastic_sparsity.planning import Plan, free_here
+from elastic_sparsity.planning import Plan
 from elastic_sparsity.planning import plan as plan_run
 from elastic_sparsity.report import human_bytes, parse_bytes
 

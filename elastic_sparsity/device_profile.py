@@ -252,7 +252,7 @@ def line_seconds(entry: WayEntry, linears: int, num_bytes: int) -> float:
     return linears * entry.overhead_s + num_bytes / entry.bytes_per_s
 
 
-def fit_way(way: Way, whole: Sequence[tuple[int, int, float]], shapes: Sequence[tuple[int, float]]) -> WayEntry:
+def fit_way(way: Way, whole: Sequence[tuple[int, int, float]], shapes: Sequence[tuple[float, float]]) -> WayEntry:
     """The line of one way from its measurements.
 
     The slope is that of single linears (bytes, seconds a call); what whole models need beyond it is overhead. If single
@@ -281,7 +281,7 @@ def fit_way(way: Way, whole: Sequence[tuple[int, int, float]], shapes: Sequence[
     )
 
 
-def _slope(points: Sequence[tuple[int, float]]) -> float:
+def _slope(points: Sequence[tuple[float, float]]) -> float:
     """Least squares; 0 if the points do not tell."""
     if len({x for x, _ in points}) < 2:
         return 0.0

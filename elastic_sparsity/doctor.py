@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import torch
 
+from elastic_sparsity.free_memory import host_free
 from elastic_sparsity.native import TORCH, InstructionPath, active_path, has_threads, instruction_paths
 from elastic_sparsity.precision import multiplies_bfloat16
 from elastic_sparsity.semi_structured import semi_structured_problem
@@ -42,6 +43,7 @@ class Gpu:
     name: str
     architecture: str
     memory_bytes: int
+    free_bytes: int
     multiplies_bfloat16: bool
     semi_structured_problem: str | None
 
@@ -54,7 +56,7 @@ class Facts:
         features: names out of FEATURES; None = this system does not tell.
         cores: that this process may use.
         threads: that torch uses.
-        free_bytes: memory that can be had without swapping.
+        free_bytes: memory that can be had without swapping, within the limit of a container.
         instruction_paths: kernels of the packed runtime, best first.
         active_path: the one in use; "torch" = no compiled one, None = the compiled ones are damaged or outdated.
         kernel_threads: whether they can use torch's threads.
@@ -94,15 +96,14 @@ class Verdict:
 def read_facts() -> Facts:
     """The facts of this machine. What a system does not tell is None or "unknown", never a guess."""
     cpu, features = _read_cpu()
-    memory = psutil.virtual_memory()
     return Facts(
         cpu=cpu,
         architecture=platform.machine() or "unknown",
         features=features,
         cores=_usable_cores(),
         threads=torch.get_num_threads(),
-        memory_bytes=memory.total,
-        free_bytes=memory.available,
+        memory_bytes=psutil.virtual_memory().total,
+        free_bytes=host_free(),
         torch=torch.__version__,
         instruction_paths=instruction_paths(),
         active_path=active_path(),
@@ -159,6 +160,7 @@ def _read_gpus() -> Iterator[Gpu]:
             name=properties.name,
             architecture=_gpu_architecture(properties),
             memory_bytes=properties.total_memory,
+            free_bytes=torch.cuda.mem_get_info(number)[0],
             multiplies_bfloat16=multiplies_bfloat16("cuda"),
             semi_structured_problem=semi_structured_problem(f"cuda:{number}"),
         )

@@ -122,6 +122,13 @@ def change_weights_(
     return blocks
 
 
+def round_all_gains_(model: Any, dtype: torch.dtype) -> None:
+    """`round_gains_` in every block, if the model's dtype is wider than the one its weights will be kept in."""
+    if torch.finfo(dtype).bits < torch.finfo(model.dtype).bits:
+        for block in decoder_blocks(model):
+            round_gains_(block, model.config, dtype)
+
+
 def summary(results: Sequence[BlockResult]) -> dict[str, dict[str, Any]]:
     """By kind of change: blocks, blocks changed, and by level the held-out error behind it over the one before.
 
@@ -157,8 +164,7 @@ def _function_kept(model: Any, token_ids_ST: Tensor, dtype: torch.dtype) -> Iter
     error = check_function_kept(before, _logits(model, token_ids_ST), torch.float32)
     log.info("induction: absorbed; the logits moved by %.1e of their largest, which is rounding", error)
     if dtype != torch.float32:  # the base model's weights were exact in it, those made of them are not
-        for block in decoder_blocks(model):
-            round_gains_(block, model.config, dtype)
+        round_all_gains_(model, dtype)
         cast_parameters_(model, dtype)
         if bad := not_finite(model):
             raise NumericsError(

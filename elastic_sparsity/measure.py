@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from elastic_sparsity.baselines import prune_one_shot_
@@ -19,13 +20,12 @@ from elastic_sparsity.data import check_vocabulary, read_text, token_hash, token
 from elastic_sparsity.errors import ConfigError, NumericsError
 from elastic_sparsity.evaluate import Quality, evaluate
 from elastic_sparsity.files import is_file, is_folder
+from elastic_sparsity.free_memory import free_here
 from elastic_sparsity.hub import elastic_folder, fetch_levels, is_hub_id
 from elastic_sparsity.ladder import AnyLevel, Level
 from elastic_sparsity.model_shapes import read_shapes
 from elastic_sparsity.models import PACKAGED_MODELS, load_base, packaged_model_folder
-from elastic_sparsity.planning import free_here
 from elastic_sparsity.precision import (
-    DTYPES,
     autocast_factory,
     cast_parameters_,
     computing_dtype,
@@ -209,9 +209,9 @@ def _row(level: str, method: str, quality: Quality, num_bytes: int | None) -> Ro
 
 
 def check_memory(recipe: Recipe) -> None:
-    """Warns if the models that a run's quality is measured of do not fit: the dense one, a level, every baseline.
+    """Raises: ConfigError: if quality is to be measured of a model that is never whole in memory by the recipe's word.
 
-    Raises: ConfigError: if one is never whole in memory by the recipe's word, so that after a long run this would fail.
+    The dense model is evaluated beside every level, so that after a long run this would fail.
     """
     if recipe.evaluation.source is not None and recipe.memory.weights == "stream":
         raise ConfigError(
@@ -219,12 +219,18 @@ def check_memory(recipe: Recipe) -> None:
             "memory; leave the evaluation out, and measure the checkpoint with `elastic-sparsity eval` on a machine "
             "that holds the model."
         )
-    if not measures_quality(recipe):
+
+
+def warn_of_memory(recipe: Recipe, workers: Workers) -> None:
+    """Warns if the models that a run's quality is measured of do not fit: the dense one, a level, every baseline."""
+    if not measures_quality(recipe) or not workers.is_main:
         return
     device, shapes = default_device(), read_shapes(recipe.model.id, recipe.model.dtype)
-    dtype = computing_dtype(DTYPES[shapes.dtype], resolve_precision(recipe.precision, device), device)
+    dtype = computing_dtype(getattr(torch, shapes.dtype), resolve_precision(recipe.precision, device), device)
     count = 2 + len(recipe.evaluation.baselines)
-    needed, free = count * shapes.total * dtype.itemsize, free_here()["device" if device == "cuda" else "host"]
+    limits = free_here()
+    free = limits["device"] if device == "cuda" else limits["host"] // workers.local  # each has its own models
+    needed = count * shapes.total * dtype.itemsize
     if needed > free:
         log.warning(
             "measuring the checkpoint, after the run, may not fit: %d whole models take %.1f GB of %.1f GB; name fewer "

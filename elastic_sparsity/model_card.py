@@ -53,18 +53,20 @@ def front_matter(facts: Facts) -> str:
         EvalResult(
             task_type="text-generation",
             dataset_type="text",
-            dataset_name=_measured_on(facts),
+            dataset_name=on,
+            dataset_config=on,  # results of one type and config would get the first one's name
             metric_type=kind,
             metric_name=f"{name} at {title}",
             metric_value=value,
         )
-        for kind, name, title, value in _results(facts)
+        for on, kind, name, title, value in _results(facts)
     ]
     results += [
         EvalResult(
             task_type="text-generation",
             dataset_type=row.task,
-            dataset_name=row.task,
+            dataset_name=row.task + _limit(dict(measured.protocol)),
+            dataset_config=_limit(dict(measured.protocol)).lstrip(", ") or None,
             metric_type=row.metric,
             metric_name=f"{row.metric} at {level_title(row.level)}",
             metric_value=row.value,
@@ -86,18 +88,29 @@ def front_matter(facts: Facts) -> str:
     return data.to_yaml(line_break="\n")
 
 
-def _results(facts: Facts) -> Iterator[tuple[str, str, str, float]]:
-    """Measured figures of the levels: metric, its name, the level, the value."""
+def _results(facts: Facts) -> Iterator[tuple[str, str, str, str, float]]:
+    """Measured figures of the levels: on what, metric, its name, the level, the value."""
+    on = _measured_on(dict(facts.protocol))
     for level in (*facts.levels, *facts.structured):
         found = facts.figure(level.name, "elastic")
         if found is not None and found.perplexity is not None and math.isfinite(found.perplexity):
-            yield "perplexity", "perplexity", level.title, found.perplexity
+            yield on, "perplexity", "perplexity", level.title, found.perplexity
         if found is not None and found.kl is not None and math.isfinite(found.kl):
-            yield "kl_divergence", "KL to the dense model", level.title, found.kl
+            yield on, "kl_divergence", "KL to the dense model", level.title, found.kl
+    for measured in facts.results.quality:
+        for row in measured.rows:
+            if row.level != DENSE and math.isfinite(row.perplexity):
+                on = _measured_on(dict(measured.protocol))
+                yield on, "perplexity", "perplexity", level_title(row.level), row.perplexity
 
 
-def _measured_on(facts: Facts) -> str:
-    told = dict(facts.protocol)
+def _limit(told: dict[str, str]) -> str:
+    """Of a quick look, how many documents: its figure is not the task's."""
+    documents = told.get("documents", "all")
+    return "" if documents == "all" else f", first {documents} documents"
+
+
+def _measured_on(told: dict[str, str]) -> str:
     parts = [told.get("text", f"text {words.NOT_RECORDED}"), *(told[x] for x in ("windows",) if x in told)]
     return ", ".join(parts)
 

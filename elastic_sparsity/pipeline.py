@@ -33,8 +33,9 @@ from elastic_sparsity.end_to_end import EndToEndSettings, Snapshots, train_end_t
 from elastic_sparsity.errors import NumericsError, OutputError
 from elastic_sparsity.files import check_output_folder, is_file, write_json
 from elastic_sparsity.fused_layers import fused_layers
-from elastic_sparsity.inducing import change_weights_, learn, summary
+from elastic_sparsity.inducing import change_weights_, learn, round_all_gains_, summary
 from elastic_sparsity.manifest import CONFIG_NAME, RUN_NAME
+from elastic_sparsity.precision import DTYPES
 from elastic_sparsity.preparing import check_own, of_strength, prepare, with_trainable
 from elastic_sparsity.run_folder import is_unfinished, run_folder
 from elastic_sparsity.sharding import shard_block_, whole_tensors
@@ -68,6 +69,7 @@ def optimize(
         is_trained, token_ids = is_file(output / CONFIG_NAME), job.token_ids_ST
         if is_trained:
             check_own(output, identity)
+            note_recipe(output, identity["recipe"], workers)
         if not is_trained:
             train_and_save(job, output, identity, stored_dtype)
         del job  # the trained model, before the base model is loaded again
@@ -79,9 +81,16 @@ def optimize(
     return ElasticCheckpoint(output)
 
 
+def note_recipe(output: Path, recipe: dict[str, Any], workers: Workers) -> None:
+    """Records what an interrupted run's recipe has become since its checkpoint was written, see `check_own`."""
+    checkpoint = ElasticCheckpoint(output)
+    if workers.is_main and checkpoint.config.get("recipe") != recipe:
+        checkpoint.update_record({"recipe": recipe})
+
+
 def train_and_save(job: Job, output: Path, identity: dict[str, Any], stored_dtype: torch.dtype) -> None:
     """All stages that train; the first worker writes the checkpoint."""
-    folded = run_folds_(job)
+    folded = run_folds_(job, stored_dtype)
     with training_attention(job.base.model), fused_layers(job.base.model):
         job, induced = run_induction(job)
         job = run_allocation(job, stored_dtype)
@@ -105,9 +114,11 @@ def run_allocation(job: Job, stored_dtype: torch.dtype) -> Job:
     return replace(job, allocation=of_strength(recipe, job.base.model, found))
 
 
-def run_folds_(job: Job) -> dict[str, Any]:
+def run_folds_(job: Job, stored_dtype: torch.dtype) -> dict[str, Any]:
     """Gives the base model weights that are easier to prune and compute the same, if the recipe asks for it.
 
+    Args:
+        stored_dtype: of the base model.
     Returns: the record of what was changed, by kind; empty if nothing was asked for.
     """
     recipe, base, folder = job.recipe, job.base, job.folder
@@ -115,6 +126,7 @@ def run_folds_(job: Job) -> dict[str, Any]:
         return {}
     if job.workers.is_main and not folder.has_base:
         blocks = change_weights_(recipe, base, job.token_ids_ST, job.precision, job.progress)
+        round_all_gains_(base.model, DTYPES[dtype_of_checkpoint(recipe, stored_dtype)])
         folder.save_base(dict(base.model.named_parameters()), {"changes": summary(blocks)})
     job.workers.wait()
     return folder.restore_base_(base.model)
@@ -237,9 +249,6 @@ def save_run(job: Job, output: Path, record: dict[str, Any], stored_dtype: torch
         records = Lazy(names, lambda name: record_of_file(name, is_transposed(model.get_submodule(name))))
         weights = {f"{name}.weight" for name in names}
         shared = Lazy([name for name in stream.shapes if name not in weights], stream.read)
-    dtype: str = recipe.checkpoint.dtype
-    if dtype == "auto":
-        dtype = str(stored_dtype).removeprefix("torch.")
 
     def save_extras(folder: Path) -> None:
         model.config.save_pretrained(folder)
@@ -254,11 +263,16 @@ def save_run(job: Job, output: Path, record: dict[str, Any], stored_dtype: torch
         ladder=recipe.build_ladder(),
         ranks=recipe.group_ranks(),
         inheritance=recipe.adapters.inheritance,
-        dtype=dtype,
+        dtype=dtype_of_checkpoint(recipe, stored_dtype),
         record=record,
         save_extras=save_extras,
         optional={"mixer": {"weights": mixer_weights}},
     )
+
+
+def dtype_of_checkpoint(recipe: Recipe, stored_dtype: torch.dtype) -> str:
+    """The dtype, by name, of the values that a run writes."""
+    return str(stored_dtype).removeprefix("torch.") if recipe.checkpoint.dtype == "auto" else recipe.checkpoint.dtype
 
 
 def record_run(output: Path, seconds: float, workers: Workers) -> None:

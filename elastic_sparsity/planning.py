@@ -1,32 +1,26 @@
 """What a run will need, before any work: memory, disk, token-passes, operations, and from a probe the time."""
 
-import math
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from elastic_sparsity.adding import check_structured
 from elastic_sparsity.allocation_file import allocation_of, load_plan
 from elastic_sparsity.config import Recipe, StructuredSection, make_recipe
 from elastic_sparsity.errors import ConfigError, MemoryPlanError
+from elastic_sparsity.free_memory import free_here
 from elastic_sparsity.memory_plan import memory_terms, peaks
 from elastic_sparsity.model_shapes import ModelShapes, model_config, read_shapes, shapes_model
 from elastic_sparsity.plan_sizes import Choices, Peak, Sizes, Term, Work
-from elastic_sparsity.precision import DTYPES, computing_dtype, default_device, resolve_precision
+from elastic_sparsity.precision import computing_dtype, default_device, resolve_precision
 from elastic_sparsity.supernet import linear_sizes
 from elastic_sparsity.work_plan import Timing, seconds_of, work_of
 
-FREE_SHARE = 0.9  # of what is free: other programs live too
 Probe = Callable[..., Timing]
-# Files of a memory control group: its limit, what it uses, and what of memory.stat the kernel gives back when asked.
-_CGROUP_V2 = ("memory.max", "memory.current", "inactive_file")
-_CGROUP_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -190,51 +184,6 @@ def misfits(recipe: Recipe, shapes: ModelShapes, choices: Choices, limits: dict[
     return [peak for peak in found if peak.bytes > limits.get(peak.place, peak.bytes)]
 
 
-def free_here() -> dict[str, int]:
-    """Most of the memory that is free now, in bytes."""
-    own = psutil.Process().memory_info().rss  # a plan counts it
-    free = {"host": int(FREE_SHARE * min(psutil.virtual_memory().available, cgroup_free())) + own}
-    if default_device() == "cuda":
-        free["device"] = int(FREE_SHARE * torch.cuda.mem_get_info()[0])
-    return free
-
-
-def cgroup_free(root: Path = Path("/")) -> float:
-    """Bytes that this process's memory control groups leave it: a container's limit is one. Infinite without a limit.
-
-    Args:
-        root: of the file system that is asked.
-    """
-    found = math.inf
-    for line in _text(root / "proc" / "self" / "cgroup").splitlines():
-        _, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        mount = root / "sys/fs/cgroup" / ("memory" if controllers else "")
-        group = mount / path.lstrip("/")  # inside a container it may be missing: the mount itself is then its group
-        for folder in (group, *(parent for parent in group.parents if parent.is_relative_to(mount))):
-            found = min(found, _group_free(folder, *(_CGROUP_V1 if controllers else _CGROUP_V2)))
-    return found
-
-
-def _group_free(folder: Path, limit: str, usage: str, reclaimable: str) -> float:
-    try:
-        room = int(_text(folder / limit)) - int(_text(folder / usage))
-    except ValueError:  # "max", or a group without a memory controller
-        return math.inf
-    cached = re.search(rf"^{reclaimable} (\d+)$", _text(folder / "memory.stat"), re.MULTILINE)
-    return max(0, room + (int(cached[1]) if cached else 0))
-
-
-def _text(path: Path) -> str:
-    """A small file of the kernel; empty if it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        return ""
-
-
 def _precision(recipe: Recipe, gpu: bool) -> str:
     if gpu and default_device() != "cuda":  # planned for another machine: GPUs multiply bfloat16
         return "bfloat16" if recipe.precision == "auto" else recipe.precision
@@ -244,7 +193,7 @@ def _precision(recipe: Recipe, gpu: bool) -> str:
 def _probe(recipe: Recipe, shapes: ModelShapes, choices: Choices, config_file: Path | None) -> Timing:
     from elastic_sparsity.probe import probe  # slow import, only here
 
-    dtype = computing_dtype(DTYPES[shapes.dtype], choices.precision, "cuda" if choices.gpu else "cpu")
+    dtype = computing_dtype(getattr(torch, shapes.dtype), choices.precision, "cuda" if choices.gpu else "cpu")
     one = replace(choices, weights="stream", activations="disk", trainable="off")
     needed = max(p.bytes for p in peaks(memory_terms(shapes, recipe, one)) if p.place != "disk")
     if needed > free_here()["host"]:

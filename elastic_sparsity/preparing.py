@@ -16,15 +16,16 @@ from elastic_sparsity.allocator import keep_freed_tensors_, return_freed_tensors
 from elastic_sparsity.arch import function_config
 from elastic_sparsity.block_phase import Job
 from elastic_sparsity.calibration_text import Progress, calibration_tokens, evaluation_windows
-from elastic_sparsity.config import Recipe
+from elastic_sparsity.config import Recipe, StructuredSection
 from elastic_sparsity.data import token_hash
 from elastic_sparsity.errors import ConfigError, OutputError
+from elastic_sparsity.free_memory import free_here
 from elastic_sparsity.inducing import check_base_model, check_stages
 from elastic_sparsity.manifest import read_manifest
-from elastic_sparsity.model_shapes import ModelShapes, read_shapes
+from elastic_sparsity.model_shapes import read_shapes
 from elastic_sparsity.models import BaseModel, load_base, stream_base
-from elastic_sparsity.plan_sizes import Choices
-from elastic_sparsity.planning import check_patterns, choose, free_here, misfits
+from elastic_sparsity.plan_sizes import Choices, Peak
+from elastic_sparsity.planning import check_patterns, choose, misfits
 from elastic_sparsity.precision import DTYPES, default_device, resolve_precision, to_computing_dtype_
 from elastic_sparsity.run_folder import RunFolder
 from elastic_sparsity.supernet import linear_depths, linear_sizes
@@ -99,10 +100,12 @@ def prepare(
 def binding(recipe: Recipe) -> dict[str, Any]:
     """What of a recipe an interrupted run cannot change: all that its finished blocks depend on.
 
-    Not how well the end-to-end phase behind them trains (a snapshot of it is of its own settings), in which dtype the
-    checkpoint is written, and what is measured of it: what an error there advises can be done without losing hours.
+    Not how the end-to-end phase behind them trains (a snapshot of it is of its own settings), in which dtype the
+    checkpoint is written (unless folded weights are rounded for it), which structured levels are added to it, and what
+    is measured of it: what an error there advises can be done without losing hours.
     """
-    found = recipe.model_dump(mode="json", exclude={"memory", "evaluation", "checkpoint"})
+    free = {"memory", "evaluation", "structured"} | (set() if recipe.induction.changes_weights else {"checkpoint"})
+    found = recipe.model_dump(mode="json", exclude=free)
     wanted = recipe.end_to_end
     found["end_to_end"] = {"trainable": wanted.trainable, "shard": wanted.shard, "is_on": wanted.steps > 0}
     return found
@@ -130,19 +133,20 @@ def settle(recipe: Recipe, num_workers: int, decided: Mapping[str, Any], *, num_
         log.warning("end-to-end phase is off: %s; `elastic-sparsity plan` says more", why)
     elif choices.trainable == "adapters" and recipe.end_to_end.trainable == "auto":
         log.warning("end-to-end phase trains the adapters alone: base weights too do not fit into memory")
-    warn_of_misfits(recipe, shapes, choices, limits)
+    alone = own.model_copy(update={"structured": StructuredSection()})
+    warn_of_misfits("the run", misfits(alone, shapes, choices, room), room, "")
+    late = [peak for peak in misfits(recipe, shapes, choices, limits) if peak.stage in ("structured", "tuning")]
+    tip = " (structured.steps = 0 leaves out their tuning)"
+    warn_of_misfits("structured levels, made last by one process,", late, limits, tip)
     return choices
 
 
-def warn_of_misfits(recipe: Recipe, shapes: ModelShapes, choices: Choices, limits: dict[str, int]) -> None:
+def warn_of_misfits(what: str, found: Sequence[Peak], limits: Mapping[str, int], tip: str) -> None:
     """Warns of stages that need more memory than is free; hours later they would end the run."""
-    for peak in misfits(recipe, shapes, choices, limits):
-        late = peak.stage in ("structured", "tuning")
+    for peak in found:
         log.warning(
             "%s may not fit: %s memory, stage %s, needs %.1f GB of %.1f GB; `elastic-sparsity plan` says what helps%s",
-            "structured levels, made last," if late else "the run",
-            peak.place, peak.stage, peak.bytes / 1e9, limits[peak.place] / 1e9,
-            " (structured.steps = 0 leaves out their tuning)" if late else "",
+            what, peak.place, peak.stage, peak.bytes / 1e9, limits[peak.place] / 1e9, tip,
         )  # fmt: skip
 
 
@@ -218,14 +222,28 @@ def of_strength(recipe: Recipe, model: Any, plan: dict[str, tuple[int, ...]]) ->
 
 
 def check_own(output: Path, identity: Mapping[str, Any]) -> None:
-    """Raises: OutputError: unless the checkpoint at `output` is the one that this run made before it was killed."""
-    found, wanted = read_manifest(output)[1], json.loads(json.dumps(identity))
-    other = [key for key in ("base_model", "recipe", "data") if found.get(key) != wanted[key]]
+    """That the checkpoint at `output` is the one that this run made before it was killed.
+
+    What is measured of it, and the structured levels that are not made yet, may be others by now.
+
+    Raises: OutputError.
+    """
+    (manifest, found), wanted = read_manifest(output), json.loads(json.dumps(identity))
+    trained, asked = (_trained_by(config.get("recipe")) for config in (found, wanted))
+    same = {"recipe": trained == asked, **{key: found.get(key) == wanted[key] for key in ("base_model", "data")}}
+    left = {level.fraction for level in manifest.structured_levels()} - set(wanted["recipe"]["structured"]["fractions"])
+    other = [key for key, is_same in same.items() if not is_same or (key == "recipe" and left)]
     if other:
         raise OutputError(
             f"{output}: holds a checkpoint of another {' and '.join(other)} than the unfinished run {output}.run, "
             "which needs this place; move the checkpoint away, or name another output."
         )
+
+
+def _trained_by(recipe: Any) -> Any:
+    """The part of a recorded recipe that the levels with masks depend on."""
+    free = ("memory", "evaluation", "structured")
+    return {key: part for key, part in recipe.items() if key not in free} if isinstance(recipe, dict) else recipe
 
 
 def versions(packages: Sequence[str] = ("elastic-sparsity", "torch", "transformers", "safetensors")) -> dict[str, str]:

@@ -13,6 +13,7 @@ from elastic_sparsity.errors import ConfigError, OutputError, brief
 from elastic_sparsity.terminal import title as as_title
 
 Row = Mapping[str, Any]
+SHARES = ("acc", "exact_match", "em", "f1")  # metrics between 0 and 1, by how their names begin
 MEAN = "mean"  # the last line of tasks
 
 
@@ -110,7 +111,7 @@ def tasks_table(rows: Sequence[Row], title: str) -> Table:
 
 
 def task_lines(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Zero-shot results in percent with standard errors: a line a task, a column a level and method.
+    """Zero-shot results, shares in percent, with standard errors: a line a task, a column a level and method.
 
     The last line is the mean over tasks, of the columns that have all of them.
 
@@ -167,9 +168,10 @@ def task_means(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def _percent(metric: str, value: float, error: float | None) -> str:
-    """ "61.2 ± 1.1" for accuracies, which are shares; other metrics as they are."""
-    scale = 100 if metric.startswith("acc") else 1
-    return f"{scale * value:.1f}" + ("" if error is None else f" ± {scale * error:.1f}")
+    """ "61.2 ± 1.1" for metrics that are shares; others as they are, to four digits."""
+    if metric.startswith(SHARES):
+        return f"{100 * value:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
+    return f"{value:.4g}" + ("" if error is None else f" ± {error:.2g}")
 
 
 def level_title(level: str) -> str:

@@ -19,7 +19,7 @@ ONLY_LATER = (
     "The run itself stored no quality in this checkpoint; what elastic-sparsity eval measured later stands below as "
     "far as this report was given it."
 )
-ACCURACIES = "Accuracies in percent ± standard error over documents. "
+ACCURACIES = "Accuracies, exact matches and F1 in percent, ± standard error over documents. "
 QUALITY_HEAD = ("level", "perplexity", "KL to the reference")
 NO_LOSSES = "This checkpoint has no training record by block, so there is no error by layer to show."
 

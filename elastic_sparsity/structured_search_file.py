@@ -61,8 +61,8 @@ class SearchFile:
         other = sorted(key for key in made.keys() | state.made.keys() if made.get(key) != state.made.get(key))
         if other:
             raise OutputError(
-                f"{self.path}: holds an unfinished search of other settings ({brief(', '.join(other))}); delete it or "
-                "name another output (of a run: --restart)."
+                f"{self.path}: holds an unfinished search of other settings ({brief(', '.join(other))}); delete it, "
+                "which loses that search alone, or name another output."
             )
         return state
 

@@ -42,6 +42,8 @@ class Way:
 
 def misfit(linears: Mapping[str, LinearSpec], way: Way) -> str | None:
     """Why a way cannot run a checkpoint's linears, at whatever level; None if it can."""
+    if way.runtime == PACKED and way.dtype == "float16":
+        return "packed has no float16"
     if way.runtime != SEMI_STRUCTURED:
         return None
     dtype = DTYPES[way.dtype]

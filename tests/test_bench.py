@@ -8,10 +8,11 @@ import weakref
 
 import pytest
 import torch
+from conftest import tiny_recipe
 from machines import gpu, kernels, machine
 from torch import nn
 
-from elastic_sparsity import ElasticCheckpoint, ElasticModel
+from elastic_sparsity import ElasticCheckpoint, ElasticModel, optimize
 from elastic_sparsity.bench import bench, load_way, resident_bytes
 from elastic_sparsity.device_profile import predict, read_profile, write_profile
 from elastic_sparsity.errors import CheckpointError, ConfigError, LevelError
@@ -115,6 +116,20 @@ def test_every_number_of_a_known_machine(tiny_checkpoint, monkeypatch):
         assert row.seconds == pytest.approx(tokens * linear_bytes(spec, level, way) / BYTES_PER_S[way.runtime])
     shapes = {x.shape for x in checkpoint.linears.values()}
     assert len(profile.shapes) == len(shapes) * 2 * 3 * 2  # levels, ways, numbers of tokens
+
+
+def test_the_line_of_linears_that_keep_different_numbers(tmp_path, monkeypatch):
+    """Linears of one shape are timed together; the bytes beside that time are their mean too."""
+    recipe = tiny_recipe(
+        allocation={"slope": 0.4}, adapters={"ranks": 0}, block={"steps": 0}, end_to_end={"trainable": "off"}
+    )
+    checkpoint = optimize(recipe, tmp_path / "c")
+    assert len({spec.kept for spec in checkpoint.linears.values() if spec.shape == (32, 32)}) > 1
+    slow = SlowModels(monkeypatch)
+    profile = bench(tmp_path / "c", levels=["0.7", "0.5"], facts=PACKED, load=slow.load, **QUICK)
+    for entry in profile.ways.values():
+        assert entry.bytes_per_s == pytest.approx(BYTES_PER_S[entry.runtime])
+        assert entry.overhead_s == pytest.approx(OVERHEAD_S[entry.runtime])
 
 
 def test_ways_take_turns(tiny_checkpoint, monkeypatch):
@@ -223,7 +238,7 @@ def test_resident_bytes_of_2of4_weights_are_those_they_are_made_of():
         ((16, 128), False, "semi_structured", r"b is \(16, 128\)"),
         ((64, 128), True, "semi_structured", "b is stored transposed"),
         ((16, 100), True, "dense", None),
-        ((16, 100), True, "packed", None),
+        ((16, 100), True, "packed", "packed has no float16"),
     ],
 )
 def test_linears_that_2of4_products_do_not_take(shape, transposed, runtime, problem):
@@ -276,7 +291,7 @@ def test_a_way_that_cannot_hold_the_linears_is_left_out(tiny_checkpoint, monkeyp
             ConfigError,
             "bytes side by side, 1000 are there; time fewer",
         ),
-        ({"facts": machine(gpus=(gpu(memory_bytes=9),)), "device": "cuda"}, ConfigError, "9 are there"),
+        ({"facts": machine(gpus=(gpu(free_bytes=9),)), "device": "cuda"}, ConfigError, "9 are there"),
     ],
 )
 def test_wrong_settings(changes, error, message, tiny_checkpoint):

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import hashlib
+import importlib
 import io
 import json
 import random
@@ -16,6 +17,7 @@ from conftest import tiny_recipe
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import ablation
 import cells
+import estimates
 import size
 import zero_shot
 
@@ -46,6 +48,18 @@ trainable = "base"
 steps = 40
 batch_size = 2
 """
+
+
+@pytest.mark.parametrize("script", sorted(path.stem for path in Path(cells.__file__).parent.glob("*.py")))
+def test_every_script_can_be_imported(script):
+    """One that only its own long run would start is soon left behind by what it uses."""
+    importlib.import_module(script)
+
+
+def test_a_random_llama_of_7b_shapes_is_what_speed_scripts_ask_for(tmp_path, monkeypatch):
+    """As latency.py and estimates.py call it, in small."""
+    monkeypatch.setattr(estimates, "LLAMA_7B", (32, 64, 4, 4, 2, 260))
+    assert start(estimates) == (start(estimates)[0], None) and "laptop-avx2" in start(estimates)[0]
 
 
 def start(script, *arguments):

@@ -243,7 +243,12 @@ def test_a_runtime_and_dtype_that_are_given_are_what_is_predicted(measured, prof
     assert choose_level(measured, profile=profile, max_ms_per_token=9, dtype="auto").dtype == "float32"
 
 
-def test_levels_that_a_given_runtime_cannot_hold_are_not_offered(measured, tmp_path):
+def test_levels_that_a_given_runtime_cannot_hold_are_not_offered(measured, tmp_path, monkeypatch):
+    with pytest.raises(LevelError, match="no level of this checkpoint runs by runtime packed and dtype float16"):
+        choose_level(measured, max_bytes="1GB", runtime="packed", dtype="float16")
+    with pytest.raises(LevelError, match="runs by runtime semi_structured"):  # 16 rows, which its products do not take
+        choose_level(measured, max_bytes="1GB", runtime="semi_structured")
+    monkeypatch.setattr("elastic_sparsity.choosing.misfit", lambda *_: None)
     choice = choose_level(measured, max_bytes="1GB", runtime="semi_structured", dtype="bfloat16")
     assert (choice.level, choice.runtime, choice.dtype, choice.device) == ("2:4", "semi_structured", "bfloat16", None)
     patternless = tiny_recipe(ladder={"patterns": []}, block={"steps": 0}, end_to_end={"trainable": "off"})

@@ -116,6 +116,12 @@ def test_what_an_output_holds_of_another_model_or_program_stays(capsys, tiny_che
     assert run(capsys, "eval", tiny_checkpoint, "--level", "0.5", "--text", text, *OPTIONS, output)[0] == 0
 
 
+def test_an_output_in_a_new_folder(capsys, tiny_checkpoint, text, tmp_path):
+    output = tmp_path / "new" / "folder" / "e.json"
+    assert run(capsys, "eval", tiny_checkpoint, "--level", "0.5", "--text", text, *OPTIONS, output)[0] == 0
+    assert list(rows_of(output)) == ["0.5"]
+
+
 def test_two_processes_with_one_output_keep_each_others_rows(tmp_path):
     output, protocol, weights = tmp_path / "e.json", {"text": "t"}, {"checkpoint_id": "c"}
     records = [Record(output, "model") for _ in range(2)]

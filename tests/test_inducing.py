@@ -11,8 +11,8 @@ from conftest import tiny_recipe
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from elastic_sparsity import export_peft, inducing, optimize, pipeline, write_overlay
-from elastic_sparsity.absorption import scale_pairs
+from elastic_sparsity import ElasticModel, export_peft, inducing, optimize, pipeline, write_overlay
+from elastic_sparsity.absorption import scale_pair_, scale_pairs
 from elastic_sparsity.adding import add_structured
 from elastic_sparsity.arch import architecture_of, decoder_blocks, linears_of, weight_OI
 from elastic_sparsity.config import make_recipe
@@ -264,6 +264,33 @@ def test_a_fold_that_is_not_exact_is_refused_before_text_is_sampled(model, fold,
     for start in (optimize, induce):
         with pytest.raises(AbsorptionError, match=message):
             start(wanted, tmp_path / "x")
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_small_gains_reach_the_checkpoint_in_whatever_dtype_it_is_computed(precision, tmp_path, monkeypatch):
+    """Gemma's gains of 2^-8, made smaller: bfloat16 next to -1 does not know them."""
+    model = tiny_model("gemma2").bfloat16()
+    for block in decoder_blocks(model):
+        block.input_layernorm.weight.data[:4] = 2**-8 - 1
+    model.save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+
+    def absorb(recipe, base, *_):
+        for block in decoder_blocks(base.model):
+            pair = scale_pairs(block, base.model.config)[0]
+            scale_pair_(block, pair, torch.full((pair.num_values,), 2.2))
+        return []
+
+    monkeypatch.setattr(inducing, "absorb", absorb)
+    wanted = recipe(
+        model={"id": str(tmp_path / "base")},
+        induction={**STAGE, "reading": "absorbed"},
+        precision=precision,
+        checkpoint={"dtype": "bfloat16"},
+    )
+    optimize(wanted, tmp_path / "c")
+    for block in decoder_blocks(ElasticModel.from_pretrained(tmp_path / "c", 0.5)):
+        assert ((block.input_layernorm.weight.float() + 1)[:4] > 0).all()
 
 
 FOLDS = ["residual_order", "values", "query_key", "value_order", "mlp_order"]

@@ -62,7 +62,8 @@ ALLOWED = {
     "records": {"files", "terminal"},
     "report": {"errors", "terminal"},
     "ways": {"checkpoint", "ladder", "packed_weight", "precision", "semi_structured", "shells"},
-    "doctor": {"torch", "native", "precision", "semi_structured", "ways"},
+    "free_memory": {"torch", "precision"},
+    "doctor": {"torch", "free_memory", "native", "precision", "semi_structured", "ways"},
     "device_profile": {"checkpoint", "errors", "files", "ladder", "ways"},
     "device_report": {"device_profile", "doctor", "report", "ways"},
     "choosing": {
@@ -211,10 +212,11 @@ ALLOWED = {
     },
     # layer 4: the flow
     "planning": {
-        "torch", "adding", "allocation_file", "config", "errors", "memory_plan", "model_shapes", "plan_sizes",
-        "precision", "probe", "supernet", "work_plan",
+        "torch", "adding", "allocation_file", "config", "errors", "free_memory", "memory_plan", "model_shapes",
+        "plan_sizes", "precision", "probe", "supernet", "work_plan",
     },
     "preparing": {
+        "free_memory",
         "torch", "adding", "allocation", "allocation_file", "allocator", "arch", "block_phase", "calibration_text",
         "config", "data", "errors", "inducing", "manifest", "model_shapes", "models", "plan_sizes", "planning",
         "precision", "run_folder", "supernet", "workers",
@@ -222,11 +224,12 @@ ALLOWED = {
     "pipeline": {
         "torch", "adapters", "adding", "allocating", "allocation_file", "allocator", "arch", "attention",
         "block_phase", "block_state", "calibration_text", "checkpoint", "checkpoint_writer", "config", "distill",
-        "end_to_end", "errors", "files", "fused_layers", "inducing", "manifest", "preparing", "run_folder", "sharding",
-        "shells", "supernet", "workers",
+        "end_to_end", "errors", "files", "fused_layers", "inducing", "manifest", "precision", "preparing", "run_folder",
+        "sharding", "shells", "supernet", "workers",
     },
     "quality_record": {"checkpoint", "config", "errors", "files", "ladder", "manifest", "run_folder"},
     "measure": {
+        "free_memory",
         "torch", "baselines", "calibration_text", "checkpoint", "config", "data", "errors", "evaluate", "files", "hub",
         "ladder", "model_shapes", "models", "planning", "precision", "quality_record", "slicing", "workers",
         "zero_shot",
@@ -253,7 +256,7 @@ ALLOWED = {
     "cli_export": {"transformers", "exports", "terminal"},
     "cli_induce": {"config", "inducing", "terminal"},
     "cli_search": {"allocating", "allocation_plot", "config", "descent", "errors", "search", "terminal"},
-    "cli_plan": {"config", "errors", "plan_sizes", "planning", "report"},
+    "cli_plan": {"free_memory", "config", "errors", "plan_sizes", "planning", "report"},
     "cli_progress": {"terminal", "transformers"},
     "cli_prune": {"errors", "pruning", "sized", "structured", "structured_search", "structured_sizes", "terminal"},
     "cli_structured": {"adding", "checkpoint", "cli_prune", "errors", "report", "structured_sizes", "terminal"},

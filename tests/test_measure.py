@@ -12,6 +12,7 @@ from elastic_sparsity import ElasticCheckpoint, measure, optimize, pipeline
 from elastic_sparsity.errors import NumericsError, OutputError
 from elastic_sparsity.evaluate import Quality
 from elastic_sparsity.tiny import byte_tokenizer, tiny_model
+from elastic_sparsity.workers import Workers
 
 QUICK = """
 [model]
@@ -200,7 +201,7 @@ def test_models_that_do_not_fit_are_told_before_the_run(caplog, monkeypatch):
     wanted = tiny_recipe(evaluation={"baselines": ["wanda", "magnitude"]})
     for free, expected in ((4 * size, 0), (4 * size - 1, 1)):
         monkeypatch.setattr(measure, "free_here", lambda free=free: {"host": free, "device": free})
-        measure.check_memory(wanted)
+        measure.warn_of_memory(wanted, Workers())
         assert len(caplog.records) == expected
     assert "4 whole models take" in caplog.text
 

@@ -12,12 +12,14 @@ from conftest import tiny_recipe
 
 from elastic_sparsity import plan
 from elastic_sparsity.config import make_recipe, read_recipe
+from elastic_sparsity.doctor import read_facts
 from elastic_sparsity.errors import ConfigError, MemoryPlanError, UnsupportedModelError
+from elastic_sparsity.free_memory import cgroup_free, free_here
 from elastic_sparsity.masks import drop_levels, pattern_mask
 from elastic_sparsity.memory_plan import memory_terms, peaks
 from elastic_sparsity.model_shapes import read_shapes
 from elastic_sparsity.plan_sizes import STAGES, Choices, Sizes, checkpoint_bytes
-from elastic_sparsity.planning import cgroup_free, choose, free_here
+from elastic_sparsity.planning import choose
 from elastic_sparsity.preparing import settle
 from elastic_sparsity.tiny import TINY_FAMILIES, tiny_model
 
@@ -228,8 +230,9 @@ def test_memory_that_a_container_may_use(tmp_path, monkeypatch):
     write("sys/fs/cgroup/memory/memory.usage_in_bytes", "1100\n")
     assert cgroup_free(tmp_path) == 0
     before = free_here()["host"]
-    monkeypatch.setattr("elastic_sparsity.planning.cgroup_free", lambda: 0)
+    monkeypatch.setattr("elastic_sparsity.free_memory.cgroup_free", lambda: 0)
     assert free_here()["host"] < before
+    assert read_facts().free_bytes == 0, "bench would be ended by its container"
 
 
 def test_what_a_run_would_refuse_late_is_refused_first(tmp_path):

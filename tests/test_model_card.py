@@ -40,6 +40,7 @@ def test_metadata_of_a_measured_checkpoint(folder):
     }
     assert results[0]["results"][0]["dataset"] == {
         "name": "wikitext2-test.raw.txt, 147 windows of 2,048 tokens", "type": "text",
+        "config": "wikitext2-test.raw.txt, 147 windows of 2,048 tokens",
     }  # fmt: skip
     assert MARK in text and "|50 %|50.00 %|" in text and "|50 %|wanda|53.15|not measured|" in text
 

@@ -20,7 +20,7 @@ from elastic_sparsity import (
 )
 from elastic_sparsity.adding import check_sizes
 from elastic_sparsity.descent import DescentSettings
-from elastic_sparsity.errors import ConfigError
+from elastic_sparsity.errors import ConfigError, NumericsError, OutputError
 from elastic_sparsity.manifest import CONFIG_NAME
 from elastic_sparsity.measure import measure
 from elastic_sparsity.model_shapes import read_shapes, shapes_model
@@ -94,13 +94,33 @@ def test_an_interrupted_run_goes_on(made, recipe_of, tmp_path, monkeypatch):
             optimize(recipe, tmp_path / "c")
     assert [x.name for x in levels(tmp_path / "c")] == ["0.5", "0.7", "structured-0.25"]
     assert all(check.passed for check in verify(tmp_path / "c")), "whole, as far as it goes"
-    with pytest.raises(ConfigError, match=r"differs in recipe.structured.fractions"):
-        optimize(recipe_of(structured={**STRUCTURED, "fractions": [0.25, 0.6]}), tmp_path / "c")
+    without_first = recipe_of(structured={**STRUCTURED, "fractions": [0.5]})
+    with pytest.raises(OutputError, match="holds a checkpoint of another recipe"):
+        optimize(without_first, tmp_path / "c")
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "train_and_save", None)  # not called again
         optimize(recipe, tmp_path / "c")
     assert checkpoint_files(tmp_path / "c") == checkpoint_files(made)
     assert (tmp_path / "c" / "run.json").exists() and not (tmp_path / "c.run").exists()
+
+
+def test_what_structured_levels_need_may_change_before_they_are_made(recipe_of, tmp_path, monkeypatch):
+    """As their errors and warnings advise; nothing that is done is done again, and the record is of the new recipe."""
+    recipe = recipe_of(structured=STRUCTURED)
+    with monkeypatch.context() as patch:
+        patch.setattr(adding, "smaller_model", lambda *_, **__: (_ for _ in ()).throw(NumericsError("loss")))
+        with pytest.raises(NumericsError):
+            optimize(recipe, tmp_path / "c")
+    changed = recipe_of(structured={**STRUCTURED, "steps": 1, "lr": 1e-5})
+    evaluation = changed.evaluation.model_copy(update={"max_windows": 1})
+    changed = changed.model_copy(update={"evaluation": evaluation})
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "train_and_save", None)  # not called again
+        optimize(changed, tmp_path / "c")
+    optimize(changed, tmp_path / "whole")
+    assert checkpoint_files(tmp_path / "c") == checkpoint_files(tmp_path / "whole")
+    recorded = [ElasticCheckpoint(tmp_path / name).config["recipe"] for name in ("c", "whole")]
+    assert recorded[0] == recorded[1] and recorded[0]["structured"]["lr"] == 1e-5
 
 
 def test_an_interrupted_level_keeps_its_search(tmp_path, monkeypatch):
