@@ -7,7 +7,7 @@ linear: sparsity is per output row, so fusing changes nothing. GPT-2 keeps its w
 import copy
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,10 +21,12 @@ class Architecture:
     """Attributes:
     blocks: path of the decoder blocks' `ModuleList` from the causal LM.
     linears: paths inside a block, in the order in which data flows.
+    begins_with_bos: whether the model is lost on text without a begin-of-text token in front; others do without.
     """
 
     blocks: str
     linears: tuple[str, ...]
+    begins_with_bos: bool = False
 
 
 _ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
@@ -35,8 +37,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mistral": _GLU,
     "qwen2": _GLU,
     "qwen3": _GLU,
-    "gemma2": _GLU,
-    "gemma3_text": _GLU,
+    "gemma2": replace(_GLU, begins_with_bos=True),
+    "gemma3_text": replace(_GLU, begins_with_bos=True),
     "phi3": Architecture(
         "model.layers", ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
     ),

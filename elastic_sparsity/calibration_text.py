@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from elastic_sparsity.arch import function_config
+from elastic_sparsity.arch import architecture_of, function_config
 from elastic_sparsity.config import Recipe
 from elastic_sparsity.data import (
     check_vocabulary,
@@ -43,6 +43,14 @@ def silent(stage: str, done: int, total: int) -> None:
     """The progress of a caller who wants none."""
 
 
+def first_token(config: Any, tokenizer: Any) -> int | None:
+    """The token that all samples and windows of a model begin with; None = as the text goes on.
+
+    Only where the architecture is lost without (Gemma): others are measured without any, as the field's figures are.
+    """
+    return tokenizer.bos_token_id if architecture_of(config.model_type).begins_with_bos else None
+
+
 def calibration_tokens(recipe: Recipe, base: BaseModel, progress: Progress = silent) -> tuple[Tensor, Tensor | None]:
     """(S, T) calibration samples, and for "self" the held-out samples that evaluation uses when it has no text."""
     wanted = recipe.calibration
@@ -67,7 +75,8 @@ def calibration_tokens(recipe: Recipe, base: BaseModel, progress: Progress = sil
     )
     ids = tokenize(base.tokenizer, text)
     check_vocabulary(ids, base.model.config.vocab_size)
-    ids_ST = sample_windows(ids, given, wanted.length, recipe.seed)
+    first = first_token(base.model.config, base.tokenizer)
+    ids_ST = sample_windows(ids, given, wanted.length, recipe.seed, first)
     if wanted.self_samples:
         ids_ST = interleave(ids_ST, _self_sampled(recipe, base, wanted.self_samples, recipe.seed, progress))
     return ids_ST, None
@@ -88,7 +97,8 @@ def _self_sampled(recipe: Recipe, base: BaseModel, samples: int, seed: int, prog
     precision = resolve_precision(recipe.precision, device)
     config = hashlib.sha256(json.dumps(function_config(base.model.config), sort_keys=True).encode()).hexdigest()
     key = f"{base.identity['sha256'][:16]}-{config[:8]}-{samples}x{wanted.length}-t{wanted.temperature:g}"
-    key += f"-{precision}-s{seed}"
+    first = first_token(base.model.config, base.tokenizer)
+    key += f"-{precision}-s{seed}" + ("" if first is None else f"-b{first}")
     path = cache_folder() / f"self-calibration-{SAMPLER}" / f"{key}.safetensors"
     if path.is_file():
         try:
@@ -106,6 +116,7 @@ def _self_sampled(recipe: Recipe, base: BaseModel, samples: int, seed: int, prog
         wanted.length,
         temperature=wanted.temperature,
         seed=seed,
+        first=first,
         on_batch=lambda done, total: progress("sampling calibration text", done, total),
     )
     scratch = path.with_suffix(f".partial-{os.getpid()}")
@@ -133,9 +144,16 @@ def evaluation_windows(recipe: Recipe, base: BaseModel, held_out: Tensor | None)
         raise DataError(f"evaluation.source: {wanted.source!r}: no such file; name a text to measure on.")
     text = read_text(wanted.source)
     check_length("evaluation.window", wanted.window, base.model)
-    ids = windows(tokenize(base.tokenizer, text), wanted.window, wanted.max_windows)
+    first = first_token(base.model.config, base.tokenizer)
+    ids = windows(tokenize(base.tokenizer, text), wanted.window, wanted.max_windows, first)
     check_vocabulary(ids, base.model.config.vocab_size)
-    return ids, {"text": Path(wanted.source).name, "sha256": token_hash(ids), "windows": list(ids.shape)}
+    return ids, text_protocol(Path(wanted.source).name, ids, first)
+
+
+def text_protocol(name: str, ids_ST: Tensor, first: int | None) -> dict[str, Any]:
+    """What perplexity was measured on, for a record."""
+    found = {"text": name, "sha256": token_hash(ids_ST), "windows": list(ids_ST.shape)}
+    return found if first is None else {**found, "begin_of_text": first}
 
 
 def check_length(field: str, length: int, model: Any) -> None:

@@ -104,7 +104,8 @@ def train(
 
 def _run(recipe: Recipe, output: Path, quiet: bool, restart: bool) -> None:
     from elastic_sparsity.files import write_json
-    from elastic_sparsity.measure import check_memory, measure, warn_of_memory
+    from elastic_sparsity.measure import measure
+    from elastic_sparsity.measure_memory import check_memory, warn_of_memory
     from elastic_sparsity.pipeline import optimize
     from elastic_sparsity.quality_record import measures_quality, unmeasured
     from elastic_sparsity.report import human_bytes, plot_results, results_table

@@ -121,31 +121,35 @@ def check_vocabulary(token_ids: Tensor, vocabulary: int) -> None:
         raise DataError(f"tokenizer: gives {found}, the model's vocabulary has {vocabulary}; it is of another model.")
 
 
-def windows(token_ids: Tensor, length: int, max_windows: int | None = None) -> Tensor:
+def windows(token_ids: Tensor, length: int, max_windows: int | None = None, first: int | None = None) -> Tensor:
     """Consecutive (S, T) windows without overlap; the tail is dropped.
 
+    Args:
+        first: a token that every window begins with, before T - 1 of the text.
     Raises: DataError: if there is not one whole window.
     """
-    count = token_ids.numel() // length
+    own = length - (first is not None)
+    count = token_ids.numel() // own
     if not count:
-        raise DataError(f"text: {token_ids.numel()} tokens are fewer than one window of {length}.")
+        raise DataError(f"text: {token_ids.numel()} tokens are fewer than one window of {own}.")
     count = count if max_windows is None else min(count, max_windows)
-    return token_ids[: count * length].reshape(count, length)
+    found_ST = token_ids[: count * own].reshape(count, own)
+    return found_ST if first is None else torch.cat([found_ST.new_full((count, 1), first), found_ST], dim=1)
 
 
-def sample_windows(token_ids: Tensor, samples: int, length: int, seed: int) -> Tensor:
+def sample_windows(token_ids: Tensor, samples: int, length: int, seed: int, first: int | None = None) -> Tensor:
     """`samples` windows in seeded random order.
 
     Raises: DataError: if the text holds fewer.
     """
-    available = token_ids.numel() // length
+    available = token_ids.numel() // (length - (first is not None))
     if available < samples:
         raise DataError(
             f"calibration: {token_ids.numel()} tokens give {available} samples of {length} tokens, but the recipe "
             f"asks for {samples}; give more text, or lower calibration.samples or calibration.length."
         )
     order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:samples]
-    return windows(token_ids, length)[order]
+    return windows(token_ids, length, first=first)[order]
 
 
 def token_hash(token_ids: Tensor) -> str:
@@ -155,13 +159,22 @@ def token_hash(token_ids: Tensor) -> str:
 
 @torch.no_grad()
 def sample_from_model(
-    model: Any, samples: int, length: int, *, temperature: float, seed: int, on_batch: Callable[[int, int], None]
+    model: Any,
+    samples: int,
+    length: int,
+    *,
+    temperature: float,
+    seed: int,
+    on_batch: Callable[[int, int], None],
+    first: int | None = None,
 ) -> Tensor:
     """Text the model writes itself: each sample starts at a random token and is sampled freely, nothing cut off.
 
     The start follows data-free quantisation (arXiv 2305.17888), which found random first tokens to give more varied
     text than the begin-of-text token; the end-of-text token is excluded so that every sample has its full length.
 
+    Args:
+        first: a token that stands before the random one.
     Returns: (S, T) int64.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -174,10 +187,15 @@ def sample_from_model(
     for start in range(0, samples, together):
         size = min(together, samples - start)
         ids = torch.empty(size, length, dtype=torch.int64)
-        ids[:, 0] = torch.randint(model.config.vocab_size, (size,), generator=generator)
+        random = torch.randint(model.config.vocab_size, (size,), generator=generator)
+        ids[:, 0] = random if first is None else first
         step, cache, latest = stepper(model), roomy_cache(model, length), ids[:, :1].to(model.device)
         for position in range(1, length):
             logits = step(latest, cache).float().cpu().div_(temperature)  # the generator lives on the CPU
+            if position == 1 and first is not None:
+                ids[:, 1] = random
+                latest = random[:, None].to(model.device)
+                continue
             if not torch.isfinite(logits.sum(dtype=torch.float64)):  # as cheap as it gets; finite ones cannot overflow
                 raise NumericsError("self-calibration: the model's logits are not finite; its weights overflow.")
             logits[:, banned] = float("-inf")

@@ -9,26 +9,30 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from elastic_sparsity.baselines import prune_one_shot_
-from elastic_sparsity.calibration_text import Progress, calibration_tokens, check_length, evaluation_windows, silent
+from elastic_sparsity.calibration_text import (
+    Progress,
+    calibration_tokens,
+    check_length,
+    evaluation_windows,
+    first_token,
+    silent,
+    text_protocol,
+)
 from elastic_sparsity.checkpoint import ElasticCheckpoint
 from elastic_sparsity.config import Recipe
 from elastic_sparsity.data import check_vocabulary, read_text, token_hash, tokenize, windows
 from elastic_sparsity.errors import ConfigError, NumericsError
 from elastic_sparsity.evaluate import Quality, evaluate
 from elastic_sparsity.files import is_file, is_folder
-from elastic_sparsity.free_memory import free_here
 from elastic_sparsity.hub import elastic_folder, fetch_levels, is_hub_id
 from elastic_sparsity.ladder import AnyLevel, Level
-from elastic_sparsity.model_shapes import read_shapes
 from elastic_sparsity.models import PACKAGED_MODELS, load_base, packaged_model_folder
 from elastic_sparsity.precision import (
     autocast_factory,
     cast_parameters_,
-    computing_dtype,
     default_device,
     resolve_precision,
     to_computing_dtype_,
@@ -41,9 +45,9 @@ from elastic_sparsity.quality_record import (
     Row,
     cells_of,
     check_same,
-    measures_quality,
     recorded_quality,
 )
+from elastic_sparsity.skeleton import model_config
 from elastic_sparsity.slicing import load_level, load_tokenizer
 from elastic_sparsity.workers import Workers
 from elastic_sparsity.zero_shot import check_amounts, score_task
@@ -208,36 +212,6 @@ def _row(level: str, method: str, quality: Quality, num_bytes: int | None) -> Ro
     return {"level": level, "method": method, "perplexity": quality.perplexity, "kl": quality.kl, "bytes": num_bytes}
 
 
-def check_memory(recipe: Recipe) -> None:
-    """Raises: ConfigError: if quality is to be measured of a model that is never whole in memory by the recipe's word.
-
-    The dense model is evaluated beside every level, so that after a long run this would fail.
-    """
-    if recipe.evaluation.source is not None and recipe.memory.weights == "stream":
-        raise ConfigError(
-            "memory.weights: 'stream' leaves the base model in its files, but evaluation.source needs it whole in "
-            "memory; leave the evaluation out, and measure the checkpoint with `elastic-sparsity eval` on a machine "
-            "that holds the model."
-        )
-
-
-def warn_of_memory(recipe: Recipe, workers: Workers) -> None:
-    """Warns if the models that a run's quality is measured of do not fit: the dense one, a level, every baseline."""
-    if not measures_quality(recipe) or not workers.is_main:
-        return
-    device, shapes = default_device(), read_shapes(recipe.model.id, recipe.model.dtype)
-    dtype = computing_dtype(getattr(torch, shapes.dtype), resolve_precision(recipe.precision, device), device)
-    count = 2 + len(recipe.evaluation.baselines)
-    limits = free_here()
-    free = limits["device"] if device == "cuda" else limits["host"] // workers.local  # each has its own models
-    needed = count * shapes.total * dtype.itemsize
-    if needed > free:
-        log.warning(
-            "measuring the checkpoint, after the run, may not fit: %d whole models take %.1f GB of %.1f GB; name fewer "
-            "evaluation.baselines, or measure with `elastic-sparsity eval` instead", count, needed / 1e9, free / 1e9,
-        )  # fmt: skip
-
-
 def evaluate_path(
     path: str,
     text: str,
@@ -271,9 +245,9 @@ def evaluate_path(
     if teacher is not None:
         to_computing_dtype_(teacher.model, resolved)
     rows: list[dict[str, Any]] = []
-    tokenizer, origin, jobs = _jobs(path, level, dtype, hub)
-    ids = windows(tokenize(tokenizer, read_text(text)), window, max_windows)
-    protocol = {"text": Path(text).name, "sha256": token_hash(ids), "windows": list(ids.shape), "precision": resolved}
+    (tokenizer, first), origin, jobs = _jobs(path, level, dtype, hub)
+    ids = windows(tokenize(tokenizer, read_text(text)), window, max_windows, first)
+    protocol = {**text_protocol(Path(text).name, ids, first), "precision": resolved}
     if reference is not None and teacher is not None:
         protocol |= {"reference": Path(reference).name, "reference_sha256": teacher.identity["sha256"]}
     on_start(protocol, origin)
@@ -319,7 +293,7 @@ def zero_shot_path(
     Raises: as `evaluate_path` and `zero_shot`.
     """
     check_amounts(limit, batch_size)
-    tokenizer, origin, jobs = _jobs(path, level, dtype, hub)
+    (tokenizer, _), origin, jobs = _jobs(path, level, dtype, hub)
     device = default_device()
     resolved = resolve_precision(precision, device)
     rows: list[dict[str, Any]] = []
@@ -352,8 +326,12 @@ def zero_shot_protocol(limit: int | None, precision: str = "auto", seed: int = 0
 
 def _jobs(
     path: str, level: str | None, dtype: str, hub: dict[str, Any]
-) -> tuple[Any, dict[str, str], list[tuple[str, str, int | None, Callable[[], Any]]]]:
-    """The tokenizer, what is measured, and (level, method, bytes, loader) of every model to measure at `path`."""
+) -> tuple[tuple[Any, int | None], dict[str, str], list[tuple[str, str, int | None, Callable[[], Any]]]]:
+    """What is to be measured at `path`.
+
+    Returns: the tokenizer and the token that windows begin with; of which weights; and (level, method, bytes, loader)
+        of every model.
+    """
     folder = elastic_folder(path, **hub)
     if folder is None:
         if level is not None:
@@ -361,7 +339,8 @@ def _jobs(
         base = load_base(path, dtype)
         size = _stored_bytes(path)
         origin = {"weights_sha256": base.identity["sha256"]}
-        return base.tokenizer, origin, [("dense", "as it is", size, partial(getattr, base, "model"))]
+        text = base.tokenizer, first_token(base.model.config, base.tokenizer)
+        return text, origin, [("dense", "as it is", size, partial(getattr, base, "model"))]
     if dtype != "auto":
         raise ConfigError(f"{path}: --dtype is for plain models; levels have the dtype of their checkpoint.")
     checkpoint = ElasticCheckpoint(folder)
@@ -371,8 +350,9 @@ def _jobs(
     elif level is None:
         levels = checkpoint.complete_among(levels)
     checkpoint.check_extras()  # the tokenizer among them
+    tokenizer = load_tokenizer(folder)
     return (
-        load_tokenizer(folder),
+        (tokenizer, first_token(model_config(checkpoint), tokenizer)),
         {"checkpoint_id": checkpoint.manifest.checkpoint_id},
         [
             (x.name, "elastic", checkpoint.bytes_of(x), partial(load_level, checkpoint, x, checkpoint.dtype))

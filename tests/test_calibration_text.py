@@ -9,8 +9,9 @@ from conftest import tiny_recipe
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic_sparsity import calibration_text, data
+from elastic_sparsity import calibration_text, data, measure, optimize
 from elastic_sparsity.calibration_text import calibration_tokens, evaluation_windows, interleave
+from elastic_sparsity.config import EvaluationSection
 from elastic_sparsity.data import rows_together, sample_from_model, sample_windows, tokenize
 from elastic_sparsity.errors import ConfigError, DataError
 from elastic_sparsity.models import load_base
@@ -36,6 +37,44 @@ def test_a_hub_data_set_is_no_text_to_measure_on(base, monkeypatch):
     monkeypatch.setattr(calibration_text, "read_text", lambda *_: pytest.fail("read"))
     with pytest.raises(DataError, match="evaluation.source: 'wikitext': no such file; name a text"):
         evaluation_windows(tiny_recipe(evaluation={"source": "wikitext"}), base, None)
+
+
+@pytest.mark.parametrize(("family", "begins"), [("gemma2", True), ("gemma3_text", True), ("llama", False)])
+def test_every_sample_of_gemma_begins_with_its_token(family, begins, recipe, tmp_path, monkeypatch):
+    """Given text, text of its own, both, and what is measured: by a run, and later."""
+    monkeypatch.setattr(calibration_text, "cache_folder", lambda: tmp_path / "cache")
+    base = load_base(f"random:{family}", "float32")
+    base.tokenizer.bos_token = base.tokenizer.convert_ids_to_tokens(7)
+    text = recipe().calibration.source
+    measured = recipe().model_copy(update={"evaluation": EvaluationSection(source=text, window=16)})
+    windows_ST, protocol = evaluation_windows(measured, base, None)
+    own = tiny_recipe(calibration={"source": "self", "samples": 4, "length": 16})
+    both = recipe(self_share=0.5)
+    for ids_ST in (calibration_tokens(recipe(), base)[0], *calibration_tokens(own, base),
+                   calibration_tokens(both, base)[0], windows_ST):  # fmt: skip
+        assert (ids_ST[:, 0] == 7).all() == begins and ids_ST.shape[1] == 16
+        assert len(ids_ST[:, 1].unique()) > 1
+    assert protocol.get("begin_of_text") == (7 if begins else None)
+    whole = tokenize(base.tokenizer, Path(text).read_text())
+    assert torch.equal(windows_ST[:, int(begins) :].flatten(), whole[: windows_ST[:, int(begins) :].numel()])
+
+
+def test_what_is_measured_later_begins_as_the_run_did(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(str(i) for i in range(400)))
+    recipe = tiny_recipe(
+        model={"id": "random:gemma2"},
+        calibration={"source": str(text)},
+        evaluation={"source": str(text), "window": 32, "max_windows": 3, "baselines": []},
+        end_to_end={"trainable": "off"},
+    )
+    checkpoint = optimize(recipe, tmp_path / "c")
+    run = {row["level"]: row["perplexity"] for row in measure.measure(recipe, checkpoint)}
+    for path in (str(tmp_path / "c"), "random:gemma2"):
+        later, protocol = measure.evaluate_path(path, str(text), window=32, max_windows=3, precision="float32")
+        assert protocol["begin_of_text"] == 0
+        for row in later:
+            assert row["perplexity"] == pytest.approx(run[row["level"]], rel=1e-5)
 
 
 @given(st.integers(0, 40), st.integers(0, 40))

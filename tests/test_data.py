@@ -67,6 +67,9 @@ def test_samples_are_distinct_windows_in_seeded_order():
     assert all(row[0] % 4 == 0 for row in chosen.tolist())
     assert torch.equal(chosen, sample_windows(ids, 6, 4, seed=1))
     assert not torch.equal(chosen, sample_windows(ids, 6, 4, seed=2))
+    begun = sample_windows(ids, 6, 4, seed=1, first=99)
+    assert begun.shape == (6, 4) and (begun[:, 0] == 99).all()
+    assert {tuple(row[1:].tolist()) for row in begun} <= {tuple(row.tolist()) for row in windows(ids, 3)}
     with pytest.raises(DataError, match="40 tokens give 10 samples of 4 tokens, but the recipe asks for 11"):
         sample_windows(ids, 11, 4, seed=1)
 

@@ -216,10 +216,9 @@ ALLOWED = {
         "plan_sizes", "precision", "probe", "supernet", "work_plan",
     },
     "preparing": {
-        "free_memory",
         "torch", "adding", "allocation", "allocation_file", "allocator", "arch", "block_phase", "calibration_text",
-        "config", "data", "errors", "inducing", "manifest", "model_shapes", "models", "plan_sizes", "planning",
-        "precision", "run_folder", "supernet", "workers",
+        "config", "data", "errors", "free_memory", "inducing", "manifest", "model_shapes", "models", "plan_sizes",
+        "planning", "precision", "run_folder", "supernet", "workers",
     },
     "pipeline": {
         "torch", "adapters", "adding", "allocating", "allocation_file", "allocator", "arch", "attention",
@@ -228,11 +227,12 @@ ALLOWED = {
         "sharding", "shells", "supernet", "workers",
     },
     "quality_record": {"checkpoint", "config", "errors", "files", "ladder", "manifest", "run_folder"},
+    "measure_memory": {
+        "torch", "config", "errors", "free_memory", "model_shapes", "precision", "quality_record", "workers",
+    },
     "measure": {
-        "free_memory",
         "torch", "baselines", "calibration_text", "checkpoint", "config", "data", "errors", "evaluate", "files", "hub",
-        "ladder", "model_shapes", "models", "planning", "precision", "quality_record", "slicing", "workers",
-        "zero_shot",
+        "ladder", "models", "precision", "quality_record", "skeleton", "slicing", "workers", "zero_shot",
     },
     "report_results": {"errors", "files", "records"},
     "report_facts": {
@@ -264,8 +264,8 @@ ALLOWED = {
     "cli": {
         "checkpoint", "choosing", "cli_device", "cli_eval", "cli_export", "cli_induce", "cli_plan",
         "cli_progress", "cli_prune", "cli_report", "cli_search", "cli_structured", "config", "errors", "files",
-        "hub", "inspection", "measure", "overlay", "peft_export", "pipeline", "precision", "quality_record", "report",
-        "sized", "slicing", "structured_sizes", "terminal", "transfer", "verify", "workers",
+        "hub", "inspection", "measure", "measure_memory", "overlay", "peft_export", "pipeline", "precision",
+        "quality_record", "report", "sized", "slicing", "structured_sizes", "terminal", "transfer", "verify", "workers",
     },
 }  # fmt: skip
 WATCHED = {"torch", "numpy", "safetensors", "transformers", "peft", "datasets", "lm_eval", "accelerate", "gguf", "onnx",

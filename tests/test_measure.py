@@ -8,7 +8,7 @@ import torch
 from conftest import in_processes, tiny_recipe
 from test_cli import expect_error, run
 
-from elastic_sparsity import ElasticCheckpoint, measure, optimize, pipeline
+from elastic_sparsity import ElasticCheckpoint, measure, measure_memory, optimize, pipeline
 from elastic_sparsity.errors import NumericsError, OutputError
 from elastic_sparsity.evaluate import Quality
 from elastic_sparsity.tiny import byte_tokenizer, tiny_model
@@ -200,8 +200,8 @@ def test_models_that_do_not_fit_are_told_before_the_run(caplog, monkeypatch):
     size = 4 * sum(parameter.numel() for parameter in tiny_model("llama").parameters())
     wanted = tiny_recipe(evaluation={"baselines": ["wanda", "magnitude"]})
     for free, expected in ((4 * size, 0), (4 * size - 1, 1)):
-        monkeypatch.setattr(measure, "free_here", lambda free=free: {"host": free, "device": free})
-        measure.warn_of_memory(wanted, Workers())
+        monkeypatch.setattr(measure_memory, "free_here", lambda free=free: {"host": free, "device": free})
+        measure_memory.warn_of_memory(wanted, Workers())
         assert len(caplog.records) == expected
     assert "4 whole models take" in caplog.text
 
