@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from elastic_sparsity.errors import NumericsError, UnsupportedModelError, brief
+from elastic_sparsity.errors import ConfigError, NumericsError, UnsupportedModelError, brief
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +125,21 @@ def function_config(config: Any) -> dict[str, Any]:
     plain = json.loads(config.to_json_string(use_diff=False))
     without = {"dtype", "torch_dtype", "transformers_version", "architectures"}
     return {key: value for key, value in plain.items() if key not in without and not key.startswith("_")}
+
+
+def first_token(config: Any, tokenizer: Any) -> int | None:
+    """The token that all samples and windows of a model begin with; None = as the text goes on.
+
+    Only where the architecture is lost without (Gemma): others are measured without any, as the field's figures are.
+
+    Raises: ConfigError: if the tokenizer has no such token.
+    """
+    row = ARCHITECTURES.get(config.model_type)
+    if row is None or not row.begins_with_bos:
+        return None
+    if tokenizer.bos_token_id is None:
+        raise ConfigError(f"tokenizer: has no bos_token, which text for {config.model_type} begins with; set it there.")
+    return int(tokenizer.bos_token_id)
 
 
 def not_finite(model: nn.Module) -> list[str]:

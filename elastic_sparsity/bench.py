@@ -26,6 +26,7 @@ from elastic_sparsity.checkpoint import ElasticCheckpoint
 from elastic_sparsity.device_profile import FORMAT, FORMAT_VERSION, Profile, WayEntry, fit_way
 from elastic_sparsity.doctor import Facts, existing_ways, read_facts, verdicts
 from elastic_sparsity.errors import ConfigError, brief
+from elastic_sparsity.free_memory import device_free
 from elastic_sparsity.generating import empty_cache, greedy_stepper
 from elastic_sparsity.hub import fetch_levels
 from elastic_sparsity.ladder import Level
@@ -192,7 +193,7 @@ class _Run:
 
     def _check_memory(self, ways: Sequence[Way], level: Level, facts: Facts) -> None:
         needed = sum(streamed_bytes(self.checkpoint, level, way) for way in ways)
-        free = facts.gpus[0].free_bytes if self.device == "cuda" else facts.free_bytes
+        free = device_free() if self.device == "cuda" else facts.free_bytes
         if needed > free:
             raise ConfigError(
                 f"bench: {', '.join(way.name for way in ways)} at {level.title} need {needed} bytes side by side, "

@@ -5,7 +5,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from elastic_sparsity.arch import architecture_of, function_config
+from elastic_sparsity.arch import first_token, function_config
 from elastic_sparsity.config import Recipe
 from elastic_sparsity.data import (
     check_vocabulary,
@@ -41,14 +41,6 @@ Progress = Callable[[str, int, int], None]
 
 def silent(stage: str, done: int, total: int) -> None:
     """The progress of a caller who wants none."""
-
-
-def first_token(config: Any, tokenizer: Any) -> int | None:
-    """The token that all samples and windows of a model begin with; None = as the text goes on.
-
-    Only where the architecture is lost without (Gemma): others are measured without any, as the field's figures are.
-    """
-    return tokenizer.bos_token_id if architecture_of(config.model_type).begins_with_bos else None
 
 
 def calibration_tokens(recipe: Recipe, base: BaseModel, progress: Progress = silent) -> tuple[Tensor, Tensor | None]:
@@ -136,18 +128,24 @@ def evaluation_windows(recipe: Recipe, base: BaseModel, held_out: Tensor | None)
     Raises: DataError: if the text is missing or too short. ConfigError: if a window is longer than the model can read.
     """
     wanted = recipe.evaluation
+    first = first_token(base.model.config, base.tokenizer)
     if wanted.source is None:
         if held_out is None:
             raise DataError("evaluation.source: missing; without self-sampled calibration name a text to measure on.")
-        return held_out, {"text": "self-sampled, held out", "windows": list(held_out.shape)}
+        protocol = {"text": "self-sampled, held out", "windows": list(held_out.shape)}
+        return held_out, protocol if first is None else {**protocol, "begin_of_text": first}
     if not is_file(wanted.source):  # of a hub data set it would be the training split
         raise DataError(f"evaluation.source: {wanted.source!r}: no such file; name a text to measure on.")
     text = read_text(wanted.source)
     check_length("evaluation.window", wanted.window, base.model)
-    first = first_token(base.model.config, base.tokenizer)
     ids = windows(tokenize(base.tokenizer, text), wanted.window, wanted.max_windows, first)
     check_vocabulary(ids, base.model.config.vocab_size)
     return ids, text_protocol(Path(wanted.source).name, ids, first)
+
+
+def given_tokens(recipe: Recipe, protocol: Mapping[str, Any]) -> int:
+    """How many tokens of a window of `evaluation_windows` nobody has to predict: the first, and a random one next."""
+    return 2 if recipe.evaluation.source is None and "begin_of_text" in protocol else 1
 
 
 def text_protocol(name: str, ids_ST: Tensor, first: int | None) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def machine_table(facts: Facts) -> Table:
     kernels = [f"{x.name} {'yes' if x.problem is None else f'no ({x.problem})'}" for x in facts.instruction_paths]
     rows["packed kernels"] = f"{facts.active_path or 'none'} in use; {', '.join(kernels)}"
     for gpu in facts.gpus:
-        rows[gpu.name] = f"{gpu.architecture}, {human_bytes(gpu.memory_bytes)}, {human_bytes(gpu.free_bytes)} free"
+        rows[gpu.name] = f"{gpu.architecture}, {human_bytes(gpu.memory_bytes)}"
     if not facts.gpus:
         rows["GPU"] = "none that torch can use"
     for name, text in rows.items():

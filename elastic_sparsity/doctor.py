@@ -43,7 +43,6 @@ class Gpu:
     name: str
     architecture: str
     memory_bytes: int
-    free_bytes: int
     multiplies_bfloat16: bool
     semi_structured_problem: str | None
 
@@ -160,7 +159,6 @@ def _read_gpus() -> Iterator[Gpu]:
             name=properties.name,
             architecture=_gpu_architecture(properties),
             memory_bytes=properties.total_memory,
-            free_bytes=torch.cuda.mem_get_info(number)[0],
             multiplies_bfloat16=multiplies_bfloat16("cuda"),
             semi_structured_problem=semi_structured_problem(f"cuda:{number}"),
         )

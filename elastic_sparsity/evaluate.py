@@ -62,17 +62,19 @@ def evaluate(
     autocast: Callable[[], Any],
     on_window: Callable[[int, int], None] = lambda done, total: None,
     share: range | None = None,
+    given: int = 1,
     sum_: Callable[[list[Tensor]], None] = lambda tensors: None,
 ) -> dict[str, Quality]:
     """Quality of every model on the same windows; the reference runs once a window for all of them.
 
     Args:
         models: name to causal LM.
-        windows_ST: token windows; each predicts its tokens 2 to T.
+        windows_ST: token windows; each predicts its tokens from `given` + 1 to T.
         reference: the model that KL is measured against; None = no KL.
         reference_hidden: its final hidden states (T - 1, D) of a window, e.g. `KeptHidden`; None = run it.
         autocast: context factory for matrix-product precision.
         share: which windows this worker takes; None = all.
+        given: tokens of a window that nobody has to predict.
         sum_: adds up tensors over all workers, in place.
     Raises: NumericsError: if a model's loss is not finite. ShapeError: if a vocabulary differs from the reference's.
         ConfigError: if hidden states come without the reference, whose head they need.
@@ -87,17 +89,17 @@ def evaluate(
         hidden_of = reference_hidden or partial(_final_hidden, reference)
         mine = range(windows_ST.shape[0]) if share is None else share
         for number, window_T in enumerate(windows_ST[list(mine)]):
-            teacher = None if reference is None else hidden_of(window_T)
+            teacher, asked_T = None if reference is None else hidden_of(window_T)[given - 1 :], window_T[given - 1 :]
             for name, model in models.items():
-                hidden = _final_hidden(model, window_T)
-                window_nll, window_kl = _window_sums(heads[name], hidden, reference_head, teacher, window_T)
+                hidden = _final_hidden(model, window_T)[given - 1 :]
+                window_nll, window_kl = _window_sums(heads[name], hidden, reference_head, teacher, asked_T)
                 nll[name] += window_nll
                 kl[name] += window_kl
             on_window(number + 1, len(mine))
     sums = torch.tensor([[nll[name], kl[name]] for name in models], dtype=torch.float64)
     sum_([sums])
     nll, kl = dict(zip(models, sums[:, 0].tolist(), strict=True)), dict(zip(models, sums[:, 1].tolist(), strict=True))
-    tokens = windows_ST.shape[0] * (windows_ST.shape[1] - 1)
+    tokens = windows_ST.shape[0] * (windows_ST.shape[1] - given)
     bad = [name for name in models if not math.isfinite(nll[name])]
     if bad:
         raise NumericsError(f"evaluation: the loss of {', '.join(bad)} is not finite.")

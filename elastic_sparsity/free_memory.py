@@ -20,8 +20,13 @@ def free_here() -> dict[str, int]:
     own = psutil.Process().memory_info().rss  # a plan counts it
     free = {"host": int(FREE_SHARE * host_free()) + own}
     if default_device() == "cuda":
-        free["device"] = int(FREE_SHARE * torch.cuda.mem_get_info()[0])
+        free["device"] = int(FREE_SHARE * device_free())
     return free
+
+
+def device_free() -> int:
+    """Bytes that are free on this process's GPU, which it begins to use by this."""
+    return int(torch.cuda.mem_get_info()[0])
 
 
 def host_free() -> int:

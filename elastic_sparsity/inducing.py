@@ -123,8 +123,8 @@ def change_weights_(
 
 
 def round_all_gains_(model: Any, dtype: torch.dtype) -> None:
-    """`round_gains_` in every block, if the model's dtype is wider than the one its weights will be kept in."""
-    if torch.finfo(dtype).bits < torch.finfo(model.dtype).bits:
+    """`round_gains_` in every block, if the model's dtype is finer than the one its weights will be kept in."""
+    if torch.finfo(dtype).eps > torch.finfo(model.dtype).eps:
         for block in decoder_blocks(model):
             round_gains_(block, model.config, dtype)
 

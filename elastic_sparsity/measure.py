@@ -11,13 +11,14 @@ from typing import Any
 
 from torch import Tensor
 
+from elastic_sparsity.arch import first_token
 from elastic_sparsity.baselines import prune_one_shot_
 from elastic_sparsity.calibration_text import (
     Progress,
     calibration_tokens,
     check_length,
     evaluation_windows,
-    first_token,
+    given_tokens,
     silent,
     text_protocol,
 )
@@ -89,6 +90,7 @@ def measure(
         dense=base.model,
         calibration_ST=token_ids[: recipe.evaluation.baseline_samples or recipe.block.samples],
         windows_ST=windows_ST,
+        given=given_tokens(recipe, protocol),
         autocast=autocast_factory(precision, base.model.device.type),
         kl=kl,
         workers=workers,
@@ -120,6 +122,7 @@ class _Bench:
     dense: Any
     calibration_ST: Tensor
     windows_ST: Tensor
+    given: int
     autocast: Callable[[], Any]
     kl: bool
     workers: Workers
@@ -178,6 +181,7 @@ class _Bench:
         measured = partial(
             evaluate,
             windows_ST=self.windows_ST,
+            given=self.given,
             reference=self.dense if self.kl else None,
             autocast=self.autocast,
             on_window=partial(self.progress, f"evaluating {level.title}"),

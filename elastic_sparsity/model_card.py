@@ -90,18 +90,21 @@ def front_matter(facts: Facts) -> str:
 
 def _results(facts: Facts) -> Iterator[tuple[str, str, str, str, float]]:
     """Measured figures of the levels: on what, metric, its name, the level, the value."""
-    on = _measured_on(dict(facts.protocol))
+    on, seen = _measured_on(dict(facts.protocol)), set[tuple[str, str]]()
     for level in (*facts.levels, *facts.structured):
         found = facts.figure(level.name, "elastic")
         if found is not None and found.perplexity is not None and math.isfinite(found.perplexity):
+            seen.add((on, level.title))
             yield on, "perplexity", "perplexity", level.title, found.perplexity
         if found is not None and found.kl is not None and math.isfinite(found.kl):
             yield on, "kl_divergence", "KL to the dense model", level.title, found.kl
     for measured in facts.results.quality:
         for row in measured.rows:
             if row.level != DENSE and math.isfinite(row.perplexity):
-                on = _measured_on(dict(measured.protocol))
-                yield on, "perplexity", "perplexity", level_title(row.level), row.perplexity
+                on, title = _measured_on(dict(measured.protocol)), level_title(row.level)
+                if (on, title) not in seen:  # e.g. once more in another precision
+                    seen.add((on, title))
+                    yield on, "perplexity", "perplexity", title, row.perplexity
 
 
 def _limit(told: dict[str, str]) -> str:

@@ -224,15 +224,15 @@ def of_strength(recipe: Recipe, model: Any, plan: dict[str, tuple[int, ...]]) ->
 def check_own(output: Path, identity: Mapping[str, Any]) -> None:
     """That the checkpoint at `output` is the one that this run made before it was killed.
 
-    What is measured of it, and the structured levels that are not made yet, may be others by now.
+    What is measured of it may be something else by now; and before there is a structured level, how they are made.
 
     Raises: OutputError.
     """
     (manifest, found), wanted = read_manifest(output), json.loads(json.dumps(identity))
-    trained, asked = (_trained_by(config.get("recipe")) for config in (found, wanted))
-    same = {"recipe": trained == asked, **{key: found.get(key) == wanted[key] for key in ("base_model", "data")}}
-    left = {level.fraction for level in manifest.structured_levels()} - set(wanted["recipe"]["structured"]["fractions"])
-    other = [key for key, is_same in same.items() if not is_same or (key == "recipe" and left)]
+    made = [level.fraction for level in manifest.structured_levels()]
+    was, asked = (_made_by(config.get("recipe"), made) for config in (found, wanted))
+    same = {"recipe": was == asked, **{key: found.get(key) == wanted[key] for key in ("base_model", "data")}}
+    other = [key for key, is_same in same.items() if not is_same]
     if other:
         raise OutputError(
             f"{output}: holds a checkpoint of another {' and '.join(other)} than the unfinished run {output}.run, "
@@ -240,10 +240,16 @@ def check_own(output: Path, identity: Mapping[str, Any]) -> None:
         )
 
 
-def _trained_by(recipe: Any) -> Any:
-    """The part of a recorded recipe that the levels with masks depend on."""
-    free = ("memory", "evaluation", "structured")
-    return {key: part for key, part in recipe.items() if key not in free} if isinstance(recipe, dict) else recipe
+def _made_by(recipe: Any, made: Sequence[float]) -> Any:
+    """The part of a recorded recipe that the levels with masks, and those structured ones, depend on."""
+    if not isinstance(recipe, dict) or not isinstance(recipe.get("structured"), dict):
+        return recipe
+    found = {key: part for key, part in recipe.items() if key not in ("memory", "evaluation", "structured")}
+    if not made:
+        return found
+    structured = recipe["structured"]
+    asked = [fraction in structured["fractions"] for fraction in made]
+    return {**found, "structured": {**structured, "fractions": asked}}
 
 
 def versions(packages: Sequence[str] = ("elastic-sparsity", "torch", "transformers", "safetensors")) -> dict[str, str]:

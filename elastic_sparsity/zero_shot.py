@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from elastic_sparsity.arch import first_token
 from elastic_sparsity.errors import ConfigError, DataError, ElasticSparsityError, NumericsError, brief
 from elastic_sparsity.precision import weights_in
 from elastic_sparsity.report import mean_score
@@ -93,6 +94,20 @@ def zero_shot(
     return ZeroShot(scores, *mean_score([(score.value, score.error) for score in scores]))
 
 
+def _that_begins(tokenizer: Any, first: int | None) -> Any:
+    """The tokenizer, made to begin text with a token if the model needs it; the harness does not see to that.
+
+    Raises: ConfigError: if it does not.
+    """
+    if first is not None and tokenizer("a")["input_ids"][:1] != [first]:
+        tokenizer.add_bos_token = True
+        if tokenizer("a")["input_ids"][:1] != [first]:
+            raise ConfigError(
+                f"tokenizer: does not put its begin-of-text token {first} before text, as the model needs."
+            )
+    return tokenizer
+
+
 def check_amounts(limit: int | None, batch_size: int) -> None:
     """Raises: ConfigError: unless both are whole numbers from 1 on (a limit may be None)."""
     for name, amount in (("task limit", limit), ("batch size", batch_size)):
@@ -117,13 +132,14 @@ def score_task(
     from lm_eval.models.huggingface import HFLM
 
     check_amounts(limit, batch_size)
+    tokenizer = _that_begins(copy.deepcopy(tokenizer), first_token(model.config, tokenizer))
     mixed = precision == "bfloat16"
     try:
         linears = _linears_to_cast(model) if mixed else []
         with quiet_harness(), seeded(seed):
             harness_model = HFLM(
                 pretrained=model,
-                tokenizer=copy.deepcopy(tokenizer),  # the harness sets its padding token
+                tokenizer=tokenizer,  # a copy, as the harness sets its padding token
                 backend="causal",
                 batch_size=batch_size,
                 softmax_dtype="float32",

@@ -26,7 +26,7 @@ def kernels(active, **problems):
 
 def gpu(**changes):
     facts = {
-        "name": "Made Up GPU", "architecture": "sm_90", "memory_bytes": 80 * GB, "free_bytes": 79 * GB,
+        "name": "Made Up GPU", "architecture": "sm_90", "memory_bytes": 80 * GB,
         "multiplies_bfloat16": True, "semi_structured_problem": None,
     }  # fmt: skip
     return Gpu(**{**facts, **changes})

@@ -1,6 +1,7 @@
 """Calibration samples: of a text, of the model's own, or of both."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from conftest import tiny_recipe
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic_sparsity import calibration_text, data, measure, optimize
+from elastic_sparsity import ElasticCheckpoint, calibration_text, data, measure, optimize
 from elastic_sparsity.calibration_text import calibration_tokens, evaluation_windows, interleave
 from elastic_sparsity.config import EvaluationSection
 from elastic_sparsity.data import rows_together, sample_from_model, sample_windows, tokenize
@@ -57,6 +58,25 @@ def test_every_sample_of_gemma_begins_with_its_token(family, begins, recipe, tmp
     assert protocol.get("begin_of_text") == (7 if begins else None)
     whole = tokenize(base.tokenizer, Path(text).read_text())
     assert torch.equal(windows_ST[:, int(begins) :].flatten(), whole[: windows_ST[:, int(begins) :].numel()])
+
+
+def test_a_random_token_is_not_to_be_predicted(tmp_path, monkeypatch):
+    """Text of Gemma's own begins with its token and a random one; the loss is over what the model wrote."""
+    monkeypatch.setattr(calibration_text, "cache_folder", lambda: tmp_path / "cache")
+    recipe = tiny_recipe(model={"id": "random:gemma2"}, end_to_end={"trainable": "off"})
+    base = load_base("random:gemma2", "float32")
+    held_out = calibration_tokens(recipe, base)[1]
+    windows_ST, protocol = evaluation_windows(recipe, base, held_out)
+    assert protocol["begin_of_text"] == 0 and calibration_text.given_tokens(recipe, protocol) == 2
+    with torch.no_grad():
+        log_p = base.model(windows_ST).logits[:, 1:-1].log_softmax(-1)
+    expected = math.exp(-log_p.gather(-1, windows_ST[:, 2:, None]).mean())
+    optimize(recipe, tmp_path / "c")
+    rows = measure.measure(recipe, ElasticCheckpoint(tmp_path / "c"))
+    assert rows[0]["perplexity"] == pytest.approx(expected, rel=1e-4)
+    base.tokenizer.bos_token = None
+    with pytest.raises(ConfigError, match="tokenizer: has no bos_token, which text for gemma2 begins with"):
+        calibration_tokens(recipe, base)
 
 
 def test_what_is_measured_later_begins_as_the_run_did(tmp_path):

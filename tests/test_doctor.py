@@ -95,10 +95,9 @@ def test_the_runtimes_are_asked(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: found)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda number: (9, 16))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     expected = gpu(
-        name="T4", architecture="sm_75", memory_bytes=16, free_bytes=9, multiplies_bfloat16=False,
+        name="T4", architecture="sm_75", memory_bytes=16, multiplies_bfloat16=False,
         semi_structured_problem="cuda:0 is too old",
     )  # fmt: skip
     assert read_facts().gpus == (expected,)

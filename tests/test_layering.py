@@ -200,7 +200,7 @@ ALLOWED = {
     },
     "evaluate": {"torch", "arch", "errors"},
     "task_files": {"torch", "numpy", "transformers", "datasets", "lm_eval", "errors", "files"},
-    "zero_shot": {"torch", "numpy", "lm_eval", "errors", "precision", "report", "task_files"},
+    "zero_shot": {"torch", "numpy", "lm_eval", "arch", "errors", "precision", "report", "task_files"},
     "plan_sizes": {"torch", "allocation", "config", "data", "ladder", "model_shapes", "precision", "shells"},
     "structured_plan": {"descent", "model_shapes", "plan_sizes", "structured_sizes", "wiring"},
     "fold_plan": {"fold_choice", "plan_sizes"},
@@ -231,8 +231,8 @@ ALLOWED = {
         "torch", "config", "errors", "free_memory", "model_shapes", "precision", "quality_record", "workers",
     },
     "measure": {
-        "torch", "baselines", "calibration_text", "checkpoint", "config", "data", "errors", "evaluate", "files", "hub",
-        "ladder", "models", "precision", "quality_record", "skeleton", "slicing", "workers", "zero_shot",
+        "torch", "arch", "baselines", "calibration_text", "checkpoint", "config", "data", "errors", "evaluate", "files",
+        "hub", "ladder", "models", "precision", "quality_record", "skeleton", "slicing", "workers", "zero_shot",
     },
     "report_results": {"errors", "files", "records"},
     "report_facts": {
@@ -246,8 +246,8 @@ ALLOWED = {
         "checkpoint", "errors", "files", "hub", "manifest", "model_card", "report_facts", "report_page", "report_plots",
     },
     "bench": {
-        "torch", "transformers", "calibration_text", "checkpoint", "device_profile", "doctor", "errors", "generating",
-        "hub", "ladder", "slicing", "ways",
+        "torch", "transformers", "calibration_text", "checkpoint", "device_profile", "doctor", "errors", "free_memory",
+        "generating", "hub", "ladder", "slicing", "ways",
     },
     # layer 5
     "__main__": {"cli"},

@@ -98,7 +98,11 @@ def test_a_quick_look_says_so_on_the_hub(folder, tmp_path):
     del quick["rows"]
     for row in quick["zero_shot"]["rows"]:
         row["value"] /= 2
-    facts = read_facts(ElasticCheckpoint(folder), "c", [saved(tmp_path, whole), saved(tmp_path, quick, "quick.json")])
+    again = results(folder)  # the same text in another precision: one of the two
+    again["protocol"]["precision"] = "bfloat16"
+    del again["zero_shot"]
+    files = [saved(tmp_path, data, f"{n}.json") for n, data in enumerate((whole, quick, again))]
+    facts = read_facts(ElasticCheckpoint(folder), "c", files)
     found = ModelCard(model_card(facts)).data.eval_results
     values = {(x.dataset_name, x.metric_name): x.metric_value for x in found}
     assert len(values) == len(found), "no name has two values"

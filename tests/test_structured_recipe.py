@@ -94,9 +94,9 @@ def test_an_interrupted_run_goes_on(made, recipe_of, tmp_path, monkeypatch):
             optimize(recipe, tmp_path / "c")
     assert [x.name for x in levels(tmp_path / "c")] == ["0.5", "0.7", "structured-0.25"]
     assert all(check.passed for check in verify(tmp_path / "c")), "whole, as far as it goes"
-    without_first = recipe_of(structured={**STRUCTURED, "fractions": [0.5]})
-    with pytest.raises(OutputError, match="holds a checkpoint of another recipe"):
-        optimize(without_first, tmp_path / "c")
+    for other in ({"fractions": [0.5]}, {"steps": 1}, {"scores": "magnitude"}):  # than the level that is there has
+        with pytest.raises(OutputError, match="holds a checkpoint of another recipe"):
+            optimize(recipe_of(structured={**STRUCTURED, **other}), tmp_path / "c")
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "train_and_save", None)  # not called again
         optimize(recipe, tmp_path / "c")

@@ -414,7 +414,7 @@ def test_rows_of_tasks_before_the_failing_one_are_kept(capsys, tiny_checkpoint, 
     expect_error(capsys, "task 'boolq': lm-eval stopped", *command, "--tasks", "piqa,boolq,winogrande")
     assert [row["task"] for row in json.loads((tmp_path / "r.json").read_text())["zero_shot"]["rows"]] == ["piqa"]
     expect_error(
-        capsys, "holds zero-shot results of", "eval", "random:llama", "--tasks", "piqa", "--task-folder", TASKS,
+        capsys, "holds results of", "eval", "random:llama", "--tasks", "piqa", "--task-folder", TASKS,
         "--task-data", three, "--output", tmp_path / "r.json",
     )  # fmt: skip
 
@@ -510,3 +510,24 @@ def test_the_seven_tasks_fit_their_data(model, tokenizer):
     )  # fmt: skip
     assert seen["lambada_openai"][0][0].endswith("I don't care about") and seen["lambada_openai"][0][1] == " signs"
     assert seen["openbookqa"][0][0].endswith("save money is to")
+
+
+def test_text_for_gemma_begins_with_its_token(three, monkeypatch):
+    """As all other text that is measured; the harness leaves it to the tokenizer."""
+    seen, tokenizer = [], byte_tokenizer()
+    gemma = tiny_model("gemma2")
+    monkeypatch.setattr(type(gemma), "forward", recorded(type(gemma).forward, seen))
+    zero_shot(gemma, tokenizer, ["piqa"], folder=TASKS, data=three, limit=2)
+    assert seen and all((ids[:, 0] == tokenizer.bos_token_id).all() for ids in seen)
+    assert tokenizer("a")["input_ids"][0] != tokenizer.bos_token_id, "the user's own stays"
+    tokenizer.bos_token = None
+    with pytest.raises(ConfigError, match="has no bos_token"):
+        zero_shot(gemma, tokenizer, ["piqa"], folder=TASKS, data=three, limit=2)
+
+
+def recorded(forward, seen):
+    def call(self, input_ids, *args, **options):
+        seen.append(input_ids)
+        return forward(self, input_ids, *args, **options)
+
+    return call
