@@ -164,8 +164,24 @@ OTHER_SETTINGS = (
     ("base_lr = 0.0", "base_lr = 1e-5"), ("ranks = 2", "ranks = 3"), ('mode = "own"', 'mode = "dense"'),
     ('loss = "relative"', 'loss = "mse"'), ('method = "wanda"', 'method = "magnitude"'),
     ("damping = 0.01", "damping = 1.0"), ('trainable = "base"', 'trainable = "off"'),
-    ('dtype = "auto"', 'dtype = "float16"'), ("clip_norm = 1.0", "clip_norm = 0.5"),
+    ('dtype = "auto"', 'dtype = "float16"'),
 )  # fmt: skip
+
+
+def test_settings_that_no_finished_block_depends_on(ledger, runs, tmp_path):
+    """Goes on, and ends with the bytes of a whole run of these."""
+    other = tmp_path / "other.toml"
+    for old, new in (("clip_norm = 1.0", "clip_norm = 0.5"), ("max_windows = 2", "max_windows = 3")):
+        text = runs.recipe.read_text()
+        assert old in text
+        other.write_text(text.replace(old, new))
+        optimize(read_recipe(other), tmp_path / new.split()[0])
+        whole = contents(tmp_path / new.split()[0])
+        for name in runs.folders:
+            for cli in (False, True):
+                runs.put(name, ledger.out)
+                is_right = lambda whole=whole: contents(ledger.out) == whole  # noqa: E731
+                go_on(ledger, runs, f"{name}: {new} for {old}", cli=cli, recipe=other, is_right=is_right)
 
 
 def test_other_settings_and_texts(ledger, runs, tmp_path):
