@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 from cells import exit_on_error
+from format import LEVELS
 from rich.console import Console
 from rich.table import Table
 from size import LLAMA_7B, make_checkpoint, random_llama
@@ -16,7 +17,6 @@ from size import LLAMA_7B, make_checkpoint, random_llama
 from elastic_sparsity import ElasticCheckpoint
 from elastic_sparsity.device_profile import predict, read_profile
 
-LEVELS = ("0.5", "0.6", "0.7", "2:4")
 PROFILES = ("laptop-avx2", "server-avx512", "server-amx", "phone", "gpu-datacenter")
 
 

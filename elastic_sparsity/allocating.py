@@ -44,7 +44,7 @@ from elastic_sparsity.errors import ConfigError, OutputError
 from elastic_sparsity.files import check_output_file
 from elastic_sparsity.fused_layers import fused_layers
 from elastic_sparsity.models import BaseModel, load_base
-from elastic_sparsity.precision import autocast_factory, resolve_precision, to_computing_dtype_
+from elastic_sparsity.precision import autocast_factory, dtype_name, resolve_precision, to_computing_dtype_
 from elastic_sparsity.search import Generation, Judge, SearchSettings, evolve
 from elastic_sparsity.supernet import Supernet, TopKL
 from elastic_sparsity.wiring import check_equal_blocks
@@ -184,7 +184,7 @@ def _made(
     """All that a plan depends on."""
     device = base.model.device.type
     return {
-        **_asked(recipe, wanted), "base_model": base.identity, "dtype": str(dtype).removeprefix("torch."),
+        **_asked(recipe, wanted), "base_model": base.identity, "dtype": dtype_name(dtype),
         "calibration_sha256": token_hash(token_ids_ST), "precision": resolve_precision(recipe.precision, device),
         "device": device,
     }  # fmt: skip

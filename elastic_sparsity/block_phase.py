@@ -30,7 +30,7 @@ from elastic_sparsity.ladder import keep_count
 from elastic_sparsity.masks import drop_levels, mask_at, pattern_mask
 from elastic_sparsity.mixer import FeatureMixer
 from elastic_sparsity.models import BaseModel
-from elastic_sparsity.precision import DTYPES, autocast_factory, weights_in
+from elastic_sparsity.precision import DTYPES, autocast_factory, dtype_name, weights_in
 from elastic_sparsity.run_folder import RunFolder
 from elastic_sparsity.workers import Workers
 
@@ -188,7 +188,7 @@ def _keep_streams(
     groups = [names.setdefault(id(stream), f"{start}-group{group}") for group, stream in enumerate(streams)]
     for kept in {id(x): x for x in (dense, *streams)}.values():
         store.save(names[id(kept)], kept)
-    dtype = str(dense.dtype).removeprefix("torch.")
+    dtype = dtype_name(dense.dtype)
     return {"dense": f"{start}-dense", "groups": groups, "shape_TD": tuple(dense.shape[1:]), "dtype": dtype}
 
 

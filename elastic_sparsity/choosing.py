@@ -15,6 +15,7 @@ from elastic_sparsity.inspection import is_number, level_info
 from elastic_sparsity.ladder import AnyLevel, StructuredLevel
 from elastic_sparsity.manifest import by_density
 from elastic_sparsity.placement import check_runtime_name, resolve_dtype
+from elastic_sparsity.precision import dtype_name
 from elastic_sparsity.report import human_bytes, parse_bytes
 from elastic_sparsity.ways import DENSE, RUNTIMES, Way, misfit
 
@@ -104,7 +105,7 @@ class _Wanted:
         """Raises: ConfigError."""
         if runtime is not None:
             check_runtime_name(runtime)
-        return cls(runtime=runtime, dtype=None if dtype is None else _name(resolve_dtype(dtype, stored)))
+        return cls(runtime=runtime, dtype=None if dtype is None else dtype_name(resolve_dtype(dtype, stored)))
 
     def allows(self, way: Way) -> bool:
         return self.runtime in (None, way.runtime) and self.dtype in (None, way.dtype)
@@ -112,10 +113,6 @@ class _Wanted:
     def __str__(self) -> str:
         asked = [f"{name} {value}" for name, value in (("runtime", self.runtime), ("dtype", self.dtype)) if value]
         return " and ".join(asked) or "any runtime"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def choose_level(
@@ -213,7 +210,7 @@ def _runnable(checkpoint: ElasticCheckpoint, device: Profile | None, wanted: _Wa
         ways = [entry.way for entry in device.ways.values()]
     else:
         runtimes = RUNTIMES if wanted.runtime is None else (wanted.runtime,)
-        named = (Way(runtime=runtime, dtype=wanted.dtype or _name(checkpoint.dtype)) for runtime in runtimes)
+        named = (Way(runtime=runtime, dtype=wanted.dtype or dtype_name(checkpoint.dtype)) for runtime in runtimes)
         ways = [way for way in named if misfit(checkpoint.linears, way) is None]
     found = [level for level in levels if any(way.serves(level) for way in ways)]
     if not found:

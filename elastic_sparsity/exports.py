@@ -16,6 +16,7 @@ from elastic_sparsity.hub import checkpoint_folder
 from elastic_sparsity.ladder import AnyLevel
 from elastic_sparsity.packed_files import write_bitmask, write_packed_2of4
 from elastic_sparsity.placement import resolve_dtype
+from elastic_sparsity.precision import dtype_name
 from elastic_sparsity.slicing import ElasticModel, load_tokenizer
 
 _HALVES = ("bfloat16", "float16")
@@ -147,7 +148,7 @@ def _dtype(format: str, asked: torch.dtype | str | None, stored: torch.dtype) ->
     row = FORMATS[format]
     default = stored if row.keeps_dtype else getattr(torch, row.dtypes[0])
     found = resolve_dtype(asked, default)
-    name = str(found).removeprefix("torch.")
+    name = dtype_name(found)
     if name not in row.dtypes:
         whose = "the checkpoint's" if asked in (None, "auto") else "asked for"
         raise ConfigError(f"format {format}: dtype {name} ({whose}) is not one of {', '.join(row.dtypes)}; name one.")
@@ -195,7 +196,7 @@ def _describe(
 ) -> Export:
     size = weight_bytes(folder)
     dense = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     share = f"{size:,} bytes, {100 * size / dense:.0f} % of the dense {name} model's {dense:,}"
     note = f" {len(stays_dense)} linears stay dense: the kernels do not take their shape." if stays_dense else ""
     return Export(

@@ -2,8 +2,6 @@
 
 import logging
 
-import torch
-
 from elastic_sparsity.config import Recipe
 from elastic_sparsity.errors import ConfigError
 from elastic_sparsity.free_memory import free_here
@@ -33,7 +31,7 @@ def warn_of_memory(recipe: Recipe, workers: Workers) -> None:
     if not measures_quality(recipe) or not workers.is_main:
         return
     device, shapes = default_device(), read_shapes(recipe.model.id, recipe.model.dtype)
-    dtype = computing_dtype(getattr(torch, shapes.dtype), resolve_precision(recipe.precision, device), device)
+    dtype = computing_dtype(shapes.dtype, resolve_precision(recipe.precision, device), device)
     count = 2 + len(recipe.evaluation.baselines)
     limits = free_here()
     free = limits["device"] if device == "cuda" else limits["host"] // workers.local  # each has its own models

@@ -13,7 +13,7 @@ from elastic_sparsity import report_words as words
 from elastic_sparsity.report import level_title
 from elastic_sparsity.report_facts import Facts
 from elastic_sparsity.report_page import use_commands
-from elastic_sparsity.report_results import DENSE
+from elastic_sparsity.report_results import DENSE, Measured, TaskRow
 
 MARK = "<!-- Written by `elastic-sparsity report`, which writes it anew; without this line it is left alone. -->"
 LIBRARY = "elastic_sparsity"
@@ -65,8 +65,8 @@ def front_matter(facts: Facts) -> str:
         EvalResult(
             task_type="text-generation",
             dataset_type=row.task,
-            dataset_name=row.task + _limit(dict(measured.protocol)),
-            dataset_config=_limit(dict(measured.protocol)).lstrip(", ") or None,
+            dataset_name=", ".join([row.task, *_limit(measured)]),
+            dataset_config=", ".join(_limit(measured)) or None,
             metric_type=row.metric,
             metric_name=f"{row.metric} at {level_title(row.level)}",
             metric_value=row.value,
@@ -107,10 +107,10 @@ def _results(facts: Facts) -> Iterator[tuple[str, str, str, str, float]]:
                     yield on, "perplexity", "perplexity", title, row.perplexity
 
 
-def _limit(told: dict[str, str]) -> str:
+def _limit(measured: Measured[TaskRow]) -> list[str]:
     """Of a quick look, how many documents: its figure is not the task's."""
-    documents = told.get("documents", "all")
-    return "" if documents == "all" else f", first {documents} documents"
+    documents = dict(measured.protocol).get("documents", "all")
+    return [] if documents == "all" else [f"first {documents} documents"]
 
 
 def _measured_on(told: dict[str, str]) -> str:

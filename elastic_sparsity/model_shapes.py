@@ -46,7 +46,7 @@ class ModelShapes:
         norms: of a block, over its whole width; head_norms: whether queries and keys have some of their own.
         heads: attention heads; kv_heads: heads of keys and values; head_dim: width of one.
         has_weights: whether the weights are there to be read, on this machine.
-        dtype: as the model loads it, by torch's name.
+        dtype: as the model loads it.
     """
 
     name: str
@@ -63,12 +63,12 @@ class ModelShapes:
     kv_heads: int
     head_dim: int
     has_weights: bool
-    dtype: str
+    dtype: torch.dtype
 
     @property
     def stored(self) -> int:
         """Bytes a number as the model loads it."""
-        return getattr(torch, self.dtype).itemsize
+        return self.dtype.itemsize
 
     @property
     def block_linears(self) -> int:
@@ -208,7 +208,7 @@ def _shapes_of(model: Any, name: str, has_weights: bool) -> ModelShapes:
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         has_weights=has_weights,
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=model.dtype,
     )
 
 

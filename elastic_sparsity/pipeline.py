@@ -35,7 +35,7 @@ from elastic_sparsity.files import check_output_folder, is_file, write_json
 from elastic_sparsity.fused_layers import fused_layers
 from elastic_sparsity.inducing import change_weights_, learn, round_all_gains_, summary
 from elastic_sparsity.manifest import CONFIG_NAME, RUN_NAME
-from elastic_sparsity.precision import DTYPES
+from elastic_sparsity.precision import DTYPES, dtype_name
 from elastic_sparsity.preparing import check_own, of_strength, prepare, with_trainable
 from elastic_sparsity.run_folder import is_unfinished, run_folder
 from elastic_sparsity.sharding import shard_block_, whole_tensors
@@ -272,7 +272,7 @@ def save_run(job: Job, output: Path, record: dict[str, Any], stored_dtype: torch
 
 def dtype_of_checkpoint(recipe: Recipe, stored_dtype: torch.dtype) -> str:
     """The dtype, by name, of the values that a run writes."""
-    return str(stored_dtype).removeprefix("torch.") if recipe.checkpoint.dtype == "auto" else recipe.checkpoint.dtype
+    return dtype_name(stored_dtype) if recipe.checkpoint.dtype == "auto" else recipe.checkpoint.dtype
 
 
 def record_run(output: Path, seconds: float, workers: Workers) -> None:

@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
-
 from elastic_sparsity.allocation import TOP
 from elastic_sparsity.config import Recipe
 from elastic_sparsity.data import rows_together
@@ -97,8 +95,8 @@ class Sizes:
 
     @property
     def weight(self) -> int:
-        stored, device = getattr(torch, self.shapes.dtype), "cuda" if self.choices.gpu else "cpu"
-        return computing_dtype(stored, self.choices.precision, device).itemsize
+        device = "cuda" if self.choices.gpu else "cpu"
+        return computing_dtype(self.shapes.dtype, self.choices.precision, device).itemsize
 
     @property
     def moves_base(self) -> bool:

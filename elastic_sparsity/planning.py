@@ -6,8 +6,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from elastic_sparsity.adding import check_structured
 from elastic_sparsity.allocation_file import allocation_of, load_plan
 from elastic_sparsity.config import Recipe, StructuredSection, make_recipe
@@ -193,7 +191,7 @@ def _precision(recipe: Recipe, gpu: bool) -> str:
 def _probe(recipe: Recipe, shapes: ModelShapes, choices: Choices, config_file: Path | None) -> Timing:
     from elastic_sparsity.probe import probe  # slow import, only here
 
-    dtype = computing_dtype(getattr(torch, shapes.dtype), choices.precision, "cuda" if choices.gpu else "cpu")
+    dtype = computing_dtype(shapes.dtype, choices.precision, "cuda" if choices.gpu else "cpu")
     one = replace(choices, weights="stream", activations="disk", trainable="off")
     needed = max(p.bytes for p in peaks(memory_terms(shapes, recipe, one)) if p.place != "disk")
     if needed > free_here()["host"]:

@@ -11,6 +11,11 @@ from torch import Tensor, nn
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """As DTYPES names it, and of any other dtype torch's own name."""
+    return str(dtype).removeprefix("torch.")
+
+
 def default_device() -> str:
     """ "cuda" where there is one, else "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -26,7 +26,7 @@ from elastic_sparsity.model_shapes import read_shapes
 from elastic_sparsity.models import BaseModel, load_base, stream_base
 from elastic_sparsity.plan_sizes import Choices, Peak
 from elastic_sparsity.planning import check_patterns, choose, misfits
-from elastic_sparsity.precision import DTYPES, default_device, resolve_precision, to_computing_dtype_
+from elastic_sparsity.precision import DTYPES, default_device, dtype_name, resolve_precision, to_computing_dtype_
 from elastic_sparsity.run_folder import RunFolder
 from elastic_sparsity.supernet import linear_depths, linear_sizes
 from elastic_sparsity.workers import Workers
@@ -207,7 +207,7 @@ def _allocation(recipe: Recipe, base: BaseModel, plan: AllocationPlan | None) ->
     if plan is not None:
         path = Path(str(recipe.allocation.plan))
         found = allocation_of(plan, path, sizes, sparsities)
-        check_model(plan, path, base.identity, str(model.dtype).removeprefix("torch."))
+        check_model(plan, path, base.identity, dtype_name(model.dtype))
         return of_strength(recipe, model, found)
     if not any(recipe.slopes()):
         return {}

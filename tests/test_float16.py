@@ -73,7 +73,7 @@ def test_stages_before_and_beside_a_run(family, tmp_path):
 
 def test_the_plan_counts_float32_on_a_cpu(tmp_path):
     shapes = read_shapes(half_model(tmp_path / "base", "opt"))
-    assert (shapes.dtype, shapes.stored) == ("float16", 2)
+    assert (shapes.dtype, shapes.stored) == (torch.float16, 2)
     for gpu, precision, itemsize in ((False, "bfloat16", 4), (True, "bfloat16", 2), (True, "float32", 4)):
         choices = Choices(weights="resident", activations="memory", trainable="base", precision=precision, gpu=gpu)
         assert Sizes(shapes=shapes, recipe=tiny_recipe(), choices=choices).weight == itemsize

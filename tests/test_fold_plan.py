@@ -82,7 +82,7 @@ def test_folds_are_in_the_plan():
 
 def test_weights_are_float32_in_the_stage_and_on_disk_afterwards():
     halves = Choices(weights="resident", activations="host", trainable="off", precision="bfloat16", gpu=True)
-    shapes = replace(SHAPES, dtype="bfloat16")
+    shapes = replace(SHAPES, dtype=torch.bfloat16)
     places = {}
     for kinds in ([], ["mlp_order"]):
         recipe = tiny_recipe(induction={"folds": kinds, "samples": 4, "held_out": 2}, calibration={"samples": 8})

@@ -68,7 +68,7 @@ ALLOWED = {
     "device_report": {"device_profile", "doctor", "report", "ways"},
     "choosing": {
         "torch", "checkpoint", "device_profile", "errors", "hub", "inspection", "ladder", "manifest", "placement",
-        "report", "ways",
+        "precision", "report", "ways",
     },
     # layer 2: know Hugging Face models
     "arch": {"torch", "transformers", "errors"},
@@ -196,12 +196,12 @@ ALLOWED = {
     "peft_export": {"torch", "safetensors", "peft", "arch", "checkpoint", "errors", "files", "hub", "manifest"},
     "exports": {
         "torch", "checkpoint", "errors", "export_gguf", "export_onnx", "files", "hub", "ladder", "packed_files",
-        "placement", "slicing",
+        "placement", "precision", "slicing",
     },
     "evaluate": {"torch", "arch", "errors"},
     "task_files": {"torch", "numpy", "transformers", "datasets", "lm_eval", "errors", "files"},
     "zero_shot": {"torch", "numpy", "lm_eval", "arch", "errors", "precision", "report", "task_files"},
-    "plan_sizes": {"torch", "allocation", "config", "data", "ladder", "model_shapes", "precision", "shells"},
+    "plan_sizes": {"allocation", "config", "data", "ladder", "model_shapes", "precision", "shells"},
     "structured_plan": {"descent", "model_shapes", "plan_sizes", "structured_sizes", "wiring"},
     "fold_plan": {"fold_choice", "plan_sizes"},
     "memory_plan": {"config", "files", "fold_plan", "masks", "model_shapes", "plan_sizes", "structured_plan"},
@@ -228,7 +228,7 @@ ALLOWED = {
     },
     "quality_record": {"checkpoint", "config", "errors", "files", "ladder", "manifest", "run_folder"},
     "measure_memory": {
-        "torch", "config", "errors", "free_memory", "model_shapes", "precision", "quality_record", "workers",
+        "config", "errors", "free_memory", "model_shapes", "precision", "quality_record", "workers",
     },
     "measure": {
         "torch", "arch", "baselines", "calibration_text", "checkpoint", "config", "data", "errors", "evaluate", "files",
